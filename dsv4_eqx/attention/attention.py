@@ -1,0 +1,226 @@
+"""DeepSeek-V4's attention: sliding, compressed sparse and heavily compressed.
+
+Paper section 2.3. One key head serves all query heads and is its own value; queries
+come through a low-rank latent and are normalised head by head; the output is rotated
+back at the query's position and projected group by group.
+"""
+
+from typing import Final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+
+from dsv4_eqx.attention.attend import Entries, Selection, attend, map_queries
+from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.indexer import Indexer
+from dsv4_eqx.config import Config
+from dsv4_eqx.hf_config import CSA, SLIDING
+from dsv4_eqx.primitives.linear import GroupedLinear
+from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
+from dsv4_eqx.primitives.rotary import RotaryEmbedding
+
+# Queries whose projections exist at a time: enough rows for full-speed products, few
+# enough to stay in cache.
+_CHUNK: Final = 256
+
+
+class Attention(eqx.Module):
+    """Attention of one layer: a sliding window, and compressed entries if it has them.
+
+    A compressor makes it heavily compressed attention (every query sees all complete
+    windows), an indexer beside it compressed sparse attention (the best of them). Such
+    layers rotate everything with the longer base and YaRN.
+
+    Each method is one step, so that a wrapper can put its own work between them.
+    """
+
+    query_down: Float[Array, "q_rank dim"]
+    query_norm: RMSNorm
+    query_up: Float[Array, "heads head_dim q_rank"]
+    head_norm: UnweightedRMSNorm
+    key_value: Float[Array, "head_dim dim"]
+    key_value_norm: RMSNorm
+    sinks: Float32[Array, " heads"]
+    output_down: GroupedLinear
+    output_up: Float[Array, "dim groups out_per_group"]
+    rope: RotaryEmbedding
+    compressor: Compressor | None
+    indexer: Indexer | None
+    window: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        config: Config,
+        kind: str,
+        ratio: int,
+        *,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        """**Arguments:**
+
+        - `config`: the sizes.
+        - `kind`: the layer's kind, as in `config.layer_types`.
+        - `ratio`: tokens in a compressed entry, as in `config.compress_ratios`.
+        - `key`: randomness of the initial weights.
+        - `dtype`: dtype of the weights; norms, sinks and position biases are float32.
+        """
+        keys = jax.random.split(key, 7)
+        dim, rank = config.hidden_size, config.q_lora_rank
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        std = config.initializer_range
+        groups, per_group = config.o_groups, config.o_lora_rank
+        self.query_down = std * jax.random.normal(keys[0], (rank, dim), dtype)
+        self.query_norm = RMSNorm(rank, eps=config.rms_norm_eps)
+        self.query_up = std * jax.random.normal(keys[1], (heads, head_dim, rank), dtype)
+        self.head_norm = UnweightedRMSNorm(eps=config.rms_norm_eps)
+        self.key_value = std * jax.random.normal(keys[2], (head_dim, dim), dtype)
+        self.key_value_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.sinks = jnp.zeros(heads)
+        self.output_down = GroupedLinear(
+            heads * head_dim // groups,
+            groups * per_group,
+            groups,
+            key=keys[3],
+            std=std,
+            dtype=dtype,
+        )
+        self.output_up = std * jax.random.normal(
+            keys[4], (dim, groups, per_group), dtype
+        )
+        self.rope = _rotary(config, kind)
+        self.compressor = self.indexer = None
+        if kind != SLIDING:
+            self.compressor = Compressor(
+                config,
+                ratio=ratio,
+                overlap=kind == CSA,
+                head_dim=head_dim,
+                rope=self.rope,
+                key=keys[5],
+                dtype=dtype,
+            )
+        if kind == CSA:
+            self.indexer = Indexer(
+                config, ratio=ratio, rope=self.rope, key=keys[6], dtype=dtype
+            )
+        self.window = config.sliding_window
+
+    @jax.named_scope("Attention")
+    def __call__(
+        self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
+    ) -> Float[Array, "batch seq dim"]:
+        """Attention over a whole sequence.
+
+        **Arguments:**
+
+        - `x`: normalised activations.
+        - `positions`: 0, 1, 2, ... in each row.
+        """
+        latent = self.project_latent(x)
+        keys = self.project_keys(x, positions)
+        entries = None if self.compressor is None else self.compressor(x)
+        selection = None
+        if self.indexer is not None:
+            selection = self.indexer(x, latent, positions)
+        before = jnp.zeros_like(keys, shape=(len(keys), self.window - 1, keys.shape[2]))
+        keys = jnp.concatenate([before, keys], axis=1)
+        return self.attend(latent, positions, keys, entries, selection)
+
+    def project_latent(
+        self, x: Float[Array, "batch seq dim"]
+    ) -> Float[Array, "batch seq q_rank"]:
+        """The normalised latent of the queries, which the indexer shares.
+
+        **Arguments:**
+
+        - `x`: normalised activations.
+        """
+        return self.query_norm(jnp.einsum("bsd,rd->bsr", x, self.query_down))
+
+    def project_keys(
+        self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
+    ) -> Float[Array, "batch seq head_dim"]:
+        """Rotated keys, which are the values too.
+
+        **Arguments:**
+
+        - `x`: normalised activations.
+        - `positions`: of the tokens.
+        """
+        keys = self.key_value_norm(jnp.einsum("bsd,cd->bsc", x, self.key_value))
+        return self.rope(keys, positions)
+
+    def attend(
+        self,
+        latent: Float[Array, "batch seq q_rank"],
+        positions: Int[Array, "batch seq"],
+        window_keys: Float[Array, "batch keys head_dim"],
+        entries: Entries | None,
+        selection: Selection,
+    ) -> Float[Array, "batch seq dim"]:
+        """From latents to the layer's output, a chunk of queries at a time.
+
+        Queries and heads' outputs are many times wider than the model; none of them
+        exists for the whole sequence.
+
+        **Arguments:**
+
+        - `latent`: from `project_latent`.
+        - `positions`, `window_keys`, `entries`, `selection`: as for the function
+            `attend`.
+        """
+
+        def attend_chunk(per_query, keys):
+            latent, positions, selection = per_query
+            queries = self.project_queries(latent, positions)
+            out = attend(queries, positions, keys, self.sinks, entries, selection)
+            return self.project_output(out, positions)
+
+        per_query = (latent, positions, selection)
+        return map_queries(attend_chunk, per_query, window_keys, block=_CHUNK)
+
+    def project_queries(
+        self,
+        latent: Float[Array, "batch seq q_rank"],
+        positions: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """Normalised, rotated queries.
+
+        **Arguments:**
+
+        - `latent`: from `project_latent`.
+        - `positions`: of the tokens.
+        """
+        queries = jnp.einsum("bsr,hcr->bshc", latent, self.query_up)
+        return self.rope(self.head_norm(queries), positions[..., None])
+
+    def project_output(
+        self,
+        out: Float[Array, "batch seq heads head_dim"],
+        positions: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq dim"]:
+        """Rotates back at the queries' positions and mixes the heads, by groups.
+
+        **Arguments:**
+
+        - `out`: what `attend` gave.
+        - `positions`: of the queries.
+        """
+        out = self.rope(out, positions[..., None], inverse=True)
+        groups = self.output_down.weight.shape[0]
+        latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
+        return jnp.einsum("bsgr,dgr->bsd", latent, self.output_up)
+
+
+def _rotary(config: Config, kind: str) -> RotaryEmbedding:
+    if kind == SLIDING:
+        return RotaryEmbedding(config.qk_rope_head_dim, base=config.rope_theta)
+    return RotaryEmbedding(
+        config.qk_rope_head_dim,
+        base=config.compress_rope_theta,
+        yarn=config.rope_scaling,
+    )

@@ -1,0 +1,278 @@
+"""The sizes of a DeepSeek-V4, under Hugging Face's field names.
+
+`Config.flash()` and `Config.pro()` are the released models (paper section 4.2.1),
+`Config.from_hf` reads a `config.json` in the release's form or in the one that
+transformers writes.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dsv4_eqx.hf_config import (
+    CSA,
+    HASH_MOE,
+    HCA,
+    KIND_OF_RATIO,
+    SLIDING,
+    TOPK_MOE,
+    fields_from_hf,
+)
+from dsv4_eqx.primitives.rotary import YarnScaling
+
+_LARGEST_SIZE: Final = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The sizes and schedule of one model; hashable, checked when it is made.
+
+    **Arguments:** as in Hugging Face's `DeepseekV4Config`, and for each layer
+
+    - `layer_types`: `"sliding_attention"`, `"compressed_sparse_attention"` (CSA) or
+      `"heavily_compressed_attention"` (HCA).
+    - `compress_ratios`: tokens in one compressed entry; 0 where the layer only slides.
+    - `mlp_layer_types`: `"hash_moe"` (experts by token id) or `"moe"` (by score).
+
+    `rope_scaling` is the YaRN of the layers that compress.
+
+    **Raises:** ValueError naming the field, its value and what is allowed.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    routed_scaling_factor: float
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    compress_ratios: tuple[int, ...]
+    mlp_layer_types: tuple[str, ...]
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    swiglu_limit: float = 10.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_scaling: YarnScaling | None = None
+    max_position_embeddings: int = 1048576
+    num_nextn_predict_layers: int = 0
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                self._check_int(field.name, value)
+            elif field.type is float:
+                self._check_float(field.name, value)
+            elif field.name in ("layer_types", "compress_ratios", "mlp_layer_types"):
+                object.__setattr__(self, field.name, tuple(value))
+        self._check_sizes()
+        self._check_schedule()
+
+    def _check_int(self, name: str, value: Any) -> None:
+        least = 0 if name in ("num_nextn_predict_layers", "hc_sinkhorn_iters") else 1
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"Config({name}={value!r}): must be an integer.")
+        if not least <= value <= _LARGEST_SIZE:
+            raise ValueError(
+                f"Config({name}={value}): must be in [{least}, {_LARGEST_SIZE}]."
+            )
+
+    def _check_float(self, name: str, value: Any) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"Config({name}={value!r}): must be a finite number, not negative."
+            )
+        object.__setattr__(self, name, float(value))
+
+    def _check_sizes(self) -> None:
+        divides = (
+            ("num_attention_heads", self.num_attention_heads, "o_groups"),
+            ("qk_rope_head_dim", self.qk_rope_head_dim, None),
+        )
+        for name, value, by in divides:
+            divisor = 2 if by is None else getattr(self, by)
+            if value % divisor != 0:
+                raise ValueError(
+                    f"Config({name}={value}): must be a multiple of "
+                    f"{'2' if by is None else f'{by}={divisor}'}."
+                )
+        limits = (
+            ("qk_rope_head_dim", "head_dim"),
+            ("qk_rope_head_dim", "index_head_dim"),
+            ("num_experts_per_tok", "n_routed_experts"),
+        )
+        for small, large in limits:
+            if getattr(self, small) > getattr(self, large):
+                raise ValueError(
+                    f"Config({small}={getattr(self, small)}): must be at most "
+                    f"{large}={getattr(self, large)}."
+                )
+
+    def _check_schedule(self) -> None:
+        for name in ("layer_types", "compress_ratios", "mlp_layer_types"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                raise ValueError(
+                    f"Config: {name} has {len(getattr(self, name))} layers, "
+                    f"num_hidden_layers is {self.num_hidden_layers}."
+                )
+        for layer, (kind, ratio) in enumerate(
+            zip(self.layer_types, self.compress_ratios)
+        ):
+            if kind not in (SLIDING, CSA, HCA):
+                raise ValueError(
+                    f"Config: layer_types[{layer}] is {kind!r}; it must be "
+                    f"{SLIDING!r}, {CSA!r} or {HCA!r}."
+                )
+            if isinstance(ratio, bool) or not isinstance(ratio, int):
+                raise ValueError(f"Config: compress_ratios[{layer}] is {ratio!r}.")
+            if (ratio == 0) != (kind == SLIDING) or not 0 <= ratio <= _LARGEST_SIZE:
+                raise ValueError(
+                    f"Config: compress_ratios[{layer}] is {ratio} and layer_types"
+                    f"[{layer}] is {kind!r}; the ratio must be 0 for {SLIDING!r} and "
+                    "at least 1 for the others."
+                )
+        for layer, kind in enumerate(self.mlp_layer_types):
+            if kind not in (HASH_MOE, TOPK_MOE):
+                raise ValueError(
+                    f"Config: mlp_layer_types[{layer}] is {kind!r}; it must be "
+                    f"{HASH_MOE!r} or {TOPK_MOE!r}."
+                )
+
+    def layer_kind(self, layer: int) -> tuple[str, int, str]:
+        """Attention kind, compress ratio and MLP kind of a layer.
+
+        **Arguments:**
+
+        - `layer`: from 0; after the last layer come the prediction (MTP) blocks, which
+            slide and route by score.
+
+        **Raises:** ValueError if there is no such layer.
+        """
+        blocks = self.num_hidden_layers + self.num_nextn_predict_layers
+        if not 0 <= layer < blocks:
+            raise ValueError(
+                f"Config.layer_kind(layer={layer}): there are layers 0 to {blocks - 1}."
+            )
+        if layer >= self.num_hidden_layers:
+            return SLIDING, 0, TOPK_MOE
+        return (
+            self.layer_types[layer],
+            self.compress_ratios[layer],
+            self.mlp_layer_types[layer],
+        )
+
+    @classmethod
+    def flash(cls) -> "Config":
+        """DeepSeek-V4-Flash: 284 billion parameters, 13 billion active."""
+        return cls(
+            vocab_size=129280,
+            hidden_size=4096,
+            moe_intermediate_size=2048,
+            num_attention_heads=64,
+            q_lora_rank=1024,
+            o_groups=8,
+            n_routed_experts=256,
+            routed_scaling_factor=1.5,
+            index_topk=512,
+            **_released_schedule((0, 0) + (4, 128) * 20 + (4,)),
+        )
+
+    @classmethod
+    def pro(cls) -> "Config":
+        """DeepSeek-V4-Pro: 1.6 trillion parameters, 49 billion active."""
+        return cls(
+            vocab_size=129280,
+            hidden_size=7168,
+            moe_intermediate_size=3072,
+            num_attention_heads=128,
+            q_lora_rank=1536,
+            o_groups=16,
+            n_routed_experts=384,
+            routed_scaling_factor=2.5,
+            index_topk=1024,
+            **_released_schedule((128, 128) + (4, 128) * 29 + (4,)),
+        )
+
+    @classmethod
+    def tiny(cls) -> "Config":
+        """Six layers of every kind over bytes: small enough to run anywhere.
+
+        Heads, groups, experts and vocabulary divide by 8, for meshes of up to 8
+        devices.
+        """
+        return cls(
+            vocab_size=256,
+            hidden_size=64,
+            moe_intermediate_size=48,
+            num_hidden_layers=6,
+            num_attention_heads=16,
+            head_dim=32,
+            qk_rope_head_dim=16,
+            q_lora_rank=40,
+            o_groups=8,
+            o_lora_rank=24,
+            n_routed_experts=16,
+            num_experts_per_tok=3,
+            routed_scaling_factor=1.5,
+            sliding_window=16,
+            layer_types=(SLIDING, HCA, CSA, HCA, CSA, HCA),
+            compress_ratios=(0, 8, 4, 8, 4, 8),
+            mlp_layer_types=(HASH_MOE, HASH_MOE) + (TOPK_MOE,) * 4,
+            index_n_heads=16,
+            index_head_dim=24,
+            index_topk=8,
+            rope_scaling=YarnScaling(16, 256),
+            max_position_embeddings=4096,
+            num_nextn_predict_layers=1,
+        )
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike | Mapping[str, Any]) -> "Config":
+        """Reads a Hugging Face configuration, the release's or transformers' own form.
+
+        **Arguments:**
+
+        - `source`: a `config.json`, a directory that holds one, or its mapping.
+
+        **Raises:** ValueError naming every key that is missing, unknown, or has a
+        value that DeepSeek-V4 does not have; FileNotFoundError without a file.
+        """
+        return cls(**fields_from_hf(source, dataclasses.fields(cls)))
+
+
+def _released_schedule(ratios: tuple[int, ...]) -> dict[str, Any]:
+    """What Flash and Pro share."""
+    layers = len(ratios)
+    return dict(
+        num_hidden_layers=layers,
+        head_dim=512,
+        qk_rope_head_dim=64,
+        o_lora_rank=1024,
+        num_experts_per_tok=6,
+        sliding_window=128,
+        layer_types=tuple(KIND_OF_RATIO[ratio] for ratio in ratios),
+        compress_ratios=ratios,
+        mlp_layer_types=(HASH_MOE,) * 3 + (TOPK_MOE,) * (layers - 3),
+        index_n_heads=64,
+        index_head_dim=128,
+        rope_scaling=YarnScaling(16, 65536),
+        num_nextn_predict_layers=1,
+    )

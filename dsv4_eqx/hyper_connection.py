@@ -1,0 +1,250 @@
+"""Manifold-constrained hyper-connections: a residual path of several streams.
+
+Paper section 2.2. Each sublayer reads one mixture of the streams, and its output is
+written back to all of them while a doubly stochastic matrix mixes the streams among
+themselves. The coefficients depend on the token and are float32, as are their weights.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from dsv4_eqx.config import Config
+from dsv4_eqx.primitives.precision import at_least_float32, wide_einsum
+from dsv4_eqx.primitives.varying import alike
+
+
+class StreamMixing(NamedTuple):
+    """How a sublayer's output goes back to the streams, for each token."""
+
+    post: Float[Array, "*batch streams"]  # weight of the output in each stream
+    combine: Float[Array, "*batch streams streams"]  # from stream (first) to stream
+
+
+class HyperConnection(eqx.Module):
+    r"""Reads a sublayer's input from the streams and writes its output back.
+
+    With $\hat x$ the unweighted RMS norm of all streams together and
+    $(a, b, C) = W \hat x$ scaled and shifted:
+    $u = \sum_j (\sigma(a_j) + \epsilon) X_j$, and
+    $X'_k = 2\sigma(b_k)\, y + \sum_j \mathrm{Sinkhorn}(C)_{jk} X_j$.
+    """
+
+    weight: Float32[Array, "mixes streams dim"]
+    base: Float32[Array, " mixes"]
+    scale: Float32[Array, "3"]
+    eps: float = eqx.field(static=True)
+    norm_eps: float = eqx.field(static=True)
+    sinkhorn_iters: int = eqx.field(static=True)
+
+    def __init__(self, config: Config, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `config`: sizes, `hc_eps` and the number of Sinkhorn iterations.
+        - `key`: randomness of the initial weight.
+        """
+        streams = config.hc_mult
+        mixes = (2 + streams) * streams
+        shape = (mixes, streams, config.hidden_size)
+        self.weight = config.initializer_range * jax.random.normal(key, shape)
+        self.base = jnp.zeros(mixes)
+        self.scale = jnp.ones(3)
+        self.norm_eps = config.rms_norm_eps
+        self.eps = config.hc_eps
+        self.sinkhorn_iters = config.hc_sinkhorn_iters
+
+    @jax.named_scope("HyperConnection.read")
+    def read(
+        self, streams: Float[Array, "*batch streams dim"]
+    ) -> tuple[Float[Array, "*batch dim"], StreamMixing]:
+        """The sublayer's input, and how its output is to be written.
+
+        **Arguments:**
+
+        - `streams`: the residual streams.
+        """
+        _check_streams("HyperConnection", streams, self.weight.shape[1:])
+        num_streams = streams.shape[-2]
+        # Tokens last: the small matrices lie one element a row, all tokens in a vector.
+        mixes = _project(streams, self.weight, self.norm_eps)
+        scale = self.scale.astype(mixes.dtype)
+        base = self.base.astype(mixes.dtype)[:, None]
+        pre, post, combine = jnp.split(mixes, [num_streams, 2 * num_streams])
+        pre_base, post_base, combine_base = jnp.split(
+            base, [num_streams, 2 * num_streams]
+        )
+        pre = jax.nn.sigmoid(pre * scale[0] + pre_base) + self.eps
+        post = 2 * jax.nn.sigmoid(post * scale[1] + post_base)
+        combine = combine * scale[2] + combine_base
+        combine = combine.reshape(num_streams, num_streams, -1)
+        combine = sinkhorn(combine, iterations=self.sinkhorn_iters, eps=self.eps)
+        batch = streams.shape[:-2]
+        mixing = StreamMixing(
+            post=jnp.moveaxis(post, -1, 0).reshape(*batch, num_streams),
+            combine=jnp.moveaxis(combine, -1, 0).reshape(
+                *batch, num_streams, num_streams
+            ),
+        )
+        return _collapse(streams, pre), mixing
+
+    @jax.named_scope("HyperConnection.write")
+    def write(
+        self,
+        streams: Float[Array, "*batch streams dim"],
+        output: Float[Array, "*batch dim"],
+        mixing: StreamMixing,
+    ) -> Float[Array, "*batch streams dim"]:
+        """The streams after the sublayer.
+
+        **Arguments:**
+
+        - `streams`: as given to `read`.
+        - `output`: the sublayer's output.
+        - `mixing`: what `read` returned.
+        """
+        # combine[source, target]: the transpose is another model.
+        mixed = mix(mixing.combine, streams)
+        mixed += mix(mixing.post[..., None, :], output[..., None, :])
+        return mixed.astype(streams.dtype)
+
+
+class HyperHead(eqx.Module):
+    r"""Collapses the streams after the last block.
+
+    $h = \sum_j (\sigma(a_j) + \epsilon) X_j$, like `HyperConnection.read` but without
+    mixing (released model code).
+    """
+
+    weight: Float32[Array, "streams streams dim"]
+    base: Float32[Array, " streams"]
+    scale: Float32[Array, "1"]
+    eps: float = eqx.field(static=True)
+    norm_eps: float = eqx.field(static=True)
+
+    def __init__(self, config: Config, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `config`: sizes and `hc_eps`.
+        - `key`: randomness of the initial weight.
+        """
+        streams = config.hc_mult
+        shape = (streams, streams, config.hidden_size)
+        self.weight = config.initializer_range * jax.random.normal(key, shape)
+        self.base = jnp.zeros(streams)
+        self.scale = jnp.ones(1)
+        self.norm_eps = config.rms_norm_eps
+        self.eps = config.hc_eps
+
+    @jax.named_scope("HyperHead")
+    def __call__(
+        self, streams: Float[Array, "*batch streams dim"]
+    ) -> Float[Array, "*batch dim"]:
+        """**Arguments:**
+
+        - `streams`: the residual streams after the last block.
+        """
+        _check_streams("HyperHead", streams, self.weight.shape[1:])
+        mixes = _project(streams, self.weight, self.norm_eps)
+        scale, base = self.scale.astype(mixes.dtype), self.base.astype(mixes.dtype)
+        return _collapse(
+            streams, jax.nn.sigmoid(mixes * scale + base[:, None]) + self.eps
+        )
+
+
+def sinkhorn(
+    logits: Float[Array, "rows columns *batch"], *, iterations: int, eps: float
+) -> Float[Array, "rows columns *batch"]:
+    """Nearly doubly stochastic matrices: columns sum to 1, rows approach it.
+
+    Softmax over the columns' index, then columns and rows are divided by their sums in
+    turn, ending with the columns (paper section 2.2, released kernel).
+
+    **Arguments:**
+
+    - `logits`: matrices in the two leading dimensions.
+    - `iterations`: how often the columns are divided by their sums.
+    - `eps`: added to the softmax and to every sum.
+    """
+    matrix = jax.nn.softmax(logits, axis=1) + eps
+    if iterations == 0:
+        return matrix
+
+    def iteration(matrix, _):
+        matrix = matrix / (jnp.sum(matrix, axis=1, keepdims=True) + eps)
+        matrix = matrix / (jnp.sum(matrix, axis=0, keepdims=True) + eps)
+        return matrix, None
+
+    matrix = matrix / (jnp.sum(matrix, axis=0, keepdims=True) + eps)
+    matrix, _ = lax.scan(iteration, matrix, length=iterations - 1)
+    return matrix
+
+
+def _project(
+    streams: Float[Array, "*batch streams dim"],
+    weight: Float[Array, "mixes streams dim"],
+    norm_eps: float,
+) -> Float[Array, "mixes tokens"]:
+    """The product with the normalised streams, without ever writing those down."""
+    num_streams, dim = streams.shape[-2:]
+    flat = at_least_float32(streams).reshape(-1, num_streams * dim)
+    weight = weight.reshape(-1, num_streams * dim).astype(flat.dtype)
+    mean_square = jnp.mean(jnp.square(flat), axis=-1)
+    return wide_einsum("mi,ti->mt", weight, flat) * lax.rsqrt(mean_square + norm_eps)
+
+
+def _collapse(
+    streams: Float[Array, "*batch streams dim"], pre: Float[Array, "streams tokens"]
+) -> Float[Array, "*batch dim"]:
+    weights = jnp.moveaxis(pre, -1, 0).reshape(*streams.shape[:-1], 1)
+    return mix(weights, streams)[..., 0, :].astype(streams.dtype)
+
+
+def mix(
+    weights: Float[Array, "*batch sources targets"],
+    streams: Float[Array, "*batch sources dim"],
+) -> Float[Array, "*batch targets dim"]:
+    r"""$Y_k = \sum_j w_{jk} X_j$ for each token, at least float32.
+
+    **Arguments:**
+
+    - `weights`: from each source to each target.
+    - `streams`: the sources.
+    """
+    return _mix(*alike(weights, streams))
+
+
+# XLA on CPU is slow to reduce a dimension in the middle and slower to differentiate it:
+# sums of slices here, and one product for the weights' gradient.
+@jax.custom_vjp
+def _mix(weights, streams):
+    wide = at_least_float32(streams)
+    terms = [
+        weights[..., j, :, None] * wide[..., j, None, :] for j in range(wide.shape[-2])
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def _mix_forward(weights, streams):
+    return _mix(weights, streams), (weights, streams)
+
+
+def _mix_backward(residuals, cotangent):
+    weights, streams = residuals
+    d_weights = wide_einsum("...jd,...kd->...jk", at_least_float32(streams), cotangent)
+    d_streams = _mix(jnp.swapaxes(weights, -1, -2), cotangent)
+    return d_weights, d_streams.astype(streams.dtype)
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _check_streams(name: str, streams: Array, expected: tuple[int, ...]) -> None:
+    if streams.shape[-2:] != expected:
+        raise ValueError(
+            f"{name} was called with streams of shape {streams.shape}: the last two "
+            f"dimensions must be (streams, dim) = {expected}."
+        )

@@ -1,0 +1,138 @@
+"""The stack of layers, compiled once for each kind rather than once for each layer.
+
+A schedule is a few layers of its own, then a unit that repeats, then perhaps a rest.
+The unit's layers are stacked and scanned, so that compile time does not grow with
+depth. Flash: three layers, then (heavily compressed, compressed sparse) twenty times.
+"""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dsv4_eqx.block import Block
+from dsv4_eqx.config import Config
+
+
+class Layers(eqx.Module):
+    """All layers: `first`, then `repeated` as often as it is stacked, then `last`.
+
+    Each block in `repeated` has a leading dimension for the repetitions.
+    """
+
+    first: tuple[Block, ...]
+    repeated: tuple[Block, ...]
+    last: tuple[Block, ...]
+
+    def __init__(
+        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+    ):
+        """**Arguments:**
+
+        - `config`: sizes and schedule.
+        - `key`: randomness of the initial weights.
+        - `dtype`: dtype of the weights, but for those that stay float32.
+        """
+        num_layers = config.num_hidden_layers
+        keys = jax.random.split(key, num_layers)
+        kinds = [config.layer_kind(layer) for layer in range(num_layers)]
+        start, period, repeats = repeating_unit(kinds)
+        end = start + period * repeats
+
+        def block(layer: int) -> Block:
+            return Block(config, layer, key=keys[layer], dtype=dtype)
+
+        def stacked(layer: int) -> Block:
+            make = eqx.filter_vmap(
+                lambda key: Block(config, layer, key=key, dtype=dtype)
+            )
+            return make(keys[layer:end:period])
+
+        self.first = tuple(block(layer) for layer in range(start))
+        self.repeated = tuple(stacked(start + i) for i in range(period))
+        self.last = tuple(block(layer) for layer in range(end, num_layers))
+
+    def __call__(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "batch seq streams dim"]:
+        """**Arguments:**
+
+        - `streams`: the residual streams.
+        - `token_ids`: the tokens; hash routing reads them.
+        - `positions`: 0, 1, 2, ... in each row.
+        - `remat`: keep only each layer's input for the backward pass.
+        """
+
+        def run(block: Block, streams: Array) -> Array:
+            return block(streams, token_ids, positions)
+
+        run = eqx.filter_checkpoint(run) if remat else run
+
+        def run_unit(streams: Array, unit: tuple[Block, ...]) -> tuple[Array, None]:
+            for block in unit:
+                streams = run(block, streams)
+            return streams, None
+
+        for block in self.first:
+            streams = run(block, streams)
+        if self.repeated:
+            streams, _ = lax.scan(run_unit, streams, self.repeated)
+        for block in self.last:
+            streams = run(block, streams)
+        return streams
+
+    def __len__(self) -> int:
+        return len(self.first) + self.num_repeats * len(self.repeated) + len(self.last)
+
+    @property
+    def num_repeats(self) -> int:
+        """How often the unit repeats."""
+        if not self.repeated:
+            return 0
+        return self.repeated[0].attention_norm.weight.shape[0]
+
+    def __getitem__(self, layer: int) -> Block:
+        """One layer's block, unstacked."""
+        if not 0 <= layer < len(self):
+            raise IndexError(f"layer {layer} of {len(self)}")
+        inner = layer - len(self.first)
+        if inner < 0:
+            return self.first[layer]
+        repeat, position = divmod(inner, max(len(self.repeated), 1))
+        if repeat < self.num_repeats:
+            return jax.tree.map(lambda x: x[repeat], self.repeated[position])
+        return self.last[inner - self.num_repeats * len(self.repeated)]
+
+
+def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:
+    """Start, period and count of the repetition that leaves least to compile.
+
+    **Arguments:**
+
+    - `kinds`: what must be equal for two layers to share their program.
+
+    **Returns:** `(0, 0, 0)`-like with `start = len(kinds)` where nothing repeats.
+    """
+    num_layers = len(kinds)
+    best = (num_layers, num_layers, 0, 0)  # blocks to compile, start, period, repeats
+    for start in range(num_layers):
+        for period in range(1, (num_layers - start) // 2 + 1):
+            repeats = 1
+            while (
+                kinds[start : start + period]
+                == (kinds[start + repeats * period : start + (repeats + 1) * period])
+            ):
+                repeats += 1
+            blocks = num_layers - period * (repeats - 1)
+            if repeats > 1:
+                best = min(best, (blocks, start, period, repeats))
+    return best[1:]

@@ -1,0 +1,255 @@
+"""DeepSeek-V4: embedding, layers, the head, and the multi-token-prediction block.
+
+Paper section 2 and the released code. The streams start as copies of the embedding; a
+hyper-head collapses them before the last norm; logits are float32.
+"""
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dsv4_eqx.block import Block
+from dsv4_eqx.config import Config
+from dsv4_eqx.hyper_connection import HyperHead
+from dsv4_eqx.layers import Layers
+from dsv4_eqx.primitives.norm import RMSNorm
+from dsv4_eqx.primitives.precision import at_least_float32
+
+TokenIds = Int[Array | np.ndarray, "batch seq"]
+
+
+class MTP(eqx.Module):
+    r"""Multi-token prediction: one more block that looks one token further ahead.
+
+    From the streams at position $i$ and the embedding of token $i+1$ it predicts token
+    $i+2$: $X' = \mathrm{Block}(W_e\,\mathrm{norm}(e_{i+1}) + W_h\,\mathrm{norm}(X_i))$,
+    stream by stream. Embedding and unembedding are the main model's.
+    """
+
+    embedding_norm: RMSNorm
+    embedding_in: Float[Array, "dim dim"]
+    streams_norm: RMSNorm
+    streams_in: Float[Array, "dim dim"]
+    block: Block
+    head: HyperHead
+    norm: RMSNorm
+
+    def __init__(
+        self,
+        config: Config,
+        layer: int,
+        *,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        """**Arguments:**
+
+        - `config`: the sizes.
+        - `layer`: the block's number, counted on from the main layers.
+        - `key`: randomness of the initial weights.
+        - `dtype`: dtype of the weights, but for those that stay float32.
+        """
+        keys = jax.random.split(key, 4)
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        std = config.initializer_range
+        self.embedding_norm = RMSNorm(dim, eps=eps)
+        self.embedding_in = std * jax.random.normal(keys[0], (dim, dim), dtype)
+        self.streams_norm = RMSNorm(dim, eps=eps)
+        self.streams_in = std * jax.random.normal(keys[1], (dim, dim), dtype)
+        self.block = Block(config, layer, key=keys[2], dtype=dtype)
+        self.head = HyperHead(config, key=keys[3])
+        self.norm = RMSNorm(dim, eps=eps)
+
+    @jax.named_scope("MTP")
+    def __call__(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        embedded: Float[Array, "batch seq dim"],
+        token_ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq dim"]:
+        """What the unembedding turns into logits of the token after next.
+
+        **Arguments:**
+
+        - `streams`: of the main model after its last layer.
+        - `embedded`: embedding of the token after each position.
+        - `token_ids`: those tokens.
+        - `positions`: of the streams.
+        """
+        embedded = jnp.einsum(
+            "bsd,ed->bse", self.embedding_norm(embedded), self.embedding_in
+        )
+        streams = jnp.einsum(
+            "bsnd,ed->bsne", self.streams_norm(streams), self.streams_in
+        )
+        streams = self.block(embedded[:, :, None] + streams, token_ids, positions)
+        return self.norm(self.head(streams))
+
+
+class DeepSeekV4(eqx.Module):
+    """The whole model: tokens in, float32 logits out."""
+
+    embedding: Float[Array, "vocab dim"]
+    layers: Layers
+    head: HyperHead
+    norm: RMSNorm
+    unembedding: Float[Array, "vocab dim"]
+    mtp: tuple[MTP, ...]
+
+    def __init__(
+        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+    ):
+        """**Arguments:**
+
+        - `config`: sizes and schedule.
+        - `key`: randomness of the initial weights, normal with deviation
+            `config.initializer_range`; norms and mixing scales are 1, biases and sinks
+            0.
+        - `dtype`: dtype of the weights, but for those that stay float32.
+        """
+        keys = jax.random.split(key, 4 + config.num_nextn_predict_layers)
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.initializer_range
+        self.embedding = std * jax.random.normal(keys[0], shape, dtype)
+        self.layers = Layers(config, key=keys[1], dtype=dtype)
+        self.head = HyperHead(config, key=keys[2])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.unembedding = std * jax.random.normal(keys[3], shape, dtype)
+        self.mtp = tuple(
+            MTP(config, config.num_hidden_layers + i, key=key, dtype=dtype)
+            for i, key in enumerate(keys[4:])
+        )
+
+    def __call__(
+        self, tokens: TokenIds, *, remat: bool = False
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of the next token at every position, float32.
+
+        **Arguments:**
+
+        - `tokens`: token ids, each in `[0, vocab)`.
+        - `remat`: keep only each layer's input for the backward pass.
+
+        **Raises:** ValueError if the tokens are not integers of two dimensions, are
+        empty, or one is outside the vocabulary; the last is not checked under `jit`.
+        """
+        return self.unembed(self.hidden(tokens, remat=remat))
+
+    def hidden(
+        self, tokens: TokenIds, *, remat: bool = False
+    ) -> Float[Array, "batch seq dim"]:
+        """What the unembedding turns into logits.
+
+        **Arguments:** as for calling.
+        """
+        return self.norm(self.head(self.streams(tokens, remat=remat)))
+
+    def streams(
+        self, tokens: TokenIds, *, remat: bool = False
+    ) -> Float[Array, "batch seq streams dim"]:
+        """The residual streams after the last layer.
+
+        **Arguments:** as for calling.
+        """
+        token_ids = self._checked(tokens)
+        embedded = self.embedding[token_ids]
+        num_streams = self.head.base.shape[0]
+        streams = jnp.repeat(embedded[:, :, None], num_streams, axis=2)
+        return self.layers(streams, token_ids, _positions(token_ids), remat=remat)
+
+    @jax.named_scope("unembed")
+    def unembed(
+        self, hidden: Float[Array, "*batch dim"]
+    ) -> Float[Array, "*batch vocab"]:
+        """Logits, at least float32.
+
+        **Arguments:**
+
+        - `hidden`: from `hidden`.
+        """
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.unembedding,
+            preferred_element_type=at_least_float32(hidden).dtype,
+        )
+
+    def multi_token_logits(
+        self, tokens: TokenIds, *, remat: bool = False
+    ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
+        """Logits of the next token, and of the one after it.
+
+        The second has one position less: it needs the next token itself.
+
+        **Arguments:** as for calling; at least two tokens.
+
+        **Raises:** ValueError if the model has no prediction block or there is a single
+        token, and as for calling.
+        """
+        if len(self.mtp) != 1:
+            raise ValueError(
+                f"multi_token_logits: the model has {len(self.mtp)} prediction blocks "
+                "(num_nextn_predict_layers); it needs one."
+            )
+        token_ids = self._checked(tokens)
+        if token_ids.shape[1] < 2:
+            raise ValueError("multi_token_logits: give at least two tokens a row.")
+        streams = self.streams(token_ids, remat=remat)
+        following = token_ids[:, 1:]
+        ahead = self.mtp[0](
+            streams[:, :-1], self.embedding[following], following, _positions(following)
+        )
+        return self.unembed(self.norm(self.head(streams))), self.unembed(ahead)
+
+    def num_params(self) -> int:
+        """Parameters of the main model: without prediction blocks and hash tables."""
+        main = (self.embedding, self.layers, self.head, self.norm, self.unembedding)
+        return count_params(main)
+
+    def _checked(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
+        return check_token_ids(tokens, self.embedding.shape[0])
+
+
+def count_params(tree: object) -> int:
+    """Elements of all floating-point arrays in `tree`, abstract ones too."""
+    leaves = (x for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+    return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def check_token_ids(tokens: TokenIds, vocab: int) -> Int[Array, "batch seq"]:
+    """`tokens` as an int32 array, checked as far as they are known.
+
+    **Arguments:**
+
+    - `tokens`: token ids.
+    - `vocab`: how many there are.
+
+    **Raises:** ValueError if the tokens are not integers of two dimensions, are empty,
+    or, unless traced, one of them is outside `[0, vocab)`.
+    """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"token ids must be integers, not {tokens.dtype}.")
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(
+            f"token ids must have the shape (batch, seq), neither empty, not "
+            f"{tokens.shape}."
+        )
+    if not isinstance(tokens, jax.core.Tracer):
+        known = np.asarray(tokens)
+        outside = (known < 0) | (known >= vocab)
+        if outside.any():
+            place = [int(i) for i in np.argwhere(outside)[0]]
+            raise ValueError(
+                f"token id {known[tuple(place)]} at {place} is outside [0, {vocab})."
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    batch, seq = token_ids.shape
+    return jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))

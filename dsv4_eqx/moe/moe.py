@@ -1,0 +1,58 @@
+"""The mixture of experts: route, run the chosen experts, add the shared one."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dsv4_eqx.config import Config
+from dsv4_eqx.hf_config import HASH_MOE
+from dsv4_eqx.moe.experts import Experts, SharedExpert
+from dsv4_eqx.moe.router import HashRouter, TopKRouter
+
+
+class MoE(eqx.Module):
+    r"""$y = \sum_i w_i E_i(x) + E_{\mathrm{shared}}(x)$, added up in float32.
+
+    Paper section 2.1.
+    """
+
+    router: TopKRouter | HashRouter
+    experts: Experts
+    shared: SharedExpert
+
+    def __init__(
+        self,
+        config: Config,
+        kind: str,
+        *,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        """**Arguments:**
+
+        - `config`: the sizes.
+        - `kind`: `"hash_moe"` or `"moe"`, as in `config.mlp_layer_types`.
+        - `key`: randomness of the initial weights.
+        - `dtype`: dtype of the weights.
+        """
+        router_key, experts_key, shared_key = jax.random.split(key, 3)
+        router = HashRouter if kind == HASH_MOE else TopKRouter
+        self.router = router(config, key=router_key, dtype=dtype)
+        self.experts = Experts(config, key=experts_key, dtype=dtype)
+        self.shared = SharedExpert(config, key=shared_key, dtype=dtype)
+
+    @jax.named_scope("MoE")
+    def __call__(
+        self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
+    ) -> Float[Array, "batch seq dim"]:
+        """**Arguments:**
+
+        - `x`: normalised activations.
+        - `token_ids`: the tokens they belong to; hash routing reads them.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        routing = self.router(rows, token_ids.reshape(-1))
+        routed = self.experts(rows, routing.experts, routing.weights)
+        return (routed + self.shared(rows)).astype(x.dtype).reshape(x.shape)

@@ -1,0 +1,153 @@
+"""Which experts a token goes to, and with what weight.
+
+Paper section 2.1. Scores are the square root of softplus, in float32. Most layers take
+the highest scores plus a balancing bias; the first ones look the experts up by the
+token's id, and the scores only weigh them.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
+
+from dsv4_eqx.config import Config
+from dsv4_eqx.primitives.precision import wide_einsum
+
+
+class Routing(NamedTuple):
+    """The experts of each token and their weights."""
+
+    experts: Int[Array, "tokens slots"]
+    weights: Float[Array, "tokens slots"]
+
+
+class TopKRouter(eqx.Module):
+    r"""Takes the experts with the highest $\sqrt{\mathrm{softplus}(W x)} + b$.
+
+    The bias only selects; the weights are the scores, normalised over the chosen
+    experts and multiplied by the routed scaling factor. Equal scores: the lower index.
+    """
+
+    weight: Float[Array, "routes dim"]
+    bias: Float32[Array, " routes"]
+    num_slots: int = eqx.field(static=True)
+    scaling_factor: float = eqx.field(static=True)
+
+    def __init__(
+        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+    ):
+        """**Arguments:**
+
+        - `config`: sizes and `routed_scaling_factor`.
+        - `key`: randomness of the initial weight.
+        - `dtype`: dtype of the weight; the bias is float32.
+        """
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = config.initializer_range * jax.random.normal(key, shape, dtype)
+        self.bias = jnp.zeros(config.n_routed_experts)
+        self.num_slots = config.num_experts_per_tok
+        self.scaling_factor = config.routed_scaling_factor
+
+    @jax.named_scope("TopKRouter")
+    def __call__(
+        self, x: Float[Array, "tokens dim"], token_ids: Int[Array, " tokens"]
+    ) -> Routing:
+        """**Arguments:**
+
+        - `x`: the tokens' activations.
+        - `token_ids`: not used here; the other router needs them.
+        """
+        logits = _logits(x, self.weight)
+        scores = jnp.sqrt(jax.nn.softplus(lax.stop_gradient(logits)))
+        _, experts = lax.top_k(scores + self.bias.astype(scores.dtype), self.num_slots)
+        return _weigh(logits, experts, self.scaling_factor)
+
+
+class HashRouter(eqx.Module):
+    """Looks the experts up by token id; the learned scores give their weights.
+
+    The table is data: it is not trained. A row may name an expert more than once.
+    """
+
+    weight: Float[Array, "routes dim"]
+    table: Int32[Array, "hashed_vocab slots"]
+    scaling_factor: float = eqx.field(static=True)
+
+    def __init__(
+        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+    ):
+        """**Arguments:**
+
+        - `config`: sizes and `routed_scaling_factor`.
+        - `key`: randomness of the initial weight and of the table, which spreads
+            the token ids evenly over the experts, each row without repetition. The
+            release's own hash is not published; its table comes with the checkpoint.
+        - `dtype`: dtype of the weight.
+        """
+        weight_key, table_key = jax.random.split(key)
+        shape = (config.n_routed_experts, config.hidden_size)
+        self.weight = config.initializer_range * jax.random.normal(
+            weight_key, shape, dtype
+        )
+        self.table = _spread_table(
+            config.vocab_size,
+            config.num_experts_per_tok,
+            config.n_routed_experts,
+            table_key,
+        )
+        self.scaling_factor = config.routed_scaling_factor
+
+    @jax.named_scope("HashRouter")
+    def __call__(
+        self, x: Float[Array, "tokens dim"], token_ids: Int[Array, " tokens"]
+    ) -> Routing:
+        """**Arguments:**
+
+        - `x`: the tokens' activations.
+        - `token_ids`: the tokens, each in `[0, vocab)`.
+        """
+        return _weigh(
+            _logits(x, self.weight), self.table[token_ids], self.scaling_factor
+        )
+
+
+def _spread_table(
+    vocab: int, slots: int, experts: int, key: PRNGKeyArray
+) -> Int32[Array, "vocab slots"]:
+    """Distinct experts in a row; each expert in equally many rows, to within one."""
+    order_key, rows_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, experts).astype(jnp.int32)
+    first = jax.random.permutation(rows_key, vocab).astype(jnp.int32) * slots
+    return order[(first[:, None] + jnp.arange(slots, dtype=jnp.int32)) % experts]
+
+
+def _logits(
+    x: Float[Array, "tokens dim"], weight: Float[Array, "routes dim"]
+) -> Float[Array, "tokens experts"]:
+    return wide_einsum("td,ed->te", x, weight)
+
+
+def _weigh(
+    logits: Float[Array, "tokens routes"],
+    experts: Int[Array, "tokens slots"],
+    scaling_factor: float,
+) -> Routing:
+    """The chosen experts' scores over their sum, times the scaling factor.
+
+    As a softmax over log scores, so that neither the quotient nor its gradient is 0/0
+    where all scores underflow.
+    """
+    chosen = jnp.take_along_axis(logits, experts, axis=-1)
+    weights = jax.nn.softmax(_log_score(chosen), axis=-1)
+    return Routing(experts, weights * scaling_factor)
+
+
+def _log_score(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""$\log \sqrt{\log(1 + e^x)}$, which is $x / 2$ far below zero."""
+    low = x < -20
+    moderate = jnp.log(jax.nn.softplus(jnp.where(low, 0, x)))
+    return jnp.where(low, x, moderate) / 2

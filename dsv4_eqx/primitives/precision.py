@@ -1,0 +1,30 @@
+"""The floor under every float32 island.
+
+Parameters and activations have the dtype that the user chose; norm statistics, the
+router, the hyper-connections, the compressor's pooling, softmax and logits are at
+least float32 whatever that is. float64 stays float64, so that finite differences can
+check the whole model.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in float32, or in its own dtype where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def wide_einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` that accumulates and returns at least float32.
+
+    bfloat16 operands need no cast first: their products are exact in float32.
+    """
+    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+    return jnp.einsum(
+        equation,
+        *operands,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )

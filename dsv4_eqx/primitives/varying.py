@@ -1,0 +1,22 @@
+"""Values inside `shard_map`, which vary over some mesh axes and are equal over others.
+
+JAX reconciles the operands of its own operations. A custom derivative rule and the
+carry of a loop have to do it themselves; outside `shard_map` this does nothing.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each varying over every mesh axis that any of them varies over."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = functools.reduce(frozenset.union, axes)
+    return tuple(_varying(x, union - own) for x, own in zip(arrays, axes))
+
+
+def _varying(x: Array, missing: frozenset[str]) -> Array:
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

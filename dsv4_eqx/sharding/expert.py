@@ -1,0 +1,111 @@
+"""Expert parallelism: experts stay, tokens travel to them and back.
+
+Each device sorts its tokens' slots by expert and sends them in rounds of bounded size;
+rounds go on until the fullest pair of devices is done, so that no token is dropped
+whatever the routing, and a balanced one needs a single round.
+"""
+
+import math
+from typing import Final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv4_eqx.moe.experts import Experts
+from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.varying import alike
+
+# Room in a round for each pair of devices, relative to perfectly balanced routing.
+_SLACK: Final = 1.5
+
+
+class ExpertParallel(eqx.Module):
+    """Experts split over a mesh axis, called like `Experts` itself.
+
+    Each device of the axis calls it with its own tokens.
+    """
+
+    experts: Experts
+    axis: str = eqx.field(static=True)
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens dim"],
+        chosen: Int[Array, "tokens slots"],
+        weights: Float[Array, "tokens slots"],
+    ) -> Float[Array, "tokens dim"]:
+        """**Arguments:** as for `Experts`, with `chosen` among all devices' experts.
+
+        **Returns:** the weighted sum, at least float32.
+        """
+        num_tokens, slots = chosen.shape
+        own = self.experts.gate_up.shape[0]
+        devices = lax.axis_size(self.axis)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        counts = jnp.bincount(chosen.reshape(-1), length=devices * own)
+        counts = counts.astype(jnp.int32).reshape(devices, own)
+        everyones = lax.all_gather(counts, self.axis)
+        incoming = everyones[:, lax.axis_index(self.axis)]
+        room = math.ceil(_SLACK * order.size / devices)
+        sorted_weights = weights.reshape(-1)[order]
+
+        @jax.checkpoint
+        def exchange(number: Array) -> Array:
+            index = _outgoing(counts, number, room)
+            slot = order.at[index].get(mode="fill", fill_value=0)
+            weight = sorted_weights.at[index].get(mode="fill", fill_value=0)
+            rows, weight = (
+                lax.all_to_all(values, self.axis, 0, 0, tiled=True)
+                for values in (x[slot // slots], weight)
+            )
+            expert = _experts_of(incoming, number, room)
+            out = self.experts(rows, expert[:, None], weight[:, None])
+            return lax.all_to_all(out.astype(x.dtype), self.axis, 0, 0, tiled=True)
+
+        def run_round(out: Array, number: Array) -> tuple[Array, None]:
+            def run(out: Array) -> Array:
+                index = _outgoing(counts, number, room)
+                return out.at[index].add(exchange(number), mode="drop")
+
+            return lax.cond(number < num_rounds, run, lambda out: out, out), None
+
+        num_rounds = _rounds_needed(everyones, room)
+        most = -(-order.size // room)
+        out = jnp.zeros_like(x, shape=(order.size, x.shape[1]))
+        out, *_ = alike(out, sorted_weights, self.experts.down)
+        out, _ = lax.scan(run_round, out, jnp.arange(most))
+        out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
+        return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])
+
+
+def _rounds_needed(
+    everyones: Int[Array, "from to experts"], room: int
+) -> Int[Array, ""]:
+    """Rounds until the fullest pair of devices is done, the same on every device."""
+    needed = -(-jnp.max(jnp.sum(everyones, axis=2)) // room)
+    axes = jax.typeof(needed).manual_axis_type.varying
+    return lax.pmax(needed, tuple(sorted(axes)))
+
+
+def _outgoing(
+    counts: Int[Array, "devices experts"], number: Array, room: int
+) -> Int[Array, " rows"]:
+    """Places in the sorted slots that a round sends; past the end where it has room."""
+    totals = jnp.sum(counts, axis=1)
+    first = jnp.cumsum(totals) - totals
+    place = number * room + jnp.arange(room, dtype=counts.dtype)
+    index = first[:, None] + place
+    return jnp.where(place < totals[:, None], index, jnp.sum(totals)).reshape(-1)
+
+
+def _experts_of(
+    counts: Int[Array, "devices experts"], number: Array, room: int
+) -> Int[Array, " rows"]:
+    """This device's expert of each row that a round brings; past the last for none."""
+    place = number * room + jnp.arange(room, dtype=counts.dtype)
+    ends = jnp.cumsum(counts, axis=1)
+    find = jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right"))
+    return find(ends).reshape(-1).astype(counts.dtype)

@@ -1,0 +1,165 @@
+"""From shape annotations to shardings.
+
+`weight: Float[Array, "groups out_per_group in_per_group"]` names the weight's
+dimensions. A table of rules gives some of those names a mesh axis; that is all there is
+to say about how a module is sharded.
+"""
+
+import collections
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import dsv4_eqx
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Whole heads, groups, hidden channels and vocabulary rows go to the devices of
+# `tensor`; whole experts to those of `expert`. Everything else is on every device.
+DEFAULT_RULES: Final[Rules] = types.MappingProxyType(
+    {
+        "heads": "tensor",
+        "groups": "tensor",
+        "expert_hidden": "tensor",
+        "shared_hidden": "tensor",
+        "vocab": "tensor",
+        "experts": "expert",
+    }
+)
+
+
+def partition_specs(
+    module: Any, rules: Rules = DEFAULT_RULES, *, mesh: Mesh | None = None
+) -> Any:
+    """The PartitionSpec of every array in a module, read off the fields' annotations.
+
+    Leading dimensions that an annotation does not name, as of stacked layers, are not
+    split. Abstract modules (`jax.ShapeDtypeStruct` leaves) work like real ones.
+
+    **Arguments:**
+
+    - `module`: any Equinox module; containers of modules too.
+    - `rules`: mesh axis, or axes, of dimension names. Names without a rule, or with
+        None, are not split. Your own modules may use your own names here.
+    - `mesh`: if given, the axes must exist and divide the dimensions, and those of
+        size 1 are left out: inside `shard_map`, nothing varies over them.
+
+    **Returns:** the module's tree with a PartitionSpec in place of each array.
+
+    **Raises:** ValueError naming leaf, dimension, axis and sizes where an annotation is
+    missing or uses a name that neither the glossary nor the rules know, an axis is used
+    twice in one leaf, or an axis is missing from the mesh or does not divide.
+    """
+    leaves = annotated_leaves(module)
+    specs = [_leaf_spec(leaf, rules) for leaf in leaves]
+    if mesh is not None:
+        for leaf, spec in zip(leaves, specs):
+            _check_divides(leaf, spec, mesh)
+        specs = [_without_unit_axes(spec, mesh) for spec in specs]
+    return jax.tree.unflatten(jax.tree.structure(module), specs)
+
+
+class AnnotatedLeaf(typing.NamedTuple):
+    """An array of a module and what its field's annotation says."""
+
+    name: str  # path in the module
+    array: Any
+    dims: tuple[str, ...] | None  # as annotated, without leading stacked dimensions
+
+
+def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
+    """Every array of a module, in the order of `jax.tree.leaves`.
+
+    **Arguments:**
+
+    - `module`: any Equinox module; containers of modules too.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+    return [
+        AnnotatedLeaf(jax.tree_util.keystr(path), leaf, _dims(module, path))
+        for path, leaf in leaves
+    ]
+
+
+def _dims(module: Any, path: tuple[Any, ...]) -> tuple[str, ...] | None:
+    """The annotation of the last module field on the way to a leaf."""
+    node, annotation = module, None
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            fields = {f.name: f.type for f in dataclasses.fields(node)}
+            annotation = fields.get(key.name)
+            node = getattr(node, key.name)
+        else:
+            node = node[getattr(key, "idx", getattr(key, "key", None))]
+    options = typing.get_args(annotation) or (annotation,)
+    named = [getattr(option, "dim_str", None) for option in options]
+    return next((tuple(dims.split()) for dims in named if dims is not None), None)
+
+
+def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
+    if leaf.dims is None:
+        raise ValueError(
+            f"partition_specs: {leaf.name} has no shape annotation; annotate the field "
+            'like `weight: Float[Array, "groups out_per_group in_per_group"]`.'
+        )
+    unnamed = leaf.array.ndim - len(leaf.dims)
+    if unnamed < 0:
+        raise ValueError(
+            f"partition_specs: {leaf.name} has the shape {leaf.array.shape}, fewer "
+            f"dimensions than its annotation {' '.join(leaf.dims)!r}."
+        )
+    for name in leaf.dims:
+        if name not in rules and name not in dsv4_eqx.DIMENSIONS and not name.isdigit():
+            raise ValueError(
+                f"partition_specs: {leaf.name} has the dimension {name!r}, which is "
+                "neither in dsv4_eqx.DIMENSIONS nor in the rules; add it to the rules."
+            )
+    axes = [rules.get(name) for name in leaf.dims]
+    used = collections.Counter(axis for entry in axes for axis in _as_tuple(entry))
+    twice = [axis for axis, count in used.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"partition_specs: {leaf.name} with the dimensions {leaf.dims} would be "
+            f"split twice over the mesh axis {twice[0]!r}."
+        )
+    return P(*([None] * unnamed + axes))
+
+
+def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh) -> None:
+    name, shape = leaf.name, leaf.array.shape
+    stacked = len(shape) - len(leaf.dims or ())
+    for dim, entry in enumerate(spec):
+        for axis in _as_tuple(entry):
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"partition_specs: {name} is split over {axis!r}, the mesh has "
+                    f"only {tuple(mesh.shape)}."
+                )
+        parts = math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
+        if shape[dim] % parts != 0:
+            raise ValueError(
+                f"partition_specs: {name} has the shape {shape}; the mesh axis "
+                f"{entry!r} of size {parts} does not divide its dimension "
+                f"{(leaf.dims or ())[dim - stacked]!r} of size {shape[dim]}."
+            )
+
+
+def _without_unit_axes(spec: P, mesh: Mesh) -> P:
+    def split(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        axes = tuple(axis for axis in _as_tuple(entry) if mesh.shape[axis] > 1)
+        return axes if len(axes) > 1 else axes[0] if axes else None
+
+    return P(*(split(entry) for entry in spec))
+
+
+def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else entry

@@ -1,0 +1,79 @@
+"""Tensor parallelism: each device holds some heads, groups, hidden channels and tokens.
+
+A part whose inner dimension is split gives a partial sum on each device; adding them up
+is all there is to do. The vocabulary is split too: embeddings are looked up where they
+are, and the loss never gathers the logits.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+class SummedOver(eqx.Module):
+    """A module whose output is a partial sum on each device of a mesh axis."""
+
+    module: Any
+    axis: str = eqx.field(static=True)
+
+    def __call__(self, *args: Any) -> Array:
+        """The module's output, added up over the axis.
+
+        **Arguments:**
+
+        - `args`: the module's own, equal on all devices of the axis.
+        """
+        return lax.psum(self.module(*args), self.axis)
+
+
+def embed_split_vocab(
+    embedding: Float[Array, "local_vocab dim"],
+    token_ids: Int[Array, "*batch"],
+    axis: str | None,
+) -> Float[Array, "*batch dim"]:
+    """Embeddings of tokens whose rows lie on any device of the axis.
+
+    **Arguments:**
+
+    - `embedding`: this device's rows.
+    - `token_ids`: equal on all devices of the axis.
+    - `axis`: the mesh axis that splits the vocabulary, if one does.
+    """
+    if axis is None:
+        return embedding[token_ids]
+    rows = embedding.shape[0]
+    local = token_ids - lax.axis_index(axis) * rows
+    is_here = (local >= 0) & (local < rows)
+    found = embedding[jnp.where(is_here, local, 0)]
+    return lax.psum(jnp.where(is_here[..., None], found, 0), axis)
+
+
+def cross_entropy_split_vocab(
+    logits: Float[Array, "*batch local_vocab"],
+    targets: Int[Array, "*batch"],
+    axis: str | None,
+) -> Float[Array, "*batch"]:
+    """Cross-entropy in nats of each target, from logits that stay where they are.
+
+    **Arguments:**
+
+    - `logits`: this device's part of the vocabulary.
+    - `targets`: equal on all devices of the axis.
+    - `axis`: the mesh axis that splits the vocabulary, if one does.
+    """
+    if axis is None:
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+    columns = logits.shape[-1]
+    top = lax.pmax(jnp.max(lax.stop_gradient(logits), axis=-1), axis)
+    total = lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
+    local = targets - lax.axis_index(axis) * columns
+    is_here = (local >= 0) & (local < columns)
+    index = jnp.where(is_here, local, 0)[..., None]
+    found = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    target_logit = lax.psum(jnp.where(is_here, found, 0), axis)
+    return jnp.log(total) + top - target_logit
