@@ -33,9 +33,7 @@ CHEAPEST = CHEAP | {"xla_backend_optimization_level": 0}
 
 forward = jax.jit(lambda model, tokens: model(tokens), compiler_options=CHEAP)
 # For a shape that one test has alone: compiles in half of the time.
-_forward_once = jax.jit(
-    lambda model, tokens: model(tokens), compiler_options=CHEAPEST
-)
+_forward_once = jax.jit(lambda model, tokens: model(tokens), compiler_options=CHEAPEST)
 
 
 def loss_of(floats, rest, tokens, weights, remat=False):
@@ -241,7 +239,10 @@ def test_logits_before_a_changed_token_keep_every_bit(changed):
     tokens = random_tokens(5)
     other = tokens.copy()
     other[:, changed] = (other[:, changed] + 1) % T.vocab_size
-    before, after = np.asarray(forward(model, tokens)), np.asarray(forward(model, other))
+    before, after = (
+        np.asarray(forward(model, tokens)),
+        np.asarray(forward(model, other)),
+    )
     np.testing.assert_array_equal(before[:, :changed], after[:, :changed])
     assert (before[:, changed:] != after[:, changed:]).any(axis=-1).all()
 
@@ -405,9 +406,7 @@ def test_bfloat16_errs_no_more_than_transformers_does():
         with torch.no_grad():
             theirs = _in_bfloat16(reference)(as_torch(tokens)).logits.float().numpy()
         own_errors.append(np.linalg.norm(own - exact) / np.linalg.norm(exact))
-        reference_errors.append(
-            np.linalg.norm(theirs - exact) / np.linalg.norm(exact)
-        )
+        reference_errors.append(np.linalg.norm(theirs - exact) / np.linalg.norm(exact))
         log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(own)
         divergences.append(float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()))
     assert np.median(own_errors) <= 1.5 * np.median(reference_errors)

@@ -60,9 +60,12 @@ def attend(
     - `entries`: compressed entries, if the layer has them.
     - `selection`: which of them each query attends to.
     """
+    if entries is not None and entries.values.shape[1] == 0:
+        entries = selection = None
 
-    def attend_block(per_query, keys):
-        return _attend_block(*per_query, keys, sinks, entries)
+    def attend_block(per_query: tuple[Array, Array, Selection], keys: Array) -> Array:
+        queries, positions, selection = per_query
+        return _attend_block(queries, positions, selection, keys, sinks, entries)
 
     per_query = (queries, positions, selection)
     return map_queries(attend_block, per_query, window_keys, block=QUERY_BLOCK)

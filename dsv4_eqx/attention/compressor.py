@@ -139,7 +139,7 @@ class Compressor(eqx.Module):
 
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
-    return x.reshape(x.shape[0], -1, ratio, *x.shape[2:])
+    return x.reshape(x.shape[0], x.shape[1] // ratio, ratio, *x.shape[2:])
 
 
 def _previous(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` in float32, or in its own dtype where that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide(x.dtype))
 
 
 def wide_einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -21,10 +21,14 @@ def wide_einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "
 
     bfloat16 operands need no cast first: their products are exact in float32.
     """
-    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+    dtype = _wide(operands[0].dtype)
     return jnp.einsum(
         equation,
         *operands,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype

@@ -3,11 +3,10 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import jax
 import numpy as np
-from jax import Device
 from jax.sharding import AxisType, Mesh
 
 AXES: Final = ("data", "expert", "tensor", "context")
@@ -19,7 +18,7 @@ def make_mesh(
     expert: int = 1,
     tensor: int = 1,
     context: int = 1,
-    devices: Sequence[Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with the axes `data`, `expert`, `tensor` and `context`.
 

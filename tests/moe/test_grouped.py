@@ -138,9 +138,9 @@ def test_product_works_in_a_scan_over_layers():
 
         return jnp.sum(jnp.sin(jax.lax.scan(layer, rows, stacked)[0]))
 
-    value, grad = jax.jit(
-        jax.value_and_grad(lambda rows: run(grouped_matmul, rows))
-    )(rows)
+    value, grad = jax.jit(jax.value_and_grad(lambda rows: run(grouped_matmul, rows)))(
+        rows
+    )
     expected, expected_grad = jax.value_and_grad(lambda rows: run(dense, rows))(rows)
     close(value, expected, 1e-4)
     assert np.linalg.norm(grad - expected_grad) < 1e-5 * np.linalg.norm(expected_grad)
@@ -177,7 +177,9 @@ def test_product_works_in_shard_map_over_rows():
             argnums=(0, 1),
         )
 
-    close(jax.jit(mapped)(rows, matrices, sizes), one_by_one(rows, matrices, sizes), 1e-5)
+    close(
+        jax.jit(mapped)(rows, matrices, sizes), one_by_one(rows, matrices, sizes), 1e-5
+    )
     grads = jax.jit(gradients(mapped))(rows, matrices)
     for grad, expected in zip(grads, gradients(one_by_one)(rows, matrices)):
         close(grad, expected, 2e-5)
