@@ -150,7 +150,9 @@ class RotaryEmbedding(eqx.Module):
         cos, sin = self.tables(positions)
         sin = -sin if inverse else sin
         still, turned = jnp.split(x, [x.shape[-1] - self.rotary_dim], axis=-1)
-        pairs = at_least_float32(turned.reshape(*turned.shape[:-1], -1, 2))
+        pairs = at_least_float32(
+            turned.reshape(*turned.shape[:-1], self.rotary_dim // 2, 2)
+        )
         cos, sin = cos.astype(pairs.dtype), sin.astype(pairs.dtype)
         a, b = pairs[..., 0], pairs[..., 1]
         pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
