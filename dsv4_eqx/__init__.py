@@ -37,6 +37,8 @@ from dsv4_eqx.attention.indexer import Indexer as Indexer
 from dsv4_eqx.block import Block as Block
 from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
 from dsv4_eqx.config import Config as Config
+from dsv4_eqx.costs import flops_per_token as flops_per_token
+from dsv4_eqx.costs import num_active_params as num_active_params
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead
 from dsv4_eqx.layers import Layers as Layers

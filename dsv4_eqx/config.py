@@ -6,11 +6,11 @@ transformers writes.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, Final
 
+from dsv4_eqx.checks import is_int, is_number, refusal, shown
 from dsv4_eqx.hf_config import (
     CSA,
     HASH_MOE,
@@ -23,6 +23,15 @@ from dsv4_eqx.hf_config import (
 from dsv4_eqx.primitives.rotary import YarnScaling
 
 _LARGEST_SIZE: Final = 2**31 - 1
+_MAY_BE_ZERO: Final = ("num_nextn_predict_layers", "hc_sinkhorn_iters")
+# Some floats must be above a bound, the others not negative. A SwiGLU limit of 0 would
+# silence every expert.
+_ABOVE: Final = {
+    "rope_theta": 1,
+    "compress_rope_theta": 1,
+    "routed_scaling_factor": 0,
+    "swiglu_limit": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,43 +86,25 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                self._check_int(field.name, value)
+                _check_int(field.name, value)
             elif field.type is float:
-                self._check_float(field.name, value)
-            elif field.name in ("layer_types", "compress_ratios", "mlp_layer_types"):
-                object.__setattr__(self, field.name, tuple(value))
+                _check_float(field.name, value)
+                object.__setattr__(self, field.name, float(value))
         self._check_sizes()
-        self._check_schedule()
-
-    def _check_int(self, name: str, value: Any) -> None:
-        least = 0 if name in ("num_nextn_predict_layers", "hc_sinkhorn_iters") else 1
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"Config({name}={value!r}): must be an integer.")
-        if not least <= value <= _LARGEST_SIZE:
-            raise ValueError(
-                f"Config({name}={value}): must be in [{least}, {_LARGEST_SIZE}]."
-            )
-
-    def _check_float(self, name: str, value: Any) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and value >= 0):
-            raise ValueError(
-                f"Config({name}={value!r}): must be a finite number, not negative."
-            )
-        object.__setattr__(self, name, float(value))
+        for name in ("layer_types", "compress_ratios", "mlp_layer_types"):
+            value = getattr(self, name)
+            _check_layers(name, value, self.num_hidden_layers)
+            object.__setattr__(self, name, tuple(value))
+        for layer in range(self.num_hidden_layers):
+            self._check_layer(layer)
 
     def _check_sizes(self) -> None:
-        divides = (
-            ("num_attention_heads", self.num_attention_heads, "o_groups"),
-            ("qk_rope_head_dim", self.qk_rope_head_dim, None),
-        )
-        for name, value, by in divides:
-            divisor = 2 if by is None else getattr(self, by)
-            if value % divisor != 0:
-                raise ValueError(
-                    f"Config({name}={value}): must be a multiple of "
-                    f"{'2' if by is None else f'{by}={divisor}'}."
-                )
+        heads, rotary_dim = self.num_attention_heads, self.qk_rope_head_dim
+        if heads % self.o_groups != 0:
+            allowed = f"a multiple of o_groups={self.o_groups}"
+            raise refusal("Config", "num_attention_heads", heads, allowed)
+        if rotary_dim % 2 != 0:
+            raise refusal("Config", "qk_rope_head_dim", rotary_dim, "a multiple of 2")
         limits = (
             ("qk_rope_head_dim", "head_dim"),
             ("qk_rope_head_dim", "index_head_dim"),
@@ -121,40 +112,32 @@ class Config:
         )
         for small, large in limits:
             if getattr(self, small) > getattr(self, large):
-                raise ValueError(
-                    f"Config({small}={getattr(self, small)}): must be at most "
-                    f"{large}={getattr(self, large)}."
-                )
+                allowed = f"at most {large}={getattr(self, large)}"
+                raise refusal("Config", small, getattr(self, small), allowed)
+        scaling = self.rope_scaling
+        if scaling is not None and not isinstance(scaling, YarnScaling):
+            raise refusal("Config", "rope_scaling", scaling, "a YarnScaling or None")
 
-    def _check_schedule(self) -> None:
-        for name in ("layer_types", "compress_ratios", "mlp_layer_types"):
-            if len(getattr(self, name)) != self.num_hidden_layers:
-                raise ValueError(
-                    f"Config: {name} has {len(getattr(self, name))} layers, "
-                    f"num_hidden_layers is {self.num_hidden_layers}."
-                )
-        for layer, (kind, ratio) in enumerate(
-            zip(self.layer_types, self.compress_ratios)
-        ):
-            if kind not in (SLIDING, CSA, HCA):
-                raise ValueError(
-                    f"Config: layer_types[{layer}] is {kind!r}; it must be "
-                    f"{SLIDING!r}, {CSA!r} or {HCA!r}."
-                )
-            if isinstance(ratio, bool) or not isinstance(ratio, int):
-                raise ValueError(f"Config: compress_ratios[{layer}] is {ratio!r}.")
-            if (ratio == 0) != (kind == SLIDING) or not 0 <= ratio <= _LARGEST_SIZE:
-                raise ValueError(
-                    f"Config: compress_ratios[{layer}] is {ratio} and layer_types"
-                    f"[{layer}] is {kind!r}; the ratio must be 0 for {SLIDING!r} and "
-                    "at least 1 for the others."
-                )
-        for layer, kind in enumerate(self.mlp_layer_types):
-            if kind not in (HASH_MOE, TOPK_MOE):
-                raise ValueError(
-                    f"Config: mlp_layer_types[{layer}] is {kind!r}; it must be "
-                    f"{HASH_MOE!r} or {TOPK_MOE!r}."
-                )
+    def _check_layer(self, layer: int) -> None:
+        kind, ratio = self.layer_types[layer], self.compress_ratios[layer]
+        mlp_kind = self.mlp_layer_types[layer]
+        if kind not in (SLIDING, CSA, HCA):
+            raise ValueError(
+                f"Config: layer_types[{layer}] is {shown(kind)}; it must be "
+                f"{SLIDING!r}, {CSA!r} or {HCA!r}."
+            )
+        least, most = (0, 0) if kind == SLIDING else (1, _LARGEST_SIZE)
+        if not is_int(ratio) or not least <= ratio <= most:
+            raise ValueError(
+                f"Config: compress_ratios[{layer}] is {shown(ratio)} and layer_types"
+                f"[{layer}] is {kind!r}; the ratio must be 0 for {SLIDING!r} and an "
+                f"integer in [1, {_LARGEST_SIZE}] for the others."
+            )
+        if mlp_kind not in (HASH_MOE, TOPK_MOE):
+            raise ValueError(
+                f"Config: mlp_layer_types[{layer}] is {shown(mlp_kind)}; it must be "
+                f"{HASH_MOE!r} or {TOPK_MOE!r}."
+            )
 
     def layer_kind(self, layer: int) -> tuple[str, int, str]:
         """Attention kind, compress ratio and MLP kind of a layer.
@@ -239,7 +222,7 @@ class Config:
             index_n_heads=16,
             index_head_dim=24,
             index_topk=8,
-            rope_scaling=YarnScaling(16, 256),
+            rope_scaling=YarnScaling(16.0, 256),
             max_position_embeddings=4096,
             num_nextn_predict_layers=1,
         )
@@ -258,6 +241,33 @@ class Config:
         return cls(**fields_from_hf(source, dataclasses.fields(cls)))
 
 
+def _check_int(name: str, value: Any) -> None:
+    least = 0 if name in _MAY_BE_ZERO else 1
+    if not is_int(value) or not least <= value <= _LARGEST_SIZE:
+        allowed = f"an integer in [{least}, {_LARGEST_SIZE}]"
+        raise refusal("Config", name, value, allowed)
+
+
+def _check_float(name: str, value: Any) -> None:
+    bound = _ABOVE.get(name)
+    fits = is_number(value) and (value >= 0 if bound is None else value > bound)
+    if not fits:
+        range_ = "at least 0" if bound is None else f"above {bound}"
+        allowed = f"a number that float32 holds, {range_}"
+        raise refusal("Config", name, value, allowed)
+
+
+def _check_layers(name: str, value: Any, num_layers: int) -> None:
+    if not isinstance(value, list | tuple):
+        allowed = f"a list or tuple of {num_layers}, one for each layer"
+        raise refusal("Config", name, value, allowed)
+    if len(value) != num_layers:
+        raise ValueError(
+            f"Config: {name} has {len(value)} layers, num_hidden_layers is "
+            f"{num_layers}."
+        )
+
+
 def _released_schedule(ratios: tuple[int, ...]) -> dict[str, Any]:
     """What Flash and Pro share."""
     layers = len(ratios)
@@ -273,6 +283,6 @@ def _released_schedule(ratios: tuple[int, ...]) -> dict[str, Any]:
         mlp_layer_types=(HASH_MOE,) * 3 + (TOPK_MOE,) * (layers - 3),
         index_n_heads=64,
         index_head_dim=128,
-        rope_scaling=YarnScaling(16, 65536),
+        rope_scaling=YarnScaling(16.0, 65536),
         num_nextn_predict_layers=1,
     )

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from dsv4_eqx.primitives.rotary import YarnScaling
+from dsv4_eqx.checks import is_int, refusal, shown
+from dsv4_eqx.hf_rotary import mapping, rotary_from_hf, unnested
 
 SLIDING: Final = "sliding_attention"
 CSA: Final = "compressed_sparse_attention"
@@ -21,6 +22,8 @@ HASH_MOE: Final = "hash_moe"
 TOPK_MOE: Final = "moe"
 
 KIND_OF_RATIO: Final = {0: SLIDING, 4: CSA, 128: HCA}
+
+_CALL: Final = "Config.from_hf"
 
 # What every DeepSeek-V4 shares: another value is another model.
 _FIXED: Final[dict[str, Any]] = {
@@ -50,31 +53,48 @@ _SCHEDULE: Final = frozenset(
     "mlp_layer_types num_hash_layers rope_scaling rope_parameters "
     "partial_rotary_factor qk_rope_head_dim rope_theta compress_rope_theta".split()
 )
+_EITHER: Final = (
+    ("compress_ratios", "layer_types"),
+    ("qk_rope_head_dim", "partial_rotary_factor"),
+)
 
 
 def fields_from_hf(
     source: str | os.PathLike | Mapping[str, Any],
     fields: Sequence[dataclasses.Field],
 ) -> dict[str, Any]:
-    """The values of `Config`'s `fields` in `source`; see `Config.from_hf`."""
+    """The values of `Config`'s `fields` in `source`; see `Config.from_hf`.
+
+    **Arguments:**
+
+    - `source`: a `config.json`, a directory that holds one, or its mapping.
+    - `fields`: of `Config`.
+
+    **Raises:** as `Config.from_hf`; most values' ranges are left to `Config`.
+    """
     raw = dict(source) if isinstance(source, Mapping) else _read_json(source)
     for key, value in _FIXED.items():
-        if raw.pop(key, value) != value:
-            raise ValueError(
-                f"Config.from_hf: {key} must be {value!r} for DeepSeek-V4."
-            )
+        found = raw.pop(key, value)
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
+            raise refusal(_CALL, key, found, f"{value!r} for a DeepSeek-V4")
+    raw = unnested(raw)
     names = {field.name for field in fields}
     plain = names - _SCHEDULE
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    unknown = sorted(raw.keys() - names - _SCHEDULE - _IGNORED)
+    unknown = sorted(map(str, raw.keys() - names - _SCHEDULE - _IGNORED))
     missing = sorted((required & plain) - raw.keys())
+    # There is no default schedule: transformers' has the opposite phase of the
+    # released models.
+    for either, other in _EITHER:
+        if raw.get(either) is None and raw.get(other) is None:
+            missing.append(f"{either} or {other}")
     if unknown or missing:
         raise ValueError(
-            f"Config.from_hf: unknown keys {unknown}, missing keys {missing}; this "
-            "is not the configuration of a DeepSeek-V4."
+            f"{_CALL}: unknown keys {unknown}, missing keys {missing}; this is not the "
+            "configuration of a DeepSeek-V4."
         )
     values = {name: raw[name] for name in plain & raw.keys()}
-    return values | _schedule_from_hf(raw) | _rotary_from_hf(raw)
+    return values | _schedule_from_hf(raw) | rotary_from_hf(raw)
 
 
 def _read_json(source: str | os.PathLike) -> dict[str, Any]:
@@ -82,93 +102,96 @@ def _read_json(source: str | os.PathLike) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Config.from_hf: {path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{_CALL}: {path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"Config.from_hf: {path} holds no JSON object.")
+        raise ValueError(f"{_CALL}: {path} holds {shown(raw)}, not a JSON object.")
     return raw
 
 
 def _schedule_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
     layers = raw["num_hidden_layers"]
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"Config.from_hf: num_hidden_layers is {layers!r}.")
-    kinds = raw.get("layer_types")
-    ratios = raw.get("compress_ratios")
-    if kinds is None and ratios is None:
-        raise ValueError(
-            "Config.from_hf: give compress_ratios or layer_types; there is no default "
-            "schedule (transformers' has the opposite phase of the released models)."
-        )
-    if ratios is not None:
-        tail = ratios[layers:]
-        if len(ratios) < layers or any(tail):
-            raise ValueError(
-                f"Config.from_hf: compress_ratios has {len(ratios)} entries with the "
-                f"tail {tail} for {layers} layers; it needs one for each layer, then "
-                "zeros for the prediction blocks."
-            )
-        ratios = ratios[:layers]
+    if not is_int(layers) or layers < 1:
+        raise refusal(_CALL, "num_hidden_layers", layers, "an integer, at least 1")
+    kinds, ratios = _list(raw, "layer_types", layers), _ratios(raw, layers)
+    rates = _rates(raw)
     if kinds is None:
-        ratios = ratios or ()
-        unknown = sorted(set(ratios) - KIND_OF_RATIO.keys(), key=str)
-        if unknown:
-            raise ValueError(
-                f"Config.from_hf: compress_ratios has {unknown}, whose kind is not "
-                f"known (known: {KIND_OF_RATIO}); name the kinds in layer_types."
-            )
-        kinds = [KIND_OF_RATIO[ratio] for ratio in ratios]
+        kinds = [_kind_of(ratio) for ratio in ratios or ()]
     if ratios is None:
-        ratios = [_rates(raw).get(kind, 0) for kind in kinds]
-    hashed = raw.get("num_hash_layers", 3)
-    mlp_kinds = raw.get("mlp_layer_types")
-    if mlp_kinds is None:
-        mlp_kinds = [HASH_MOE if i < hashed else TOPK_MOE for i in range(layers)]
+        rates = {CSA: 4, HCA: 128} | rates
+        ratios = [rates.get(kind, 0) if isinstance(kind, str) else 0 for kind in kinds]
+    for kind, ratio in zip(kinds, ratios):
+        if isinstance(kind, str) and rates.get(kind, ratio) != ratio:
+            allowed = f"{rates[kind]} in {kind!r}, as in compress_rates"
+            raise refusal(_CALL, "compress_ratios", ratios, allowed)
     return dict(
         layer_types=tuple(kinds),
         compress_ratios=tuple(ratios),
-        mlp_layer_types=tuple(mlp_kinds),
+        mlp_layer_types=tuple(_mlp_kinds(raw, layers)),
     )
+
+
+def _list(raw: Mapping[str, Any], key: str, layers: int) -> Sequence[Any] | None:
+    """A list with an entry for each layer, or None where it is absent or null."""
+    value = raw.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise refusal(_CALL, key, value, "a list")
+    if len(value) < layers:
+        raise ValueError(
+            f"{_CALL}: {key} has {len(value)} entries, num_hidden_layers is {layers}; "
+            "it needs one for each layer."
+        )
+    return value
+
+
+def _ratios(raw: Mapping[str, Any], layers: int) -> Sequence[Any] | None:
+    ratios = _list(raw, "compress_ratios", layers)
+    if ratios is None:
+        return None
+    tail = ratios[layers:]
+    if not all(is_int(ratio) and ratio == 0 for ratio in tail):
+        raise ValueError(
+            f"{_CALL}: compress_ratios has {len(ratios)} entries with the tail "
+            f"{shown(tail)} for {layers} layers; it needs one for each layer, then "
+            "zeros for the prediction blocks."
+        )
+    return ratios[:layers]
+
+
+def _kind_of(ratio: Any) -> str:
+    if not is_int(ratio) or ratio not in KIND_OF_RATIO:
+        raise ValueError(
+            f"{_CALL}: compress_ratios has {shown(ratio)}, whose kind is not known "
+            f"(known: {KIND_OF_RATIO}); name the kinds in layer_types."
+        )
+    return KIND_OF_RATIO[ratio]
+
+
+def _mlp_kinds(raw: Mapping[str, Any], layers: int) -> Sequence[Any]:
+    kinds, hashed = _list(raw, "mlp_layer_types", layers), raw.get("num_hash_layers")
+    if hashed is not None and not (is_int(hashed) and 0 <= hashed <= layers):
+        allowed = f"an integer in [0, {layers}], as there are {layers} layers"
+        raise refusal(_CALL, "num_hash_layers", hashed, allowed)
+    if kinds is not None and hashed is None:
+        return kinds
+    num_hashed = min(3, layers) if hashed is None else hashed
+    expected = [HASH_MOE] * num_hashed + [TOPK_MOE] * (layers - num_hashed)
+    if kinds is not None and list(kinds) != expected:
+        allowed = f"that of num_hash_layers={hashed}, which is given too"
+        raise refusal(_CALL, "mlp_layer_types", kinds, allowed)
+    return expected
 
 
 def _rates(raw: Mapping[str, Any]) -> dict[str, int]:
-    rates = {CSA: 4, HCA: 128, **(raw.get("compress_rates") or {})}
-    legacy = {CSA: raw.get("compress_rate_csa"), HCA: raw.get("compress_rate_hca")}
-    return rates | {kind: rate for kind, rate in legacy.items() if rate is not None}
-
-
-def _rotary_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
-    nested = raw.get("rope_parameters") or {}
-    main, compress = nested.get("main", {}), nested.get("compress", {})
-    scaling = compress or nested or raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"Config.from_hf: rope type {kind!r}; 'default' or 'yarn'.")
-    fraction = main.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    rotary_dim = raw.get("qk_rope_head_dim")
-    if rotary_dim is None:
-        if fraction is None:
-            raise ValueError(
-                "Config.from_hf: give qk_rope_head_dim or partial_rotary_factor."
-            )
-        rotary_dim = int(raw["head_dim"] * fraction)
-    return dict(
-        qk_rope_head_dim=rotary_dim,
-        rope_theta=main.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        compress_rope_theta=compress.get(
-            "rope_theta", raw.get("compress_rope_theta", 160000.0)
-        ),
-        rope_scaling=_yarn(scaling) if kind == "yarn" else None,
-    )
-
-
-def _yarn(scaling: Mapping[str, Any]) -> YarnScaling:
-    missing = {"factor", "original_max_position_embeddings"} - scaling.keys()
-    if missing:
-        raise ValueError(f"Config.from_hf: rope scaling lacks {sorted(missing)}.")
-    return YarnScaling(
-        factor=scaling["factor"],
-        original_max_position=scaling["original_max_position_embeddings"],
-        beta_fast=scaling.get("beta_fast") or 32.0,
-        beta_slow=scaling.get("beta_slow") or 1.0,
-    )
+    """Tokens in an entry of each kind that the file gives them for."""
+    rates = dict(mapping(raw, "compress_rates"))
+    for kind, key in ((CSA, "compress_rate_csa"), (HCA, "compress_rate_hca")):
+        if raw.get(key) is not None:
+            rates[kind] = raw[key]
+    for kind, rate in rates.items():
+        if kind not in (CSA, HCA) or not is_int(rate) or rate < 1:
+            allowed = f"an integer, at least 1, for {CSA!r} and {HCA!r}"
+            raise refusal(_CALL, "compress_rates", rates, allowed)
+    return rates

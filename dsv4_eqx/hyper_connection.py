@@ -190,10 +190,14 @@ def _project(
 ) -> Float[Array, "mixes tokens"]:
     """The product with the normalised streams, without ever writing those down."""
     num_streams, dim = streams.shape[-2:]
-    flat = at_least_float32(streams).reshape(-1, num_streams * dim)
-    weight = weight.reshape(-1, num_streams * dim).astype(flat.dtype)
-    mean_square = jnp.mean(jnp.square(flat), axis=-1)
-    return wide_einsum("mi,ti->mt", weight, flat) * lax.rsqrt(mean_square + norm_eps)
+    wide = at_least_float32(streams).reshape(-1, num_streams, dim)
+    weight = weight.astype(wide.dtype)
+    # Stream by stream: XLA on CPU is slow to lay streams side by side.
+    mixes = sum(
+        wide_einsum("md,td->mt", weight[:, j], wide[:, j]) for j in range(num_streams)
+    )
+    mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1))
+    return mixes * lax.rsqrt(mean_square + norm_eps)
 
 
 def _collapse(

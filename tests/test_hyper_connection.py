@@ -1,5 +1,7 @@
 """Hyper-connections against transformers, and the Sinkhorn iterations' limits."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HyperConnection, HyperHead
 from dsv4_eqx.hyper_connection import StreamMixing, mix, sinkhorn
+from tests.models import QUICKLY
 from tests.reference import reference_config
 from tests.tiny import tiny_config
 
@@ -49,10 +52,16 @@ def heads(seed=0):
     return eqx.tree_at(lambda m: (m.weight, m.base, m.scale), ours, arrays), theirs
 
 
-def run_ours(connection, streams, output):
+quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+
+
+def read_and_write(connection, streams, output):
     """The sublayer's input, and the streams after a sublayer that gives `output`."""
     read, mixing = connection.read(streams)
     return read, connection.write(streams, output, mixing)
+
+
+run_ours = quick_jit(read_and_write)
 
 
 def run_theirs(connection, streams, output):
@@ -60,6 +69,11 @@ def run_theirs(connection, streams, output):
     post, comb, read = connection(streams)
     written = post.unsqueeze(-1) * output.unsqueeze(-2)
     return read, written + torch.matmul(comb.transpose(-1, -2), streams)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def run_sinkhorn(logits, iterations=20):
+    return sinkhorn(logits, iterations=iterations, eps=1e-6)
 
 
 def close(actual, expected, tolerance):
@@ -100,10 +114,10 @@ def test_gradients_equal_transformers():
     cotangents = normal((2, 5, 15), 9), normal(SHAPE, 10)
 
     def loss(connection, streams, output):
-        parts = run_ours(connection, streams, output)
+        parts = read_and_write(connection, streams, output)
         return sum(jnp.sum(x * c) for x, c in zip(parts, cotangents))
 
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(ours, streams, output)
+    grads = quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(ours, streams, output)
     tensors = [torch.tensor(x, requires_grad=True) for x in (streams, output)]
     parts = run_theirs(theirs, *tensors)
     sum((x * torch.tensor(c)).sum() for x, c in zip(parts, cotangents)).backward()
@@ -143,13 +157,15 @@ def test_any_leading_dimensions(leading):
     for part, expected in zip(run_ours(ours, streams, output), flat):
         assert part.shape[: len(leading)] == leading
         close(part.reshape(expected.shape), expected, 1e-6)
-    close(head(streams).reshape(-1, 15), head(streams.reshape(-1, 3, 15)), 1e-6)
+    run_head = eqx.filter_jit(head)
+    flat = run_head(streams.reshape(-1, 3, 15))
+    close(run_head(streams).reshape(-1, 15), flat, 1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e3])
 def test_sinkhorn_columns_sum_to_one(scale):
     logits = jnp.asarray(normal((4, 4, 501), 0, scale))
-    matrix = sinkhorn(logits, iterations=20, eps=1e-6)
+    matrix = run_sinkhorn(logits)
     assert (matrix >= 0).all()
     assert jnp.abs(matrix.sum(axis=0) - 1).max() <= 2e-6
 
@@ -158,7 +174,7 @@ def test_sinkhorn_rows_approach_one():
     # How fast depends on the logits: with wide ones 20 iterations are not enough.
     logits = jnp.asarray(normal((4, 4, 501)))
     errors = [
-        float(jnp.abs(sinkhorn(logits, iterations=n, eps=1e-6).sum(axis=1) - 1).max())
+        float(jnp.abs(run_sinkhorn(logits, n).sum(axis=1) - 1).max())
         for n in (1, 2, 5, 20)
     ]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 * errors[0]
@@ -172,7 +188,7 @@ def test_sinkhorn_equals_plain_iterations(iterations):
         if i > 0:
             exact /= exact.sum(axis=1, keepdims=True) + 1e-6
         exact /= exact.sum(axis=0, keepdims=True) + 1e-6
-    matrix = sinkhorn(jnp.asarray(logits, "f4"), iterations=iterations, eps=1e-6)
+    matrix = run_sinkhorn(jnp.asarray(logits, "f4"), iterations)
     close(matrix, exact, 2e-6)
 
 
@@ -183,7 +199,7 @@ def test_sinkhorn_gradient_is_finite_at_huge_logits():
     rows[..., 2], rows[0, 3, 3] = -1e3, -1e3
     logits = jnp.asarray(np.concatenate([signs, rows], axis=-1), jnp.float32)
     cotangent = normal(logits.shape)
-    value, pullback = jax.vjp(lambda x: sinkhorn(x, iterations=20, eps=1e-6), logits)
+    value, pullback = jax.vjp(run_sinkhorn, logits)
     (gradient,) = pullback(jnp.asarray(cotangent))
     assert jnp.isfinite(value).all() and jnp.isfinite(gradient).all()
     assert jnp.abs(value.sum(axis=0) - 1).max() <= 2e-6
@@ -195,9 +211,10 @@ def test_read_and_write_are_finite_at_huge_logits():
     streams, output = jnp.asarray(normal(SHAPE)), jnp.asarray(normal((2, 5, 15)))
 
     def loss(connection, streams):
-        return sum(jnp.sum(x) for x in run_ours(connection, streams, output))
+        return sum(jnp.sum(x) for x in read_and_write(connection, streams, output))
 
-    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(ours, streams)
+    run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    value, grads = run(ours, streams)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
 
 

@@ -2,26 +2,34 @@
 
 Paper section 2.3. Keys are values, and one key head serves every query head, so a block
 of queries with all its heads is one matrix. Blocks of queries run one after another:
-each sees the band of window keys that it needs and either all entries or, gathered,
-its own. Nothing of size seq x seq exists, forward or backward.
+each sees the band of window keys that it needs, and either tiles of all entries up to
+the last visible one or, gathered, its own. Nothing of size seq x seq exists, forward or
+backward: the backward pass computes a block's weights again from what `attend` kept,
+the output and the logarithm of the softmax's sum.
 
 The functions know positions, not tensors' places in a sequence: a training step, a
 chunk of a prompt and one decoded token call the same code.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.varying import alike
 
 # Queries in a block. More reuse each key more, fewer waste less of the window's band.
 QUERY_BLOCK: Final = 64
+# Entries whose logits exist at a time.
+_ENTRY_TILE: Final = 256
+# What a block of queries keeps for the backward pass, beside what goes into it.
+_KEPT: Final = "attended"
 
 
 class Entries(eqx.Module):
@@ -48,7 +56,7 @@ def attend(
     entries: Entries | None = None,
     selection: Selection = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Attention of consecutive queries over their window, entries and the sink.
+    """Attention of a block of consecutive queries over window, entries and sink.
 
     **Arguments:**
 
@@ -62,25 +70,22 @@ def attend(
     """
     if entries is not None and entries.values.shape[1] == 0:
         entries = selection = None
-
-    def attend_block(per_query: tuple[Array, Array, Selection], keys: Array) -> Array:
-        queries, positions, selection = per_query
-        return _attend_block(queries, positions, selection, keys, sinks, entries)
-
-    per_query = (queries, positions, selection)
-    return map_queries(attend_block, per_query, window_keys, block=QUERY_BLOCK)
+    floats = queries, window_keys, sinks, None if entries is None else entries.values
+    last_positions = None if entries is None else entries.last_positions
+    operands = floats, (positions, last_positions, selection)
+    leaves, structure = jax.tree.flatten(operands)
+    return _attend(*jax.tree.unflatten(structure, alike(*leaves)))
 
 
 def map_queries(
     function: Callable[[PyTree[Array], Array], Array],
     per_query: PyTree[Shaped[Array, "batch seq ..."]],
     window_keys: Float[Array, "batch keys head_dim"],
-    *,
-    block: int,
 ) -> Array:
     """Applies a function to blocks of consecutive queries, one after another.
 
-    The backward pass keeps what goes into each block and computes the rest again.
+    For the backward pass it keeps what goes into each block and what `attend` gives,
+    and computes the rest again.
 
     **Arguments:**
 
@@ -88,27 +93,26 @@ def map_queries(
     - `per_query`: arrays over the queries; shorter blocks are filled with zeros, and
         integers with -1.
     - `window_keys`: as for `attend`.
-    - `block`: the most queries at a time.
     """
     seq = jax.tree.leaves(per_query)[0].shape[1]
-    if seq <= block:
+    if seq <= QUERY_BLOCK:
         return function(per_query, window_keys)
-    window = window_keys.shape[1] - seq + 1
-    blocks = jax.tree.map(lambda x: split_blocks(x, block), per_query)
-    bands = _banded(window_keys, window, block)
-    out = lax.map(jax.checkpoint(lambda operands: function(*operands)), (blocks, bands))
-    return join_blocks(out, seq)
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    run = jax.checkpoint(lambda operands: function(*operands), policy=policy)
+    bands = _banded(window_keys, window_keys.shape[1] - seq + 1)
+    blocks = jax.tree.map(split_blocks, per_query)
+    return join_blocks(lax.map(run, (blocks, bands)), seq)
 
 
 def split_blocks(
-    x: Shaped[Array, "batch seq *rest"], block: int
+    x: Shaped[Array, "batch seq *rest"],
 ) -> Shaped[Array, "blocks batch block *rest"]:
     """Blocks of consecutive queries, filled up with zeros and positions -1."""
-    short = -x.shape[1] % block
+    short = -x.shape[1] % QUERY_BLOCK
     fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
     widths = [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, widths, constant_values=fill)
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
 
 def join_blocks(
@@ -120,79 +124,18 @@ def join_blocks(
 
 
 def _banded(
-    keys: Float[Array, "batch keys head_dim"], window: int, block: int
+    keys: Float[Array, "batch keys head_dim"], window: int
 ) -> Float[Array, "blocks batch band head_dim"]:
     """For each block of queries, the window's keys before it and its own.
 
     Built of whole shifted copies, so that the backward pass is a sum of slices.
     """
-    before = -(-(window - 1) // block)  # blocks of keys before a block of queries
-    seq = keys.shape[1] - (window - 1)
-    front = before * block - (window - 1)
-    keys = jnp.pad(keys, ((0, 0), (front, -seq % block), (0, 0)))
-    keys = jnp.moveaxis(keys.reshape(keys.shape[0], -1, block, keys.shape[2]), 1, 0)
+    before = -(-(window - 1) // QUERY_BLOCK)  # blocks of keys before one of queries
+    front = before * QUERY_BLOCK - (window - 1)
+    keys = split_blocks(jnp.pad(keys, ((0, 0), (front, 0), (0, 0))))
     blocks = keys.shape[0] - before
     shifted = [keys[i : i + blocks] for i in range(before + 1)]
     return jnp.concatenate(shifted, axis=2)[:, :, front:]
-
-
-@jax.named_scope("attend")
-def _attend_block(
-    queries: Float[Array, "batch block heads head_dim"],
-    positions: Int[Array, "batch block"],
-    selection: Selection,
-    keys: Float[Array, "batch band head_dim"],
-    sinks: Float[Array, " heads"],
-    entries: Entries | None,
-) -> Float[Array, "batch block heads head_dim"]:
-    # What is attended to: values, which are keys too, and who sees them.
-    attended = [(keys, _in_window(positions, keys.shape[1]))]
-    if entries is not None:
-        attended.append(_seen_entries(entries, positions, selection))
-    logits = [_masked_logits(queries, values, seen) for values, seen in attended]
-    sinks = sinks.astype(logits[0].dtype)[:, None]
-    tops = [jnp.max(part, axis=-1, keepdims=True) for part in logits]
-    top = lax.stop_gradient(jnp.max(jnp.stack(tops), axis=0, initial=-jnp.inf))
-    top = jnp.maximum(top, lax.stop_gradient(sinks))
-    weights = [jnp.exp(part - top) for part in logits]
-    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
-    total = total + jnp.exp(sinks - top)
-    out = sum(
-        _weighted_sum(part, values) for part, (values, _) in zip(weights, attended)
-    )
-    return (out / total).astype(queries.dtype)
-
-
-def _masked_logits(queries: Array, values: Array, seen: Array) -> Array:
-    """Values are `[batch, keys, channel]`, or `[batch, query, keys, channel]`."""
-    equation = "bqhc,bkc->bqhk" if values.ndim == 3 else "bqhc,bqkc->bqhk"
-    wide = at_least_float32(queries).dtype
-    logits = jnp.einsum(equation, queries, values, preferred_element_type=wide)
-    logits = logits * queries.shape[-1] ** -0.5
-    return jnp.where(seen[:, :, None, :], logits, -jnp.inf)
-
-
-def _weighted_sum(weights: Array, values: Array) -> Array:
-    equation = "bqhk,bkc->bqhc" if values.ndim == 3 else "bqhk,bqkc->bqhc"
-    return jnp.einsum(
-        equation,
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=weights.dtype,
-    )
-
-
-def _seen_entries(
-    entries: Entries, positions: Int[Array, "batch block"], selection: Selection
-) -> tuple[Array, Array]:
-    if selection is not None and jnp.issubdtype(selection.dtype, jnp.integer):
-        index = jnp.maximum(selection, 0)
-        values = jax.vmap(lambda v, i: v.at[i].get(mode="promise_in_bounds"))(
-            entries.values, index
-        )
-        return values, selection >= 0
-    seen = visible(entries, positions)
-    return entries.values, seen if selection is None else seen & selection
 
 
 def visible(
@@ -208,6 +151,131 @@ def visible(
     return entries.last_positions[:, None, :] <= positions[:, :, None]
 
 
+class _Softmax(NamedTuple):
+    """A softmax under way: everything is relative to the exponential of `top`."""
+
+    weighted: Float[Array, "batch block heads head_dim"]
+    total: Float[Array, "batch block heads 1"]
+    top: Float[Array, "batch block heads 1"]
+
+    def add(self, queries: Array, values: Array, seen: Array) -> "_Softmax":
+        """The softmax with some more keys, which are the values."""
+        logits = _masked_logits(queries, values, seen)
+        top = jnp.maximum(self.top, jnp.max(logits, axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(self.top - top), jnp.exp(logits - top)
+        weighted = _weighted_sum(weights, values)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return _Softmax(
+            self.weighted * shrink + weighted, self.total * shrink + total, top
+        )
+
+
+@jax.custom_vjp
+def _attend(floats, integers):
+    return _forward(floats, integers)[0]
+
+
+@jax.named_scope("attend")
+def _forward(floats, integers):
+    queries, keys, sinks, values = floats
+    positions, last_positions, selection = integers
+    entries = None if values is None else Entries(values, last_positions)
+    wide = at_least_float32(queries)
+    # The sink is where the softmax starts: one logit, without a value.
+    top = jnp.zeros_like(wide[..., :1]) + sinks.astype(wide.dtype)[:, None]
+    softmax = _Softmax(jnp.zeros_like(wide), jnp.ones_like(top), top)
+    softmax = softmax.add(queries, keys, _in_window(positions, keys.shape[1]))
+    if entries is not None and _is_index(selection):
+        softmax = softmax.add(queries, _gather(entries, selection), selection >= 0)
+    elif entries is not None:
+
+        def add_tile(i, softmax):
+            _, values, seen = _tile(i, entries, positions, selection)
+            return softmax.add(queries, values, seen)
+
+        softmax = lax.fori_loop(0, _num_tiles(entries, positions), add_tile, softmax)
+    out = (softmax.weighted / softmax.total).astype(queries.dtype)
+    out = checkpoint_name(out, _KEPT)
+    log_total = checkpoint_name(softmax.top + jnp.log(softmax.total), _KEPT)
+    return out, (floats, integers, out, log_total)
+
+
+@jax.named_scope("attend_backward")
+def _backward(residuals, d_out):
+    floats, (positions, last_positions, selection), out, log_total = residuals
+    queries, keys, sinks, values = floats
+    entries = None if values is None else Entries(values, last_positions)
+    # What softmax's derivative subtracts: sum_j p_j dp_j, which is out . d_out.
+    wide_out, wide_d_out = at_least_float32(out), at_least_float32(d_out)
+    mean = jnp.sum(wide_out * wide_d_out, axis=-1, keepdims=True)
+
+    def backward_of(values: Array, seen: Array) -> tuple[Array, Array]:
+        """Gradients of the queries and of these values."""
+        logits = _masked_logits(queries, values, seen)
+        weights = jnp.exp(logits - log_total)
+        d_logits = weights * (_products(d_out, values) - mean)
+        d_logits = jnp.where(seen[:, :, None], d_logits * _scale(queries), 0)
+        d_queries = _weighted_sum(d_logits, values)
+        d_values = _outer(d_logits, queries, values) + _outer(weights, d_out, values)
+        return d_queries, d_values
+
+    d_queries, d_keys = backward_of(keys, _in_window(positions, keys.shape[1]))
+    d_entries = None
+    if entries is not None and _is_index(selection):
+        more, d_gathered = backward_of(_gather(entries, selection), selection >= 0)
+        d_queries += more
+        d_entries = _scatter(entries, selection, d_gathered)
+    elif entries is not None:
+
+        def add_tile(i, gradients):
+            d_queries, d_entries = gradients
+            begin, values, seen = _tile(i, entries, positions, selection)
+            more, d_values = backward_of(values, seen)
+            d_values += lax.dynamic_slice_in_dim(d_entries, begin, values.shape[1], 1)
+            d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 1)
+            return d_queries + more, d_entries
+
+        gradients = d_queries, jnp.zeros_like(entries.values, d_queries.dtype)
+        tiles = _num_tiles(entries, positions)
+        d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
+    d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
+    gradients = d_queries, d_keys, d_sinks, d_entries
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, floats), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scale(queries: Float[Array, "*batch head_dim"]) -> float:
+    return queries.shape[-1] ** -0.5
+
+
+def _masked_logits(queries: Array, values: Array, seen: Array) -> Array:
+    logits = _products(queries, values) * _scale(queries)
+    return jnp.where(seen[:, :, None, :], logits, -jnp.inf)
+
+
+# Values are `[batch, keys, channel]`, or of each query `[batch, query, keys, channel]`.
+def _products(queries: Array, values: Array) -> Array:
+    equation = "bqhc,bkc->bqhk" if values.ndim == 3 else "bqhc,bqkc->bqhk"
+    return _einsum(equation, queries, values)
+
+
+def _weighted_sum(weights: Array, values: Array) -> Array:
+    equation = "bqhk,bkc->bqhc" if values.ndim == 3 else "bqhk,bqkc->bqhc"
+    return _einsum(equation, weights.astype(values.dtype), values)
+
+
+def _outer(weights: Array, queries: Array, values: Array) -> Array:
+    equation = "bqhk,bqhc->bkc" if values.ndim == 3 else "bqhk,bqhc->bqkc"
+    return _einsum(equation, weights.astype(queries.dtype), queries)
+
+
+def _einsum(equation: str, left: Array, right: Array) -> Array:
+    wide = at_least_float32(left).dtype
+    return jnp.einsum(equation, left, right, preferred_element_type=wide)
+
+
 def _in_window(
     positions: Int[Array, "batch block"], num_keys: int
 ) -> Bool[Array, "batch block keys"]:
@@ -217,3 +285,48 @@ def _in_window(
     distance = index + window - 1 - jnp.arange(num_keys, dtype=positions.dtype)
     in_band = (distance >= 0) & (distance < window)
     return in_band & (distance <= positions[..., None])
+
+
+def _is_index(selection: Selection) -> bool:
+    return selection is not None and jnp.issubdtype(selection.dtype, jnp.integer)
+
+
+def _gather(entries: Entries, index: Int[Array, "batch block selected"]) -> Array:
+    index = jnp.maximum(index, 0)
+    gather = jax.vmap(lambda v, i: v.at[i].get(mode="promise_in_bounds"))
+    return gather(entries.values, index)
+
+
+def _scatter(
+    entries: Entries, index: Int[Array, "batch block selected"], gradients: Array
+) -> Float[Array, "batch entries head_dim"]:
+    zeros = jnp.zeros_like(entries.values, gradients.dtype)
+    index = jnp.maximum(index, 0)  # the gradient of what is not there is zero
+    add = jax.vmap(lambda z, i, g: z.at[i].add(g, mode="promise_in_bounds"))
+    return add(zeros, index, gradients)
+
+
+def _num_tiles(
+    entries: Entries, positions: Int[Array, "batch block"]
+) -> Int[Array, ""]:
+    """Tiles up to the last entry that any of the queries sees."""
+    seen = entries.last_positions <= jnp.max(positions, axis=1, keepdims=True)
+    count = jnp.max(jnp.where(seen, jnp.arange(1, seen.shape[1] + 1), 0))
+    return -(-count // min(_ENTRY_TILE, seen.shape[1]))
+
+
+def _tile(
+    i: Array, entries: Entries, positions: Int[Array, "batch block"], mask: Array | None
+) -> tuple[Array, Array, Array]:
+    """A tile's first entry, its values, and which of them each query sees."""
+    num_entries = entries.values.shape[1]
+    tile = min(_ENTRY_TILE, num_entries)
+    # The last tile reaches back into the one before, where nothing is seen again.
+    begin = jnp.minimum(i * tile, num_entries - tile)
+    part: Entries = jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, begin, tile, axis=1), entries
+    )
+    seen = visible(part, positions) & (begin + jnp.arange(tile) >= i * tile)
+    if mask is not None:
+        seen &= lax.dynamic_slice_in_dim(mask, begin, tile, axis=2)
+    return begin, part.values, seen

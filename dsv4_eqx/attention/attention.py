@@ -5,8 +5,6 @@ come through a low-rank latent and are normalised head by head; the output is ro
 back at the query's position and projected group by group.
 """
 
-from typing import Final
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,10 +19,6 @@ from dsv4_eqx.hf_config import CSA, SLIDING
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
-
-# Queries whose projections exist at a time: enough rows for full-speed products, few
-# enough to stay in cache.
-_CHUNK: Final = 256
 
 
 class Attention(eqx.Module):
@@ -162,7 +156,7 @@ class Attention(eqx.Module):
         entries: Entries | None,
         selection: Selection,
     ) -> Float[Array, "batch seq dim"]:
-        """From latents to the layer's output, a chunk of queries at a time.
+        """From latents to the layer's output, a block of queries at a time.
 
         Queries and heads' outputs are many times wider than the model; none of them
         exists for the whole sequence.
@@ -174,14 +168,14 @@ class Attention(eqx.Module):
             `attend`.
         """
 
-        def attend_chunk(per_query, keys):
+        def attend_block(per_query, keys):
             latent, positions, selection = per_query
             queries = self.project_queries(latent, positions)
             out = attend(queries, positions, keys, self.sinks, entries, selection)
             return self.project_output(out, positions)
 
         per_query = (latent, positions, selection)
-        return map_queries(attend_chunk, per_query, window_keys, block=_CHUNK)
+        return map_queries(attend_block, per_query, window_keys)
 
     def project_queries(
         self,

@@ -142,7 +142,7 @@ class Indexer(eqx.Module):
 
         if seq <= QUERY_BLOCK:
             return select_block((latent, weights, positions))
-        blocks = [split_blocks(x, QUERY_BLOCK) for x in (latent, weights, positions)]
+        blocks = [split_blocks(x) for x in (latent, weights, positions)]
         return join_blocks(lax.map(select_block, tuple(blocks)), seq)
 
 

@@ -5,6 +5,8 @@ branch on both sides, before the activation; the routing weight is applied in fl
 before the down projection; the experts' outputs are added up in float32.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.config import Config
-from dsv4_eqx.moe.grouped import grouped_matmul
+from dsv4_eqx.moe.grouped import clamped_swiglu, grouped_swiglu
 from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.varying import alike
 
 
 class Experts(eqx.Module):
@@ -62,18 +65,21 @@ class Experts(eqx.Module):
 
         **Returns:** the weighted sum, at least float32.
         """
-        num_experts = self.gate_up.shape[0]
-        num_tokens, slots = chosen.shape
+        num_experts, _, hidden, dim = self.gate_up.shape
+        slots = chosen.shape[1]
+        x, chosen = alike(x, chosen)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
+        inverse = jnp.argsort(order)
         group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
-        rows = x[order // slots]
-        sizes = group_sizes.astype(jnp.int32)
-        gate_up = grouped_matmul(rows, _merge_gate_up(self.gate_up), sizes)
-        hidden = clamped_swiglu(gate_up, self.limit)
-        hidden = hidden * weights.reshape(-1)[order][:, None].astype(hidden.dtype)
-        out = grouped_matmul(hidden.astype(x.dtype), self.down, sizes)
-        out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
-        return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])
+        out = grouped_swiglu(
+            _dispatch(x, order, inverse, slots),
+            weights.reshape(-1)[order],
+            self.gate_up.reshape(num_experts, 2 * hidden, dim),
+            self.down,
+            group_sizes.astype(jnp.int32),
+            self.limit,
+        )
+        return _combine(out, order, inverse, slots)
 
 
 class SharedExpert(eqx.Module):
@@ -113,22 +119,49 @@ class SharedExpert(eqx.Module):
         return at_least_float32(jnp.einsum("...h,dh->...d", activated, self.down))
 
 
-def clamped_swiglu(
-    gate_up: Float[Array, "*batch both_hidden"], limit: float
-) -> Float[Array, "*batch hidden"]:
-    """silu(min(gate, limit)) times the other half clipped to +-limit, float32.
+# Dispatch and combine are each other's transpose. Left alone, JAX would differentiate
+# the first one by scattering rows, which is slow on CPU.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(
+    x: Float[Array, "tokens dim"],
+    order: Int[Array, " rows"],
+    inverse: Int[Array, " rows"],
+    slots: int,
+) -> Float[Array, "rows dim"]:
+    """A row for each token and slot, in the experts' order."""
+    return x[order // slots]
 
-    **Arguments:**
 
-    - `gate_up`: the gate in the first half of the channels.
-    - `limit`: `swiglu_limit`.
-    """
-    gate, up = jnp.split(at_least_float32(gate_up), 2, axis=-1)
-    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(
+    rows: Float[Array, "rows dim"],
+    order: Int[Array, " rows"],
+    inverse: Int[Array, " rows"],
+    slots: int,
+) -> Float[Array, "tokens dim"]:
+    """Each token's sum over its slots, at least float32."""
+    rows = at_least_float32(rows[inverse]).reshape(-1, slots, rows.shape[1])
+    # Slices, not a sum over a dimension in the middle, which XLA on CPU is slow at.
+    return sum((rows[:, slot] for slot in range(1, slots)), rows[:, 0])
 
 
-def _merge_gate_up(
-    gate_up: Float[Array, "experts 2 hidden dim"],
-) -> Float[Array, "experts both_hidden dim"]:
-    experts, _, hidden, dim = gate_up.shape
-    return gate_up.reshape(experts, 2 * hidden, dim)
+def _dispatch_forward(x, order, inverse, slots):
+    return _dispatch(x, order, inverse, slots), (order, inverse)
+
+
+def _dispatch_backward(slots, places, d_rows):
+    d_x: Array = _combine(d_rows, *places, slots)
+    return d_x.astype(d_rows.dtype), None, None
+
+
+def _combine_forward(rows, order, inverse, slots):
+    return _combine(rows, order, inverse, slots), (order, inverse, rows[:0])
+
+
+def _combine_backward(slots, residuals, d_out):
+    *places, no_rows = residuals
+    return _dispatch(d_out.astype(no_rows.dtype), *places, slots), None, None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+_combine.defvjp(_combine_forward, _combine_backward)

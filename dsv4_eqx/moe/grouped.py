@@ -1,75 +1,120 @@
-"""The grouped matrix product: each row with the matrix of its own group.
+"""The experts' products: each row through the matrices of its own group.
 
 Rows lie sorted by group. XLA's `ragged_dot` is the right thing on TPU and GPU; on CPU
-it multiplies every row by every matrix, so there a loop over blocks of rows takes its
-place, which stops when the rows end. The choice is made here and nowhere else.
+it multiplies every row by every matrix, so there a loop takes its place that runs over
+the groups and, in each, over blocks of the rows that it has. The choice is made here
+and nowhere else.
 """
 
-from typing import Final
+import functools
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
-# Small blocks waste fewer rows at a group's end, large ones multiply faster.
-_LARGEST_BLOCK: Final = 64
+# Rows in a block, as many large ones as fit first. Small blocks waste fewer rows at a
+# group's end, large ones multiply faster and add to the weights' gradient less often.
+_BLOCKS: Final = (128, 32)
 
 
-def grouped_matmul(
-    rows: Float[Array, "rows in"],
-    matrices: Float[Array, "groups out in"],
+def grouped_swiglu(
+    rows: Float[Array, "rows dim"],
+    weights: Float[Array, " rows"],
+    gate_up: Float[Array, "groups both_hidden dim"],
+    down: Float[Array, "groups dim hidden"],
     group_sizes: Int[Array, " groups"],
-) -> Float[Array, "rows out"]:
-    """`matrices[group of row] @ row` for every row; reverse-mode differentiable.
+    limit: float,
+) -> Float[Array, "rows dim"]:
+    """A clamped SwiGLU of each row with its group's matrices, times the row's weight.
 
-    It does not batch under `vmap`: flatten the rows instead.
+    The weight is applied in float32, before `down`. It does not batch under `vmap`:
+    flatten the rows instead.
 
     **Arguments:**
 
-    - `rows`: sorted by group; rows past the last group give unspecified finite values.
-    - `matrices`: one for each group.
+    - `rows`: sorted by group; what lies past the last group gives finite values.
+    - `weights`: of the rows.
+    - `gate_up`, `down`: matrices of each group, the gate in the first half.
     - `group_sizes`: rows of each group.
+    - `limit`: as for `clamped_swiglu`.
     """
-    rows, matrices, group_sizes = alike(rows, matrices, group_sizes)
-    return _grouped_matmul(rows, matrices, group_sizes)
+    if rows.shape[0] == 0:
+        return rows
+    operands = alike(rows, weights, gate_up, down, group_sizes)
+    return _grouped_swiglu(*operands, limit)
 
 
-@jax.custom_vjp
-def _grouped_matmul(rows, matrices, group_sizes):
-    return lax.platform_dependent(
-        rows, matrices, group_sizes, cpu=_blocked_matmul, default=_ragged_matmul
+def clamped_swiglu(
+    gate_up: Float[Array, "*batch both_hidden"], limit: float
+) -> Float[Array, "*batch hidden"]:
+    """silu(min(gate, limit)) times the other half clipped to +-limit, float32.
+
+    **Arguments:**
+
+    - `gate_up`: the gate in the first half of the channels.
+    - `limit`: `swiglu_limit`.
+    """
+    gate, up = jnp.split(at_least_float32(gate_up), 2, axis=-1)
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, limit):
+    return _forward(rows, weights, gate_up, down, group_sizes, limit)[0]
+
+
+def _forward(rows, weights, gate_up, down, group_sizes, limit):
+    operands = rows, weights, gate_up, down, group_sizes
+    out, before = lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(_blocked_forward, limit=limit),
+        default=functools.partial(_ragged_forward, limit=limit),
     )
+    return out, (*operands, before)
 
 
-def _forward(rows, matrices, group_sizes):
-    return _grouped_matmul(rows, matrices, group_sizes), (rows, matrices, group_sizes)
-
-
-def _backward(residuals, cotangent):
-    rows, matrices, group_sizes = residuals
-    d_rows = lax.platform_dependent(
+def _backward(limit, residuals, cotangent):
+    gradients = lax.platform_dependent(
+        *residuals,
         cotangent,
-        jnp.swapaxes(matrices, 1, 2),
-        group_sizes,
-        cpu=_blocked_matmul,
-        default=_ragged_matmul,
+        cpu=functools.partial(_blocked_backward, limit=limit),
+        default=functools.partial(_ragged_backward, limit=limit),
     )
-    past_end = jnp.arange(rows.shape[0]) >= jnp.sum(group_sizes)
-    d_rows = jnp.where(past_end[:, None], 0, d_rows)
-    d_matrices = lax.platform_dependent(
-        cotangent, rows, group_sizes, cpu=_blocked_outer, default=_ragged_outer
-    )
-    return d_rows, d_matrices, None
+    return *gradients, None
 
 
-_grouped_matmul.defvjp(_forward, _backward)
+_grouped_swiglu.defvjp(_forward, _backward)
 
 
-def _ragged_matmul(rows, matrices, group_sizes):
-    return lax.ragged_dot(rows, jnp.swapaxes(matrices, 1, 2), group_sizes)
+def _activate(before, weights, limit):
+    """What `down` multiplies, from what `gate_up` gave; float32."""
+    hidden = clamped_swiglu(before, limit)
+    return hidden * weights[:, None].astype(hidden.dtype)
+
+
+def _ragged_forward(rows, weights, gate_up, down, group_sizes, *, limit):
+    before = lax.ragged_dot(rows, jnp.swapaxes(gate_up, 1, 2), group_sizes)
+    hidden = _activate(before, weights, limit).astype(rows.dtype)
+    return lax.ragged_dot(hidden, jnp.swapaxes(down, 1, 2), group_sizes), before
+
+
+def _ragged_backward(rows, weights, gate_up, down, sizes, before, cotangent, *, limit):
+    past_end = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)
+    cotangent = jnp.where(past_end[:, None], 0, cotangent)
+    activate = functools.partial(_activate, limit=limit)
+    hidden, pullback = jax.vjp(activate, before, weights)
+    d_hidden = lax.ragged_dot(cotangent, down, sizes)
+    d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
+    d_rows = lax.ragged_dot(d_before, gate_up, sizes)
+    d_gate_up = _ragged_outer(d_before, rows, sizes)
+    d_down = _ragged_outer(cotangent, hidden.astype(rows.dtype), sizes)
+    return d_rows, d_weights, d_gate_up, d_down
 
 
 def _ragged_outer(left, right, group_sizes):
@@ -82,59 +127,101 @@ def _ragged_outer(left, right, group_sizes):
     return lax.ragged_dot_general(left, right, group_sizes, dimensions)
 
 
-def _blocks(num_rows: int, group_sizes, block: int):
-    """Group and first row of every block of rows, and how many blocks there are."""
-    group_ends = jnp.cumsum(group_sizes)
-    blocks = -(-group_sizes // block)
-    block_ends = jnp.cumsum(blocks)
-    most = -(-num_rows // block) + group_sizes.shape[0]
-    index = jnp.arange(most, dtype=group_sizes.dtype)
-    group = jnp.searchsorted(block_ends, index, side="right").astype(index.dtype)
-    group = jnp.minimum(group, group_sizes.shape[0] - 1)
-    first_row = (group_ends - group_sizes)[group]
-    first_block = (block_ends - blocks)[group]
-    return group, first_row + (index - first_block) * block, block_ends[-1]
+class _Block(NamedTuple):
+    """Consecutive rows, of which only those of one group, not yet done, are its own."""
+
+    start: Int[Array, ""]
+    is_own: Bool[Array, " block"]
+
+    def take(self, x: Shaped[Array, "rows ..."]) -> Shaped[Array, "block ..."]:
+        return lax.dynamic_slice_in_dim(x, self.start, self.is_own.shape[0])
+
+    def put(self, x: Shaped[Array, "rows ..."], new: Array) -> Array:
+        """`x` with the block's own rows replaced."""
+        is_own = self.is_own.reshape(-1, *[1] * (new.ndim - 1))
+        new = jnp.where(is_own, new, self.take(x))
+        return lax.dynamic_update_slice_in_dim(x, new, self.start, 0)
 
 
-def _block_size(num_rows: int) -> int:
-    return max(1, min(_LARGEST_BLOCK, num_rows))
+def _blocked_forward(rows, weights, gate_up, down, group_sizes, *, limit):
+    def run_block(block, matrices, outputs, sums):
+        gate_up, down = matrices
+        before = jnp.einsum("ri,hi->rh", block.take(rows), gate_up)
+        hidden = _activate(before, block.take(weights), limit).astype(rows.dtype)
+        out = jnp.einsum("rh,oh->ro", hidden, down)
+        return tuple(map(block.put, outputs, (out, before))), sums
+
+    widths = rows.shape[1], gate_up.shape[1]
+    outputs = tuple(jnp.zeros_like(rows, shape=(len(rows), n)) for n in widths)
+    return _over_groups(run_block, (gate_up, down), group_sizes, outputs, ())[0]
 
 
-def _blocked_matmul(rows, matrices, group_sizes):
-    block = _block_size(rows.shape[0])
-    group, start, num_blocks = _blocks(rows.shape[0], group_sizes, block)
-    padded = jnp.pad(rows, ((0, block), (0, 0)))
+def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, *, limit):
+    activate = functools.partial(_activate, limit=limit)
 
-    def multiply(i, out):
-        # A block may reach into the next group's rows: that group's own block comes
-        # later and overwrites them.
-        taken = lax.dynamic_slice_in_dim(padded, start[i], block)
-        matrix = lax.dynamic_index_in_dim(matrices, group[i], keepdims=False)
-        product = jnp.einsum("ri,oi->ro", taken, matrix)
-        return lax.dynamic_update_slice_in_dim(out, product, start[i], 0)
+    def run_block(block, matrices, outputs, sums):
+        gate_up, down = matrices
+        d_out = jnp.where(block.is_own[:, None], block.take(cotangent), 0)
+        hidden, pullback = jax.vjp(activate, block.take(before), block.take(weights))
+        d_hidden = jnp.einsum("ro,oh->rh", d_out, down)
+        d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
+        d_rows = jnp.einsum("rh,hi->ri", d_before, gate_up)
+        hidden = hidden.astype(rows.dtype)
+        products = (
+            jnp.einsum("rh,ri->hi", d_before, block.take(rows)),
+            jnp.einsum("ro,rh->oh", d_out, hidden),
+        )
+        outputs = tuple(map(block.put, outputs, (d_rows, d_weights)))
+        return outputs, jax.tree.map(jnp.add, sums, products)
 
-    out = jnp.zeros_like(padded, shape=(padded.shape[0], matrices.shape[1]))
-    out = lax.fori_loop(0, num_blocks, multiply, alike(out, rows)[0])
-    return out[: rows.shape[0]]
+    outputs = jnp.zeros_like(rows), jnp.zeros_like(weights)
+    sums = jnp.zeros_like(gate_up[0]), jnp.zeros_like(down[0])
+    outputs, sums = _over_groups(run_block, (gate_up, down), sizes, outputs, sums)
+    return *outputs, *sums
 
 
-def _blocked_outer(left, right, group_sizes):
-    """For each group the sum over its rows of left x right."""
-    num_rows = left.shape[0]
-    block = _block_size(num_rows)
-    group, start, num_blocks = _blocks(num_rows, group_sizes, block)
-    group_ends = jnp.cumsum(group_sizes)
-    left, right = (jnp.pad(x, ((0, block), (0, 0))) for x in (left, right))
-    in_block = jnp.arange(block, dtype=group_sizes.dtype)
+def _over_groups(
+    run_block: Callable[..., tuple[PyTree, PyTree]],
+    matrices: PyTree[Shaped[Array, "groups ..."]],
+    group_sizes: Int[Array, " groups"],
+    outputs: PyTree[Shaped[Array, "rows ..."]],
+    sums: PyTree[Array],
+) -> tuple[PyTree[Array], PyTree[Shaped[Array, "groups ..."]]]:
+    """Runs over all blocks of rows, group by group.
 
-    def accumulate(i, sums):
-        own = start[i] + in_block < group_ends[group[i]]
-        l_rows = lax.dynamic_slice_in_dim(left, start[i], block)
-        r_rows = lax.dynamic_slice_in_dim(right, start[i], block)
-        product = jnp.einsum("ro,ri->oi", jnp.where(own[:, None], l_rows, 0), r_rows)
-        total = lax.dynamic_index_in_dim(sums, group[i], keepdims=False) + product
-        return lax.dynamic_update_index_in_dim(sums, total, group[i], 0)
+    **Arguments:**
 
-    shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
-    sums = jnp.zeros_like(left, shape=shape)
-    return lax.fori_loop(0, num_blocks, accumulate, alike(sums, left)[0])
+    - `run_block`: takes a block, its group's matrices, the outputs and the group's
+        sums, and returns the last two.
+    - `matrices`: of each group.
+    - `group_sizes`: rows of each group.
+    - `outputs`: what the blocks write their rows to.
+    - `sums`: what each group starts from.
+
+    **Returns:** the outputs, and every group's sums.
+    """
+    num_rows = jax.tree.leaves(outputs)[0].shape[0]
+    *large, small = sorted({min(n, num_rows) for n in _BLOCKS}, reverse=True)
+
+    def run_group(outputs, group):
+        matrices, start, end = group
+        state = outputs, sums
+        for size in (*large, small):
+            count = (
+                -(-(end - start) // size) if size == small else (end - start) // size
+            )
+
+            def run(i, state, first=start, size=size):
+                first = first + i * size
+                # The last block may reach back into rows that are done.
+                begin = jnp.minimum(first, num_rows - size)
+                index = begin + jnp.arange(size, dtype=begin.dtype)
+                block = _Block(begin, (index >= first) & (index < end))
+                return run_block(block, matrices, *state)
+
+            state = lax.fori_loop(0, count, run, state)
+            start = start + count * size
+        return state
+
+    ends = jnp.cumsum(group_sizes)
+    return lax.scan(run_group, outputs, (matrices, ends - group_sizes, ends))

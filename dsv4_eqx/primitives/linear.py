@@ -81,4 +81,5 @@ class GroupedLinear(eqx.Module):
                 f"GroupedLinear was called with x of dtype {x.dtype}, its weight is "
                 f"{self.weight.dtype}: cast one of them."
             )
-        return jnp.einsum("...gi,goi->...go", x, self.weight)
+        # Groups first, as the product leaves them: XLA on CPU takes twice as long else.
+        return jnp.moveaxis(jnp.einsum("...gi,goi->g...o", x, self.weight), 0, -2)

@@ -148,16 +148,23 @@ class RotaryEmbedding(eqx.Module):
             )
         _check_broadcast(positions.shape, x.shape[:-1])
         cos, sin = self.tables(positions)
-        sin = -sin if inverse else sin
         still, turned = jnp.split(x, [x.shape[-1] - self.rotary_dim], axis=-1)
-        pairs = at_least_float32(
-            turned.reshape(*turned.shape[:-1], self.rotary_dim // 2, 2)
-        )
-        cos, sin = cos.astype(pairs.dtype), sin.astype(pairs.dtype)
-        a, b = pairs[..., 0], pairs[..., 1]
-        pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-        turned = pairs.reshape(turned.shape).astype(x.dtype)
-        return jnp.concatenate([still, turned], axis=-1)
+        wide = at_least_float32(turned)
+        rotated = _rotate(wide, cos.astype(wide.dtype), sin.astype(wide.dtype), inverse)
+        return jnp.concatenate([still, rotated.astype(x.dtype)], axis=-1)
+
+
+def _rotate(
+    x: Float[Array, "*batch channels"],
+    cos: Float[Array, "*#batch pairs"],
+    sin: Float[Array, "*#batch pairs"],
+    inverse: bool,
+) -> Float[Array, "*batch channels"]:
+    """Each pair (a, b) turned to (a cos - b sin, b cos + a sin)."""
+    signed = jnp.stack([sin, -sin] if inverse else [-sin, sin], axis=-1)
+    swapped = x.reshape(*x.shape[:-1], sin.shape[-1], 2)[..., ::-1].reshape(x.shape)
+    signed = signed.reshape(*sin.shape[:-1], x.shape[-1])
+    return x * jnp.repeat(cos, 2, axis=-1) + swapped * signed
 
 
 def _check_broadcast(positions: tuple[int, ...], leading: tuple[int, ...]) -> None:
@@ -176,9 +183,10 @@ def _check_broadcast(positions: tuple[int, ...], leading: tuple[int, ...]) -> No
 def _inverse_frequencies(
     rotary_dim: int, base: float, yarn: YarnScaling | None
 ) -> np.ndarray:
-    # float32 at every step: one ulp here is 1e-2 in the cosine at a million tokens.
+    # float32 at every step: one ulp is 1e-2 in the cosine at a million tokens. Only
+    # the power is float64, then rounded: numpy's float32 power differs by machine.
     exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    period = np.power(np.float32(base), exponent)
+    period = np.power(np.float64(base), exponent.astype(np.float64)).astype(np.float32)
     inv_freq = np.float32(1) / period
     if yarn is not None:
         low, high = _yarn_range(rotary_dim, base, yarn)

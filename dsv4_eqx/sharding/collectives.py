@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read from the program itself."""
 
-import itertools
 import math
 import re
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 import jax
@@ -11,92 +11,104 @@ from jax.sharding import Mesh
 
 _INSTRUCTION: Final = re.compile(
     r"= (?P<shape>\(.*?\)|\S+) (?P<kind>all-reduce|all-gather|all-to-all|"
-    r"reduce-scatter|collective-permute|ragged-all-to-all)(?:-start)?\("
+    r"reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all)"
+    r"(?P<start>-start)?\("
 )
 _ARRAY: Final = re.compile(r"([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
-_GROUPS: Final = re.compile(
-    r"replica_groups=(?P<listed>\{\{.*?\}\}|\{\})|"
-    r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<perm>[\d,]+)\))?"
+# Groups of devices are listed, {{0,1},{2,3}} or {} for all in one, as are pairs; or
+# counted, [2,2]<=[4] for the rows of a reshaped and perhaps transposed arange(4); or
+# axes of a mesh that XLA made up, mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}.
+_LISTED: Final = re.compile(
+    r"(?:replica_groups|source_target_pairs)=\{(?:\}|(\{.*?\})\})"
 )
-_PAIRS: Final = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
+_COUNTED: Final = re.compile(
+    r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+)
+_NAMED: Final = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>['\w=,]+)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(?P<axes>['\w,]+)\}"
+)
 
 
 class Collective(NamedTuple):
     """One collective instruction of a program."""
 
     kind: str  # as in HLO: "all-reduce", "all-to-all", ...
-    axes: tuple[str, ...]  # the mesh axes whose devices take part together
+    axes: tuple[str, ...]  # the mesh axes along which its devices lie
     num_bytes: int  # of its result on one device
 
 
-def collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective]:
+def collectives(program: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
     """Every collective of a compiled program; one in a loop counts once.
 
     **Arguments:**
 
-    - `compiled`: from `jax.jit(f).lower(...).compile()`.
+    - `program`: from `jax.jit(f).lower(...).compile()`, or its HLO text.
     - `mesh`: the mesh that it runs on.
+
+    **Raises:** ValueError if the groups of a collective are written in a form that is
+    not known here.
     """
+    text = program if isinstance(program, str) else program.as_text() or ""
     found = []
-    for line in (compiled.as_text() or "").splitlines():
+    for line in text.splitlines():
         match = _INSTRUCTION.search(line)
         if match:
-            axes = _axes(_replica_groups(line), mesh)
-            found.append(Collective(match["kind"], axes, _num_bytes(match["shape"])))
+            arrays = _ARRAY.findall(match["shape"])
+            if match["start"] and match["kind"] != "all-reduce":
+                arrays = _results(arrays)
+            axes = _axes(_groups(line, mesh), mesh)
+            found.append(Collective(match["kind"], axes, _num_bytes(arrays)))
     return found
 
 
-def _num_bytes(shape: str) -> int:
+def _results(arrays: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of what an instruction that runs beside others holds: operands, results, and
+    perhaps counters. An all-reduce holds its results alone."""
+    arrays = [(name, dims) for name, dims in arrays if (name, dims) != ("u32", "")]
+    return arrays[len(arrays) // 2 :]
+
+
+def _num_bytes(arrays: list[tuple[str, str]]) -> int:
     total = 0
-    for name, dims in _ARRAY.findall(shape):
+    for name, dims in arrays:
         bits = 8 if name == "pred" else int(re.findall(r"\d+", name)[0])
-        sizes = [int(size) for size in dims.split(",") if size]
-        total += math.prod(sizes) * bits // 8
+        total += math.prod(_ints(dims)) * bits // 8
     return total
 
 
-def _replica_groups(line: str) -> list[frozenset[int]]:
-    pairs = _PAIRS.search(line)
-    if pairs:
-        return _linked(re.findall(r"(\d+),(\d+)", pairs[1]))
-    match = _GROUPS.search(line)
-    if match is None:
-        return []
-    if match["shape"]:
-        ids = np.arange(math.prod(_ints(match["dims"]))).reshape(_ints(match["dims"]))
-        ids = ids.transpose(_ints(match["perm"])) if match["perm"] else ids
-        return [frozenset(row) for row in ids.reshape(_ints(match["shape"])).tolist()]
-    groups = re.findall(r"\{([\d,]+)\}", match["listed"])
-    return [frozenset(_ints(group)) for group in groups]
+def _groups(line: str, mesh: Mesh) -> Iterable[list[int]]:
+    """The devices that take part together, by their place in the mesh."""
+    listed, counted, named = (form.search(line) for form in (_LISTED, _COUNTED, _NAMED))
+    if listed:
+        groups = re.findall(r"\{([\d,]+)\}", listed[1] or "")
+        return [_ints(group) for group in groups] or [list(range(mesh.size))]
+    if counted:
+        shape, dims, permutation = counted.groups()
+        return _places(dims, permutation).reshape(_ints(shape)).tolist()
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named["sizes"]))
+        places = _places(named[2] or ",".join(sizes.values()), named[3])
+        places = places.reshape([int(size) for size in sizes.values()])
+        chosen = [list(sizes).index(axis) for axis in re.findall(r"\w+", named["axes"])]
+        last = np.moveaxis(places, chosen, range(-len(chosen), 0))
+        return last.reshape(-1, math.prod(last.shape[-len(chosen) :])).tolist()
+    raise ValueError(f"collectives: which devices take part in {line.strip()!r}?")
 
 
-def _linked(pairs: list[tuple[str, str]]) -> list[frozenset[int]]:
-    """Devices that a permutation connects."""
-    groups: list[frozenset[int]] = []
-    for source, target in pairs:
-        group = frozenset((int(source), int(target)))
-        touching = [other for other in groups if other & group]
-        groups = [other for other in groups if not other & group]
-        groups.append(group.union(*touching))
-    return groups
+def _places(dims: str, permutation: str | None) -> np.ndarray:
+    places = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return places.transpose(_ints(permutation)) if permutation else places
 
 
-def _axes(groups: list[frozenset[int]], mesh: Mesh) -> tuple[str, ...]:
-    """The smallest set of mesh axes whose groups of devices these are."""
-    wanted = {group for group in groups if len(group) > 1}
-    places = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-    names = [name for name, size in mesh.shape.items() if size > 1]
-    for count in range(len(names) + 1):
-        for chosen in itertools.combinations(names, count):
-            dims = [mesh.axis_names.index(name) for name in chosen]
-            last = np.moveaxis(places, dims, range(-count, 0)) if dims else places
-            size = math.prod(mesh.shape[name] for name in chosen)
-            rows = last.reshape(-1, size).tolist()
-            if wanted == {frozenset(row) for row in rows if size > 1}:
-                return chosen
-    # No group is named: all devices take part.
-    return tuple(names)
+def _axes(groups: Iterable[list[int]], mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which devices of one group differ."""
+    sizes = tuple(mesh.shape.values())
+    differing = np.zeros(len(sizes), bool)
+    for group in groups:
+        differing |= np.ptp(np.unravel_index(group, sizes), axis=1) > 0
+    return tuple(axis for axis, differs in zip(mesh.axis_names, differing) if differs)
 
 
 def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in text.split(",") if part]

@@ -54,8 +54,9 @@ def partition_specs(
     **Returns:** the module's tree with a PartitionSpec in place of each array.
 
     **Raises:** ValueError naming leaf, dimension, axis and sizes where an annotation is
-    missing or uses a name that neither the glossary nor the rules know, an axis is used
-    twice in one leaf, or an axis is missing from the mesh or does not divide.
+    missing, has several shapes, or uses a name that neither the glossary nor the rules
+    know, an axis is used twice in one leaf, or an axis is missing from the mesh or does
+    not divide.
     """
     leaves = annotated_leaves(module)
     specs = [_leaf_spec(leaf, rules) for leaf in leaves]
@@ -80,27 +81,51 @@ def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
     **Arguments:**
 
     - `module`: any Equinox module; containers of modules too.
+
+    **Raises:** ValueError if a field holds several arrays of different annotations.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(module)
-    return [
-        AnnotatedLeaf(jax.tree_util.keystr(path), leaf, _dims(module, path))
-        for path, leaf in leaves
-    ]
+    annotated = []
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path) or "the array"
+        dims = _dims(name, _annotation(module, path))
+        annotated.append(AnnotatedLeaf(name, leaf, dims))
+    return annotated
 
 
-def _dims(module: Any, path: tuple[Any, ...]) -> tuple[str, ...] | None:
+def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
     """The annotation of the last module field on the way to a leaf."""
     node, annotation = module, None
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            fields = {f.name: f.type for f in dataclasses.fields(node)}
-            annotation = fields.get(key.name)
+            annotation = _field_types(node).get(key.name)
             node = getattr(node, key.name)
         else:
             node = node[getattr(key, "idx", getattr(key, "key", None))]
-    options = typing.get_args(annotation) or (annotation,)
-    named = [getattr(option, "dim_str", None) for option in options]
-    return next((tuple(dims.split()) for dims in named if dims is not None), None)
+    return annotation
+
+
+def _field_types(node: Any) -> Mapping[str, Any]:
+    if dataclasses.is_dataclass(node):
+        return {field.name: field.type for field in dataclasses.fields(node)}
+    return getattr(type(node), "__annotations__", {})  # a named tuple
+
+
+def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
+    shapes = _shapes(annotation)
+    if len(shapes) > 1:
+        raise ValueError(
+            f"partition_specs: {name} is in a field whose annotation has several "
+            f"shapes, {sorted(shapes)}; give each array a field of its own."
+        )
+    return tuple(shapes.pop().split()) if shapes else None
+
+
+def _shapes(annotation: Any) -> set[str]:
+    """Dimension strings in an annotation, also inside `X | None` or `tuple[X, ...]`."""
+    own = getattr(annotation, "dim_str", None)
+    inner = [_shapes(part) for part in typing.get_args(annotation)]
+    return set().union(*inner) if own is None else {own}
 
 
 def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
@@ -134,20 +159,22 @@ def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
 
 def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh) -> None:
     name, shape = leaf.name, leaf.array.shape
-    stacked = len(shape) - len(leaf.dims or ())
-    for dim, entry in enumerate(spec):
+    unnamed = len(shape) - len(leaf.dims or ())
+    for dim_name, size, entry in zip(
+        leaf.dims or (), shape[unnamed:], list(spec)[unnamed:], strict=True
+    ):
         for axis in _as_tuple(entry):
             if axis not in mesh.shape:
                 raise ValueError(
-                    f"partition_specs: {name} is split over {axis!r}, the mesh has "
-                    f"only {tuple(mesh.shape)}."
+                    f"partition_specs: the dimension {dim_name!r} of {name} is split "
+                    f"over {axis!r}, and the mesh has only {tuple(mesh.shape)}."
                 )
         parts = math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
-        if shape[dim] % parts != 0:
+        if size % parts != 0:
             raise ValueError(
                 f"partition_specs: {name} has the shape {shape}; the mesh axis "
                 f"{entry!r} of size {parts} does not divide its dimension "
-                f"{(leaf.dims or ())[dim - stacked]!r} of size {shape[dim]}."
+                f"{dim_name!r} of size {size}."
             )
 
 

@@ -24,9 +24,16 @@ def parallelize(module: Any, mesh: Mesh) -> Any:
 
     - `module`: any module that holds attention or experts.
     - `mesh`: from `make_mesh`.
+
+    **Raises:** ValueError if the module has such wrappers already.
     """
 
     def wrap(node: Any) -> Any:
+        if isinstance(node, ExpertParallel | SummedOver):
+            raise ValueError(
+                "parallelize: the module went through it before; every sum would be "
+                "taken twice. Give it the module without wrappers."
+            )
         if isinstance(node, Experts) and mesh.shape["expert"] > 1:
             return ExpertParallel(node, "expert")
         if isinstance(node, MoE):
@@ -36,7 +43,8 @@ def parallelize(module: Any, mesh: Mesh) -> Any:
         return node
 
     def is_part(node: Any) -> bool:
-        return isinstance(node, Attention | MoE | Experts)
+        wrappers = ExpertParallel | SummedOver
+        return isinstance(node, Attention | MoE | Experts | wrappers)
 
     return jax.tree.map(wrap, module, is_leaf=is_part)
 

@@ -1,4 +1,6 @@
-"""The grouped product against dense products, on both of its paths."""
+"""The experts' products against dense ones, on both of their paths."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from dsv4_eqx.moe import grouped
-from dsv4_eqx.moe.grouped import grouped_matmul
+from dsv4_eqx.moe.grouped import clamped_swiglu, grouped_swiglu
+from tests.models import QUICKLY
 
+DIM, HIDDEN, LIMIT = 5, 3, 1.0
 SIZES = {
     "uneven": [5, 1, 9, 2],
     "empty ones": [0, 7, 0, 0, 3, 0],
@@ -16,8 +20,8 @@ SIZES = {
     "all in the last": [0, 0, 13],
     "one row": [0, 1, 0],
     "one group": [5],
-    "no row": [0, 0, 0],
-    "over the block": [70, 3, 129, 0, 64, 65],
+    "no row of any": [0, 0, 0],
+    "over both blocks": [150, 3, 129, 0, 64, 65],
 }
 
 
@@ -25,20 +29,37 @@ def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def operands(sizes, past_end=0, in_size=5, out_size=7):
-    num_rows = sum(sizes) + past_end
-    rows = normal((num_rows, in_size))
-    matrices = normal((len(sizes), out_size, in_size), 1)
-    return rows, matrices, jnp.asarray(sizes, jnp.int32)
+def operands(sizes, past_end=0):
+    """Rows, their weights, the groups' matrices and sizes."""
+    num_rows, groups = sum(sizes) + past_end, len(sizes)
+    return (
+        normal((num_rows, DIM)),
+        1 + normal((num_rows,), 1),
+        normal((groups, 2 * HIDDEN, DIM), 2),
+        normal((groups, DIM, HIDDEN), 3),
+        jnp.asarray(sizes, jnp.int32),
+    )
 
 
-def dense(rows, matrices, sizes):
-    """Every row with every matrix, then the row's own."""
-    ends = jnp.cumsum(sizes)
-    group = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
-    own = group[:, None] == jnp.arange(sizes.shape[0])
-    products = jnp.einsum("ri,goi->rgo", rows, matrices, precision="highest")
-    return jnp.sum(jnp.where(own[..., None], products, 0), axis=1)
+def ours(*given):
+    return grouped_swiglu(*given, LIMIT)
+
+
+def dense(rows, weights, gate_up, down, sizes):
+    """Every row through every group's matrices, then the row's own."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    own = group[:, None] == jnp.arange(len(sizes))
+    hidden = clamped_swiglu(jnp.einsum("ri,ghi->rgh", rows, gate_up), LIMIT)
+    hidden = (hidden * weights[:, None, None]).astype(rows.dtype)
+    out = jnp.einsum("rgh,goh->rgo", hidden, down)
+    return jnp.sum(jnp.where(own[..., None], out, 0), axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+def with_gradients(product, floats, sizes, cotangent):
+    """The product, and what `cotangent` gives for rows, weights and matrices."""
+    out, pullback = jax.vjp(lambda *floats: product(*floats, sizes), *floats)
+    return out, *pullback(cotangent)
 
 
 def close(actual, expected, tolerance):
@@ -46,110 +67,101 @@ def close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("past_end", [0, 1, 8])
+@pytest.mark.parametrize("past_end", [0, 3])
 def test_product_and_gradients_equal_dense(sizes, past_end):
-    rows, matrices, sizes = operands(sizes, past_end)
-    used = int(sizes.sum())
-    cotangent = normal((rows.shape[0], 7), 2)
-
-    def loss(product):
-        # Rows past the last group are unspecified: nobody may use them.
-        return lambda rows, matrices: jnp.sum(
-            (product(rows, matrices, sizes) * cotangent)[:used]
-        )
-
-    out = jax.jit(grouped_matmul)(rows, matrices, sizes)
-    assert out.shape == (rows.shape[0], 7) and jnp.isfinite(out).all()
-    close(out[:used], dense(rows, matrices, sizes)[:used], 1e-5)
-    grads = jax.jit(jax.grad(loss(grouped_matmul), (0, 1)))(rows, matrices)
-    expected = jax.grad(loss(dense), (0, 1))(rows, matrices)
-    for grad, other in zip(grads, expected):
-        close(grad, other, 2e-5)
+    *floats, sizes = operands(sizes, past_end)
+    used, num_rows = int(sizes.sum()), len(floats[0])
+    # What lies past the last group is unspecified: nobody may use it.
+    cotangent = normal((num_rows, DIM), 4).at[used:].set(0)
+    out, *grads = with_gradients(ours, floats, sizes, cotangent)
+    expected, *others = with_gradients(dense, floats, sizes, cotangent)
+    assert out.shape == (num_rows, DIM) and jnp.isfinite(out).all()
+    close(out[:used], expected[:used], 1e-5)
+    for grad, other in zip(grads, others, strict=True):
+        close(grad, other, 3e-5)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_product_equals_dense_for_random_sizes(seed):
     rng = np.random.default_rng(seed)
-    sizes = rng.multinomial(67, rng.dirichlet(np.full(7, 0.4)))
-    rows, matrices, sizes = operands(sizes.tolist())
-    close(grouped_matmul(rows, matrices, sizes), dense(rows, matrices, sizes), 1e-5)
+    given = operands(rng.multinomial(300, rng.dirichlet(np.full(7, 0.4))).tolist())
+    close(jax.jit(ours)(*given), dense(*given), 1e-5)
 
 
-def test_gradient_of_rows_past_the_last_group_is_zero():
-    rows, matrices, sizes = operands([3, 0, 2], past_end=4)
+def test_rows_past_the_last_group_get_no_gradient():
+    *floats, sizes = operands([3, 0, 2], past_end=4)
+    cotangent = normal((9, DIM), 4)  # not even where someone asks for one
+    _, d_rows, d_weights, *d_matrices = with_gradients(ours, floats, sizes, cotangent)
+    assert (d_rows[5:] == 0).all() and (d_weights[5:] == 0).all()
+    used = [floats[0][:5], floats[1][:5], *floats[2:]]
+    expected = with_gradients(dense, used, sizes, cotangent[:5])
+    for grad, other in zip(d_matrices, expected[3:], strict=True):
+        close(grad, other, 1e-5)
 
-    def loss(rows, matrices):
-        return jnp.sum(jnp.sin(grouped_matmul(rows, matrices, sizes)))
 
-    d_rows, d_matrices = jax.grad(loss, (0, 1))(rows, matrices)
-    np.testing.assert_array_equal(d_rows[5:], np.zeros((4, 5)))
-    expected = jax.grad(loss, 1)(rows[:5], matrices)
-    close(d_matrices, expected, 1e-5)
+@pytest.mark.parametrize("sizes", [s for s in SIZES.values() if sum(s)], ids=str)
+def test_both_paths_give_the_same(sizes):
+    given = operands(sizes)
+    cotangent = normal(given[0].shape, 4)
 
+    @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICKLY)
+    def run(forward, backward, given):
+        out, before = forward(*given, limit=LIMIT)
+        return out, backward(*given, before, cotangent, limit=LIMIT)
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_default_platform_functions_equal_the_cpu_ones(sizes):
-    rows, matrices, sizes = operands(sizes)
-    ragged = grouped._ragged_matmul(rows, matrices, sizes)
-    close(ragged, grouped._blocked_matmul(rows, matrices, sizes), 1e-5)
-    left, right = normal((rows.shape[0], 7), 3), rows
-    outer = grouped._ragged_outer(left, right, sizes)
-    assert outer.shape == matrices.shape
-    close(outer, grouped._blocked_outer(left, right, sizes), 2e-5)
+    blocked = run(grouped._blocked_forward, grouped._blocked_backward, given)
+    ragged = run(grouped._ragged_forward, grouped._ragged_backward, given)
+    for one, other in zip(jax.tree.leaves(blocked), jax.tree.leaves(ragged)):
+        close(one, other, 3e-5)
 
 
 @pytest.mark.parametrize("path", ["_blocked", "_ragged"])
-def test_both_paths_leave_other_groups_rows_out(path):
-    # A NaN in one group must not reach another one, in either direction.
-    rows, matrices, sizes = operands([3, 2, 4], past_end=2)
-    matmul = getattr(grouped, f"{path}_matmul")
-    poisoned = rows.at[3:5].set(jnp.nan)
-    out = matmul(poisoned, matrices, sizes)
-    clean = matmul(rows, matrices, sizes)
-    close(out[:3], clean[:3], 1e-6)
-    close(out[5:9], clean[5:9], 1e-6)
+def test_a_nan_stays_in_its_group(path):
+    rows, *rest = operands([3, 2, 4], past_end=2)
+    forward = jax.jit(functools.partial(getattr(grouped, f"{path}_forward"), limit=1.0))
+    clean, _ = forward(rows, *rest)
+    poisoned, _ = forward(rows.at[3:5].set(jnp.nan), *rest)
+    assert jnp.isnan(poisoned[3:5]).all()
+    close(poisoned[:3], clean[:3], 1e-6)
+    close(poisoned[5:9], clean[5:9], 1e-6)
 
 
 @pytest.mark.parametrize("sizes", [[5, 0, 9, 2], [70, 3, 129, 0]])
-def test_bfloat16_product_is_near_float32(sizes):
-    rows, matrices, sizes = operands(sizes)
-    rows, matrices = rows.astype(jnp.bfloat16), matrices.astype(jnp.bfloat16)
-    out = grouped_matmul(rows, matrices, sizes)
-    assert out.dtype == jnp.bfloat16
-    expected = dense(rows.astype(jnp.float32), matrices.astype(jnp.float32), sizes)
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, 2**-8, 1e-5)
-
-    def loss(rows, matrices):
-        product = grouped_matmul(rows, matrices, sizes)
-        return jnp.sum(product.astype(jnp.float32))
-
-    grads = jax.grad(loss, (0, 1))(rows, matrices)
-    assert all(grad.dtype == jnp.bfloat16 for grad in grads)
-    assert all(jnp.isfinite(grad.astype(jnp.float32)).all() for grad in grads)
+def test_bfloat16_is_near_float32(sizes):
+    *wide, sizes = operands(sizes)
+    floats = [x.astype(jnp.bfloat16) for x in wide]
+    floats[1] = wide[1]  # the routing weights stay float32
+    cotangent = normal(floats[0].shape, 4).astype(jnp.bfloat16)
+    out, *grads = with_gradients(ours, floats, sizes, cotangent)
+    wide = [x.astype(jnp.float32) for x in floats]
+    expected, *others = with_gradients(dense, wide, sizes, cotangent.astype("f4"))
+    assert out.dtype == jnp.bfloat16 and grads[1].dtype == jnp.float32
+    for one, other in zip((out, *grads), (expected, *others), strict=True):
+        error = jnp.linalg.norm(one.astype(jnp.float32) - other)
+        assert error < 0.02 * jnp.linalg.norm(other)
 
 
 def test_product_works_in_a_scan_over_layers():
-    rows, _, sizes = operands([5, 0, 9, 2], out_size=5)
-    stacked = normal((3, 4, 5, 5), 4)
+    rows, weights, gate_up, down, sizes = operands([5, 0, 9, 2])
 
     def run(product, rows):
-        def layer(rows, matrices):
-            return product(rows, matrices, sizes), None
+        def layer(rows, scale):
+            return product(rows, weights, scale * gate_up, down, sizes), None
 
-        return jnp.sum(jnp.sin(jax.lax.scan(layer, rows, stacked)[0]))
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, rows, jnp.arange(1.0, 4.0))[0]))
 
-    value, grad = jax.jit(jax.value_and_grad(lambda rows: run(grouped_matmul, rows)))(
-        rows
-    )
-    expected, expected_grad = jax.value_and_grad(lambda rows: run(dense, rows))(rows)
-    close(value, expected, 1e-4)
-    assert np.linalg.norm(grad - expected_grad) < 1e-5 * np.linalg.norm(expected_grad)
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(run, product)))(rows)
+        for product in (ours, dense)
+    ]
+    close(both[0][0], both[1][0], 1e-4)
+    error = jnp.linalg.norm(both[0][1] - both[1][1])
+    assert error < 1e-4 * jnp.linalg.norm(both[1][1])
 
 
 def test_product_has_a_shape_without_values():
-    rows, matrices, sizes = operands([5, 0, 9, 2])
-    out = jax.eval_shape(grouped_matmul, rows, matrices, sizes)
-    assert out.shape == (16, 7) and out.dtype == jnp.float32
+    out = jax.eval_shape(ours, *operands([5, 0, 9, 2]))
+    assert out.shape == (16, DIM) and out.dtype == jnp.float32
 
 
 def test_product_works_in_shard_map_over_rows():
@@ -158,28 +170,26 @@ def test_product_works_in_shard_map_over_rows():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)
     sizes = jnp.asarray(rng.multinomial(9, [0.3, 0.0, 0.6, 0.1], 8), jnp.int32)
-    rows, matrices = normal((8, 9, 5)), normal((4, 7, 5), 1)
+    rows, weights = normal((8, 9, DIM)), normal((8, 9), 1)
+    matrices = operands([1, 1, 1, 1])[2:4]
     split, whole = PartitionSpec("data"), PartitionSpec()
 
-    def local(rows, matrices, sizes):
-        return grouped_matmul(rows[0], matrices, sizes[0])[None]
+    def local(rows, weights, gate_up, down, sizes):
+        return ours(rows[0], weights[0], gate_up, down, sizes[0])[None]
 
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(split, whole, split), out_specs=split
+        local,
+        mesh=mesh,
+        in_specs=(split, split, whole, whole, split),
+        out_specs=split,
     )
 
-    def one_by_one(rows, matrices, sizes):
-        return jnp.stack([dense(r, matrices, s) for r, s in zip(rows, sizes)])
+    def one_by_one(rows, weights, gate_up, down, sizes):
+        each = zip(rows, weights, sizes)
+        return jnp.stack([dense(r, w, gate_up, down, s) for r, w, s in each])
 
-    def gradients(product):
-        return jax.grad(
-            lambda rows, matrices: jnp.sum(jnp.sin(product(rows, matrices, sizes))),
-            argnums=(0, 1),
-        )
-
-    close(
-        jax.jit(mapped)(rows, matrices, sizes), one_by_one(rows, matrices, sizes), 1e-5
-    )
-    grads = jax.jit(gradients(mapped))(rows, matrices)
-    for grad, expected in zip(grads, gradients(one_by_one)(rows, matrices)):
-        close(grad, expected, 2e-5)
+    floats, cotangent = (rows, weights, *matrices), normal(rows.shape, 4)
+    found = with_gradients(mapped, floats, sizes, cotangent)
+    expected = with_gradients(one_by_one, floats, sizes, cotangent)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, 3e-5)

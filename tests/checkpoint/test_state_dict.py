@@ -1,0 +1,265 @@
+"""Models from state dicts: both namings, every fault, and a release end to end."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.torch import load_file
+
+from dsv4_eqx import Config, from_state_dict
+from dsv4_eqx.checkpoint.names import sources
+from tests.models import QUICKLY, T, pair, random_model, random_tensors, small_config
+
+quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+FP4_VALUES = torch.cat([E2M1, -E2M1])
+
+
+def tensors_of(model, official):
+    """The state dict that a model came from."""
+    tensors = {}
+    for source, leaf in sources(model, official=official):
+        for index in np.ndindex(source.names.shape):
+            value = np.asarray(leaf[index])
+            tensors[source.names[index]] = value.reshape(source.tensor_shape)
+    return tensors
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_hf_names_round_trip_to_the_bit():
+    reference, model = pair(0)
+    expected = {k: v.numpy() for k, v in reference.state_dict().items()}
+    found = tensors_of(model, official=False)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_official_names_round_trip_to_the_bit():
+    _, model = pair(0)
+    config = small_config()
+    assert_same(from_state_dict(_without_mtp(T), tensors_of(model, True)), model)
+    with_mtp = random_model(config)
+    assert len(with_mtp.mtp) == 1
+    assert_same(from_state_dict(config, tensors_of(with_mtp, True)), with_mtp)
+
+
+def _without_mtp(config):
+    return dataclasses.replace(config, num_nextn_predict_layers=0)
+
+
+def test_hf_names_with_a_prediction_block_keep_it():
+    config = small_config()
+    model = random_model(config)
+    assert_same(from_state_dict(config, tensors_of(model, False)), model)
+
+
+def test_experts_and_halves_land_where_they_belong():
+    config = small_config()
+    tensors = random_tensors(config)
+    moe = from_state_dict(config, tensors).layers[1].moe
+    for half, name in enumerate(("w1", "w3")):
+        expert = tensors[f"layers.1.ffn.experts.5.{name}.weight"]
+        np.testing.assert_array_equal(moe.experts.gate_up[5, half], expert)
+        shared = tensors[f"layers.1.ffn.shared_experts.{name}.weight"]
+        np.testing.assert_array_equal(moe.shared.gate_up[half], shared)
+
+
+def test_dtype_is_the_embeddings_and_islands_stay_float32():
+    config = small_config()
+    tensors = random_tensors(config)
+    tensors["embed.weight"] = tensors["embed.weight"].astype(ml_dtypes.bfloat16)
+    for model in (
+        from_state_dict(config, tensors),
+        from_state_dict(config, random_tensors(config), dtype=jnp.bfloat16),
+    ):
+        block = model.layers[2]
+        assert model.embedding.dtype == model.unembedding.dtype == jnp.bfloat16
+        assert block.moe.experts.down.dtype == jnp.bfloat16
+        islands = (
+            block.attention.sinks,
+            block.attention.compressor.position_bias,
+            block.attention_norm.weight,
+            block.moe.router.bias,
+            block.moe_connection.weight,
+            model.head.base,
+        )
+        assert {x.dtype for x in islands} == {jnp.dtype("float32")}
+        assert model.layers[0].moe.router.table.dtype == jnp.int32
+
+
+def test_all_faults_are_in_one_error():
+    config = small_config()
+    tensors = random_tensors(config)
+    del tensors["norm.weight"], tensors["layers.1.ffn.experts.3.w2.weight"]
+    tensors["layers.1.ffn.experts.7.w2.weight"] = np.zeros((60, 28), np.float32)
+    tensors["layers.2.attn.wq_a.scale"] = np.ones((1, 1), np.float32)
+    tensors["layers.0.attn.wkv.weight"] = tensors["layers.0.attn.wkv.weight"].T
+    tensors["layers.2.hc_attn_fn"] = np.zeros((24, 240), np.int32)
+    table = tensors["layers.0.ffn.gate.tid2eid"]
+    tensors["layers.0.ffn.gate.tid2eid"] = table.astype(np.float32)
+    with pytest.raises(ValueError) as error:
+        from_state_dict(config, tensors)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("from_state_dict: 7 faults")
+    assert sorted(line.strip() for line in lines[1:]) == sorted(
+        [
+            "norm.weight is missing (shape (60,))",
+            "layers.1.ffn.experts.3.w2.weight is missing (shape (60, 28))",
+            "layers.1.ffn.experts.7.w2.weight is not part of the model",
+            "layers.2.attn.wq_a.scale is not part of the model",
+            "layers.0.attn.wkv.weight has the shape (60, 20), not (20, 60)",
+            "layers.2.hc_attn_fn has the dtype int32, for float32",
+            "layers.0.ffn.gate.tid2eid has the dtype float32, for int32",
+        ]
+    )
+
+
+@pytest.mark.parametrize("tensors", [{}, {"something": np.zeros(3)}], ids=len)
+def test_a_state_dict_of_something_else_is_refused(tensors):
+    with pytest.raises(ValueError, match="embed_tokens.weight is missing"):
+        from_state_dict(small_config(), tensors)
+
+
+def test_a_scalar_is_a_fault_like_others():
+    tensors = random_tensors(small_config())
+    tensors["norm.weight"] = np.float32(1).reshape(())
+    with pytest.raises(ValueError, match=r"norm.weight has the shape \(\)"):
+        from_state_dict(small_config(), tensors)
+
+
+@pytest.mark.parametrize("value", [2**33 + 5, -(2**40)])
+def test_routing_tables_beyond_int32_are_refused(value):
+    tensors = random_tensors(small_config())
+    tensors["layers.0.ffn.gate.tid2eid"][7, 1] = value
+    with pytest.raises(ValueError, match="layers.0.ffn.gate.tid2eid .* beyond int32"):
+        from_state_dict(small_config(), tensors)
+
+
+@pytest.mark.parametrize("value", [-1, 7])
+def test_routing_tables_naming_no_expert_are_refused(value):
+    tensors = random_tensors(small_config())
+    tensors["layers.0.ffn.gate.tid2eid"][7, 1] = value
+    with pytest.raises(ValueError, match="layers.0.ffn.gate.tid2eid"):
+        from_state_dict(small_config(), tensors)
+
+
+def test_quantised_dtypes_are_refused():
+    tensors = random_tensors(small_config())
+    for name, dtype in (
+        ("layers.0.attn.wq_a.weight", ml_dtypes.float8_e4m3fn),
+        ("layers.0.attn.wq_b.weight", ml_dtypes.float8_e8m0fnu),
+    ):
+        tensors[name] = tensors[name].astype(dtype)
+    with pytest.raises(ValueError, match="layers.0.attn.wq_a.weight") as error:
+        from_state_dict(small_config(), tensors)
+    assert "layers.0.attn.wq_b.weight" in str(error.value)
+
+
+def test_a_quantised_embedding_is_a_fault_like_others():
+    tensors = random_tensors(small_config())
+    del tensors["norm.weight"]
+    tensors["embed.weight"] = tensors["embed.weight"].astype(ml_dtypes.float8_e4m3fn)
+    with pytest.raises(ValueError, match="2 faults") as error:
+        from_state_dict(small_config(), tensors)
+    assert "embed.weight has the dtype float8_e4m3fn" in str(error.value)
+
+
+def test_what_numpy_cannot_read_is_a_fault_like_others():
+    tensors = random_tensors(small_config())
+    tensors["norm.weight"] = torch.ones(60, dtype=torch.bfloat16)
+    tensors["head.weight"] = None
+    with pytest.raises(ValueError, match="2 faults") as error:
+        from_state_dict(small_config(), tensors)
+    assert "norm.weight is a Tensor that numpy cannot read" in str(error.value)
+    assert "head.weight is a NoneType that" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.complex64])
+def test_dtypes_that_are_none_for_weights_are_refused(dtype):
+    config = small_config()
+    with pytest.raises(ValueError, match=r"from_state_dict\(dtype=.*bfloat16"):
+        from_state_dict(config, random_tensors(config), dtype=dtype)
+
+
+def test_float64_becomes_float32_where_jax_has_no_float64():
+    config = small_config()
+    tensors = random_tensors(config)
+    tensors["embed.weight"] = tensors["embed.weight"].astype(np.float64)
+    assert from_state_dict(config, tensors).embedding.dtype == jnp.float32
+
+
+def dequantise(weight, scale):
+    """float32 of an FP8 or FP4 tensor with its block scales."""
+    scale = torch.exp2(scale.view(torch.uint8).float() - 127)
+    if weight.dtype == torch.int8:
+        byte = weight.view(torch.uint8).long()
+        values = FP4_VALUES[torch.stack([byte & 15, byte >> 4], dim=-1)].flatten(1)
+        return values * scale.repeat_interleave(32, dim=1)
+    rows, columns = weight.shape
+    scale = scale.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+    return weight.float() * scale[:rows, :columns]
+
+
+@functools.cache
+def nano_release():
+    """The model of the files, every tensor in float32, and what it should give."""
+    index = json.loads((NANO / "model.safetensors.index.json").read_text())
+    raw = {}
+    for file in sorted(set(index["weight_map"].values())):
+        raw |= load_file(NANO / file)
+    assert raw.keys() == index["weight_map"].keys()
+    tensors = {}
+    for name, value in raw.items():
+        if name.endswith(".scale"):
+            continue
+        scale = raw.get(name.removesuffix("weight") + "scale")
+        if scale is not None:
+            value = dequantise(value, scale)
+        elif value.is_floating_point():
+            value = value.float()
+        tensors[name] = value.numpy()
+    expected = load_numpy(NANO / "expected.safetensors")
+    return from_state_dict(Config.from_hf(NANO), tensors), expected
+
+
+def test_nano_release_gives_the_official_codes_logits():
+    model, expected = nano_release()
+    assert model.embedding.dtype == jnp.float32
+    call = quick_jit(lambda model, tokens: model.multi_token_logits(tokens))
+    logits, ahead = call(model, expected["tokens"])
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(ahead, expected["mtp_logits"], rtol=0, atol=5e-5)
+
+
+def test_nano_release_gives_the_official_codes_streams():
+    model, expected = nano_release()
+
+    @quick_jit
+    def run(model, tokens):
+        positions = jnp.arange(tokens.shape[1])[None]
+        streams = jnp.repeat(model.embedding[tokens][:, :, None], 4, axis=2)
+        outputs = []
+        for layer in range(len(model.layers)):
+            streams = model.layers[layer](streams, tokens, positions)
+            outputs.append(streams[:, -8:])
+        return outputs
+
+    for layer, streams in enumerate(run(model, expected["tokens"])):
+        wanted = expected[f"streams.{layer}"]
+        np.testing.assert_allclose(streams, wanted, rtol=0, atol=5e-5)

@@ -1,0 +1,70 @@
+"""Models, tokens and compiled calls that several test files share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_eqx import from_state_dict
+from dsv4_eqx.checkpoint.names import sources
+from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from tests.tiny import tiny_config
+
+T = tiny_config()
+LENGTH = 41  # ten CSA entries for an index_topk of 5, two HCA entries and a rest
+# Compiles in a quarter of the time; LLVM's optimisation changes nothing tested with it.
+QUICKLY = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 12):
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
+
+forward = jax.jit(lambda model, tokens: model(tokens))
+forward_once = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICKLY)
+
+
+@functools.cache
+def pair(seed):
+    """transformers' model and ours with the same weights."""
+    from tests.reference import ours, reference_model  # needs torch
+
+    reference = reference_model(T, seed)
+    return reference, ours(T, reference)
+
+
+def small_config(**changes):
+    """Three layers, one of each kind: compiles in half of T's time."""
+    fields = dict(
+        num_hidden_layers=3,
+        layer_types=(SLIDING, HCA, CSA),
+        compress_ratios=(0, 16, 4),
+        mlp_layer_types=(HASH_MOE, TOPK_MOE, TOPK_MOE),
+    )
+    return tiny_config(**(fields | changes))
+
+
+def random_tokens(seed, length=LENGTH, batch=2, config=T):
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, config.vocab_size, (batch, length))
+    return tokens.astype(np.int32)
+
+
+def random_tensors(config, seed=0):
+    """A state dict under the official names."""
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for source, leaf in sources(abstract_model(config, jnp.float32), official=True):
+        for name in source.names.flat:
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                high = config.n_routed_experts
+                tensors[name] = generator.integers(0, high, source.tensor_shape)
+                continue
+            value = generator.normal(size=source.tensor_shape)
+            value = value / np.sqrt(source.tensor_shape[-1])
+            tensors[name] = value.astype(np.float32)
+    return tensors
+
+
+def random_model(config, seed=0):
+    """A model, prediction block included, without waiting for JAX to make one."""
+    return from_state_dict(config, random_tensors(config, seed))

@@ -1,0 +1,190 @@
+"""Experts and the shared expert against transformers, with the clamp at work."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
+
+from dsv4_eqx import Experts, SharedExpert
+from dsv4_eqx.moe.grouped import clamped_swiglu
+from tests.models import QUICKLY
+from tests.reference import reference_config
+from tests.tiny import tiny_config
+
+CONFIG = tiny_config(hidden_size=15, moe_intermediate_size=9)  # 7 experts, limit 1
+TOKENS, SLOTS = 11, 3
+
+
+def normal(shape, seed=0, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("f4")
+
+
+def experts(seed=0):
+    """Ours and transformers', with weights that drive the SwiGLU beyond its limit."""
+    theirs = hf.DeepseekV4Experts(reference_config(CONFIG))
+    ours = Experts(CONFIG, key=jax.random.key(0))
+    gate_up = normal(ours.gate_up.shape, seed, 0.5)
+    down = normal(ours.down.shape, seed + 1, 0.3)
+    with torch.no_grad():
+        theirs.gate_up_proj.copy_(torch.tensor(gate_up.reshape(7, 18, 15)))
+        theirs.down_proj.copy_(torch.tensor(down))
+    arrays = jnp.asarray(gate_up), jnp.asarray(down)
+    return eqx.tree_at(lambda m: (m.gate_up, m.down), ours, arrays), theirs
+
+
+def shared_experts(seed=0):
+    theirs = hf.DeepseekV4MLP(reference_config(CONFIG))
+    ours = SharedExpert(CONFIG, key=jax.random.key(0))
+    gate_up = normal(ours.gate_up.shape, seed, 0.5)
+    down = normal(ours.down.shape, seed + 1, 0.3)
+    with torch.no_grad():
+        theirs.gate_proj.weight.copy_(torch.tensor(gate_up[0]))
+        theirs.up_proj.weight.copy_(torch.tensor(gate_up[1]))
+        theirs.down_proj.weight.copy_(torch.tensor(down))
+    arrays = jnp.asarray(gate_up), jnp.asarray(down)
+    return eqx.tree_at(lambda m: (m.gate_up, m.down), ours, arrays), theirs
+
+
+def routing(kind, seed=5):
+    """The experts of each token and their weights."""
+    rng = np.random.default_rng(seed)
+    if kind == "distinct":
+        chosen = np.stack([rng.permutation(7)[:SLOTS] for _ in range(TOKENS)])
+    elif kind == "repeated":
+        chosen = rng.integers(0, 7, (TOKENS, SLOTS))
+        chosen[3] = 2
+    else:
+        chosen = np.full((TOKENS, SLOTS), dict(first=0, last=6)[kind])
+    weights = rng.uniform(0.1, 1, (TOKENS, SLOTS)).astype(np.float32)
+    return chosen.astype(np.int32), weights
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def run(module, *args):
+    return module(*args)
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def run_with_gradients(module, args, chosen, cotangent):
+    """The output, and the gradients of its product with `cotangent`."""
+
+    def loss(module, args):
+        x, *weights = args
+        out = module(x) if chosen is None else module(x, chosen, *weights)
+        return jnp.sum(out * cotangent), out
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, out), grads = grad(module, args)
+    return out, *grads
+
+
+def relative(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected).reshape(actual.shape)
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def close(actual, expected, tolerance):
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["distinct", "repeated", "first", "last"])
+def test_experts_and_their_gradients_equal_transformers(kind):
+    ours, theirs = experts()
+    (chosen, weights), x = routing(kind), normal((TOKENS, 15), 3)
+    cotangent = normal((TOKENS, 15), 4)
+    out, grads, d_args = run_with_gradients(ours, (x, weights), chosen, cotangent)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (x, weights)]
+    expected = theirs(tensors[0], torch.tensor(chosen).long(), tensors[1])
+    (expected * torch.tensor(cotangent)).sum().backward()
+    close(out, expected.detach(), 1e-5)
+    assert relative(grads.gate_up, theirs.gate_up_proj.grad) < 5e-4
+    assert relative(grads.down, theirs.down_proj.grad) < 5e-4
+    assert relative(d_args[0], tensors[0].grad) < 5e-4
+    assert relative(d_args[1], tensors[1].grad) < 5e-4
+
+
+def test_the_clamp_is_at_work_in_these_tests():
+    ours, x = experts()[0], jnp.asarray(normal((TOKENS, 15), 3))
+    inner = np.asarray(jnp.einsum("td,eahd->teah", x, ours.gate_up))
+    for part in (inner[:, :, 0] > 1, inner[:, :, 1] > 1, inner[:, :, 1] < -1):
+        assert 0.1 < part.mean() < 0.9
+
+
+@pytest.mark.parametrize("leading", [(TOKENS,), (2, 5), (2, 1, 3)])
+def test_shared_expert_and_its_gradients_equal_transformers(leading):
+    ours, theirs = shared_experts()
+    x, cotangent = normal((*leading, 15), 3), normal((*leading, 15), 4)
+    tensor = torch.tensor(x, requires_grad=True)
+    expected = theirs(tensor)
+    (expected * torch.tensor(cotangent)).sum().backward()
+    out, grads, (d_x,) = run_with_gradients(ours, (x,), None, cotangent)
+    close(out, expected.detach(), 1e-5)
+    assert relative(grads.gate_up[0], theirs.gate_proj.weight.grad) < 5e-4
+    assert relative(grads.gate_up[1], theirs.up_proj.weight.grad) < 5e-4
+    assert relative(grads.down, theirs.down_proj.weight.grad) < 5e-4
+    assert relative(d_x, tensor.grad) < 5e-4
+
+
+def test_clamped_swiglu_clamps_the_gate_from_above_only():
+    gate = np.array([-30, -3, -1, 0, 0.5, 2, 30], np.float32)
+    up = np.array([-30, -2, 0.5, 1, 2, 30, -2], np.float32)
+    out = clamped_swiglu(jnp.asarray(np.concatenate([gate, up])), 1.5)
+    gate, up = np.minimum(gate, 1.5).astype(np.float64), np.clip(up, -1.5, 1.5)
+    close(out, gate / (1 + np.exp(-gate)) * up, 1e-6)
+
+
+def test_clamped_swiglu_has_no_gradient_beyond_the_limit():
+    x = jnp.array([-3.0, 2.0, 0.5, 0.5, 0.5, 0.5, 2.0, -2.0])
+    grad = jax.grad(lambda x: jnp.sum(clamped_swiglu(x, 1.0)))(x)
+    np.testing.assert_array_equal(grad != 0, [1, 0, 1, 1, 1, 1, 0, 0])
+
+
+def test_clamped_swiglu_is_finite_at_extremes():
+    x = jnp.array([-3e38, 3e38, 0.0, -200.0, 3e38, -3e38, 0.0, 200.0])
+    value, grad = jax.value_and_grad(lambda x: jnp.sum(clamped_swiglu(x, 1.0)))(x)
+    assert jnp.isfinite(value) and jnp.isfinite(grad).all()
+
+
+def test_clamped_swiglu_of_bfloat16_is_float32():
+    x = jnp.asarray(normal((5, 14))).astype(jnp.bfloat16)
+    out = clamped_swiglu(x, 1.0)
+    assert out.dtype == jnp.float32
+    assert (out == clamped_swiglu(x.astype(jnp.float32), 1.0)).all()
+
+
+def test_experts_add_up_in_float32():
+    # bfloat16 of the sum once, not of every expert's share of it on the way.
+    ours, _ = experts()
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ours)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    (chosen, weights), x = routing("distinct"), jnp.asarray(normal((TOKENS, 15), 3))
+    x, chosen, weights = x.astype(jnp.bfloat16), jnp.asarray(chosen), jnp.array(weights)
+    out = run(low, x, chosen, weights)
+    assert out.dtype == jnp.float32
+    expected = run(wide, x.astype(jnp.float32), chosen, weights)
+    assert relative(out, expected) < 2**-7
+    shared = shared_experts()[0]
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), shared)
+    assert run(low, x).dtype == jnp.float32
+
+
+def test_a_token_does_not_depend_on_its_neighbours():
+    ours, _ = experts()
+    chosen, weights = (jnp.asarray(a) for a in routing("distinct"))
+    x = jnp.asarray(normal((TOKENS, 15), 3))
+    changed = x.at[4].multiply(3.0)
+    same = run(ours, x, chosen, weights) == run(ours, changed, chosen, weights)
+    np.testing.assert_array_equal(same.all(axis=-1), np.arange(TOKENS) != 4)
+
+
+def test_order_of_the_slots_does_not_matter():
+    ours, _ = experts()
+    chosen, weights = (jnp.asarray(a) for a in routing("distinct"))
+    x = jnp.asarray(normal((TOKENS, 15), 3))
+    turned = run(ours, x, chosen[:, ::-1], weights[:, ::-1])
+    close(turned, run(ours, x, chosen, weights), 1e-6)

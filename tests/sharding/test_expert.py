@@ -1,0 +1,125 @@
+"""Experts over a mesh: whatever the routing, no token is lost."""
+
+import functools
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv4_eqx as dsv4
+from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
+from tests.sharded import (
+    BATCH,
+    CONFIG,
+    EXPERTS,
+    Case,
+    Parallel,
+    assert_equal_to_plain,
+    make_mesh,
+    normal,
+    random_module,
+    random_token_ids,
+    run_plain,
+)
+
+SEQ = 5  # an odd number of tokens for each device
+
+
+@functools.cache
+def moe_case(kind, dtype=jnp.float32):
+    shape = (BATCH, SEQ, CONFIG.hidden_size)
+    x, ids = normal(shape, 1).astype(dtype), random_token_ids(SEQ)
+    moe = random_module(dsv4.MoE, kind, dtype=dtype)
+    return Case(moe, x, ids, normal(shape, 2))
+
+
+moe_program = functools.cache(
+    lambda expert, tensor, dtype=jnp.float32: Parallel(
+        moe_case(HASH_MOE, dtype), make_mesh(expert=expert, tensor=tensor)
+    )
+)
+
+
+def routed_by(table, dtype=jnp.float32):
+    """A mixture whose tokens go where the table says."""
+    case = moe_case(HASH_MOE, dtype)
+    table = np.broadcast_to(table, (CONFIG.vocab_size, CONFIG.num_experts_per_tok))
+    table = jnp.asarray(table.astype(np.int32))
+    return case._replace(
+        module=eqx.tree_at(lambda moe: moe.router.table, case.module, table)
+    )
+
+
+def random_table(experts):
+    shape = (CONFIG.vocab_size, CONFIG.num_experts_per_tok)
+    return np.random.default_rng(4).choice(experts, shape)
+
+
+ROUTINGS = {
+    "all to the first": 0,
+    "all to the last": EXPERTS - 1,
+    "all to one in the middle": 5,
+    "all to three of one device": [2, 0, 1],
+    "all to three far apart": [15, 7, 0],
+    "one to the first device, the rest to the last": random_table([0] + [15] * 20),
+    "none to odd ones": random_table(np.arange(0, EXPERTS, 2)),
+    "none to the second half": random_table(np.arange(EXPERTS // 2)),
+    "to all": random_table(np.arange(EXPERTS)),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    "expert, tensor",
+    [
+        (8, 1),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_no_token_is_dropped_whatever_the_routing(expert, tensor, routing):
+    case = routed_by(ROUTINGS[routing])
+    assert_equal_to_plain(moe_program(expert, tensor), case)
+
+
+def test_each_row_gets_all_of_its_experts():
+    # Without the other side of a comparison: linear in a single expert's output.
+    case, program = routed_by(ROUTINGS["to all"]), moe_program(8, 1)
+    silent = eqx.tree_at(
+        lambda moe: (moe.experts.down, moe.shared.down),
+        case.module,
+        replace_fn=jnp.zeros_like,
+    )
+    table = np.asarray(case.module.router.table)[np.asarray(case.token_ids)]
+    for expert in range(EXPERTS):
+        loud = eqx.tree_at(
+            lambda moe: moe.experts.down,
+            silent,
+            silent.experts.down.at[expert].set(case.module.experts.down[expert]),
+        )
+        out, *_ = program(case._replace(module=loud))
+        np.testing.assert_array_equal(
+            (np.asarray(out) != 0).any(axis=-1), (table == expert).any(axis=-1)
+        )
+
+
+@pytest.mark.slow
+def test_the_exchange_keeps_bfloat16_to_the_bit():
+    case = routed_by(ROUTINGS["to all"], jnp.bfloat16)
+    out, *_ = moe_program(4, 1, jnp.bfloat16)(case)
+    expected, *_ = run_plain(case)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [(3,), (0, 8, 15)])
+def test_a_bias_may_send_all_tokens_to_few_experts(experts):
+    case, mesh = moe_case(TOPK_MOE), make_mesh(expert=8)
+    bias = np.zeros(EXPERTS, np.float32)
+    bias[list(experts)] = 50
+    moe = eqx.tree_at(lambda moe: moe.router.bias, case.module, jnp.asarray(bias))
+    case = case._replace(module=moe)
+    assert_equal_to_plain(Parallel(case, mesh), case)

@@ -1,0 +1,240 @@
+"""Every field of every module against its annotation.
+
+A hand-written `__init__` is not checked when a module is made, so it is done here, on
+real models of odd sizes.
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+import typing
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import dsv4_eqx as dsv4
+from dsv4_eqx.attention.attend import Entries
+from dsv4_eqx.sharding.expert import ExpertParallel
+from dsv4_eqx.sharding.shard import parallelize
+from dsv4_eqx.sharding.tensor import SummedOver
+from tests.models import QUICKLY, T, random_tensors
+
+# Sizes that belong to activations; modules that hold weights do not have them.
+OF_ACTIVATIONS = {Entries: {"batch", "entries"}}
+
+
+tensors = functools.cache(lambda: random_tensors(T))
+
+
+@functools.cache
+def model(dtype=jnp.float32):
+    return dsv4.from_state_dict(T, tensors(), dtype=dtype)
+
+
+@functools.cache
+def parallel_model():
+    return parallelize(model(), dsv4.make_mesh(expert=2, tensor=4))
+
+
+@functools.cache
+def entries():
+    compressor = model().layers[2].attention.compressor
+    run = jax.jit(lambda compressor, x: compressor(x), compiler_options=QUICKLY)
+    return run(compressor, np.ones((2, 9, T.hidden_size), np.float32))
+
+
+def trees():
+    """Everything that is walked."""
+    return [model(), model(jnp.bfloat16), parallel_model(), entries()]
+
+
+def module_classes():
+    """All module classes that the package defines."""
+    found = set()
+    for info in pkgutil.walk_packages(dsv4.__path__, "dsv4_eqx."):
+        module = importlib.import_module(info.name)
+        for _, value in inspect.getmembers(module, inspect.isclass):
+            if issubclass(value, eqx.Module) and value.__module__ == info.name:
+                found.add(value)
+    return found
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def unstacked(layers):
+    return [layers[layer] for layer in range(len(layers))]
+
+
+def walk(node):
+    """Every module in a tree; stacked layers one by one."""
+    if isinstance(node, eqx.Module):
+        yield node
+    if isinstance(node, dsv4.Layers):
+        children = unstacked(node)
+    elif isinstance(node, eqx.Module):
+        children = [getattr(node, field.name) for field in dataclasses.fields(node)]
+    else:
+        children = node if isinstance(node, tuple) else ()
+    for child in children:
+        yield from walk(child)
+
+
+def matches(value, annotation):
+    """`isinstance` for the annotations that modules have."""
+    if annotation is typing.Any:
+        return True
+    # Wrappers stand in for what they wrap.
+    while isinstance(value, SummedOver | ExpertParallel):
+        value = value.module if isinstance(value, SummedOver) else value.experts
+    if typing.get_origin(annotation) is tuple:
+        (inner, _) = typing.get_args(annotation)
+        return isinstance(value, tuple) and all(matches(x, inner) for x in value)
+    return isinstance(value, annotation)
+
+
+def faults(module):
+    """Fields whose value is not what the annotation says.
+
+    One context for all of them: a name has one size in one module.
+    """
+    with jaxtyping.jaxtyped("context"):
+        return [
+            field.name
+            for field in dataclasses.fields(module)
+            if not matches(getattr(module, field.name), field.type)
+        ]
+
+
+def array_fields(cls):
+    """Names and dimension strings of a class's fields that may hold an array."""
+    for field in dataclasses.fields(cls):
+        options = [field.type, *typing.get_args(field.type)]
+        strings = [getattr(option, "dim_str", None) for option in options]
+        strings = [string for string in strings if string is not None]
+        if strings:
+            yield field.name, strings
+
+
+def test_the_models_have_an_instance_of_every_module_class():
+    assert len(module_classes()) >= 20
+    walked = {type(module) for tree in trees() for module in walk(tree)}
+    assert {cls.__name__ for cls in module_classes() - walked} == set()
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_field_is_what_its_annotation_says(index):
+    tree = trees()[index]
+    for module in walk(tree):
+        assert faults(module) == [], type(module).__name__
+
+
+def test_annotations_hold_for_the_parts_on_each_device():
+    config, mesh = dsv4.Config.tiny(), dsv4.make_mesh(expert=2, tensor=4)
+    make = functools.partial(dsv4.Block, config, 2)
+    block = parallelize(eqx.filter_eval_shape(make, key=jax.random.key(0)), mesh)
+    seen = []
+
+    def local(block):
+        for module in walk(block):
+            assert faults(module) == [], type(module).__name__
+            seen.append(module)
+        return jnp.zeros(())
+
+    specs = dsv4.partition_specs(block, mesh=mesh)
+    over_mesh = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())
+    jax.eval_shape(over_mesh, block)
+    experts = [module for module in seen if isinstance(module, dsv4.Experts)]
+    assert experts[0].gate_up.shape == (8, 2, 12, 64)  # 16 and 48, a half and a quarter
+
+
+@pytest.mark.parametrize("cls", sorted(module_classes(), key=lambda cls: cls.__name__))
+def test_names_of_dimensions_are_in_the_glossary(cls):
+    known = dsv4.DIMENSIONS.keys() | OF_ACTIVATIONS.get(cls, set())
+    for name, strings in array_fields(cls):
+        assert len(strings) == 1, name
+        for dimension in strings[0].split():
+            assert dimension in known or dimension.isdigit(), f"{name}: {dimension}"
+
+
+def test_every_name_in_the_glossary_is_of_some_field():
+    used = {
+        dimension
+        for cls in module_classes()
+        for _, strings in array_fields(cls)
+        for dimension in strings[0].split()
+    }
+    assert dsv4.DIMENSIONS.keys() - used == set()
+
+
+def test_every_array_is_in_a_field_with_a_shape():
+    for tree in trees():
+        for module in walk(tree):
+            annotated = dict(array_fields(type(module)))
+            for field in dataclasses.fields(module):
+                value = getattr(module, field.name)
+                if eqx.is_array(value):
+                    assert field.name in annotated, field.name
+
+
+def test_other_fields_are_static_and_hashable():
+    static = 0
+    for module in walk(parallel_model()):
+        for field in dataclasses.fields(module):
+            value = getattr(module, field.name)
+            if field.metadata.get("static", False):
+                hash(value)
+                static += 1
+            else:
+                leaves = jax.tree.leaves(value)
+                assert all(eqx.is_array(leaf) for leaf in leaves), field.name
+    assert static > 50
+
+
+def test_classes_are_final():
+    for cls in module_classes():
+        bases = [base for base in cls.__mro__[1:] if base.__module__[:8] == "dsv4_eqx"]
+        assert all(base.__name__.startswith("Abstract") for base in bases), cls
+
+
+# The check itself.
+
+
+def replaced(module, name, value):
+    return eqx.tree_at(lambda module: getattr(module, name), module, value)
+
+
+def test_another_shape_is_found():
+    attention = model().layers[2].attention
+    turned = jnp.swapaxes(attention.query_up, 0, 1)
+    # Every dimension is there; the sinks have another number of heads.
+    assert "sinks" in faults(replaced(attention, "query_up", turned))
+    assert faults(replaced(attention, "query_down", attention.query_down.T))
+    stacked = jnp.stack([attention.sinks] * 2)
+    assert faults(replaced(attention, "sinks", stacked)) == ["sinks"]
+    scale = model().head.scale
+    assert faults(replaced(model().head, "scale", jnp.repeat(scale, 2))) == ["scale"]
+
+
+def test_another_dtype_is_found():
+    attention = model(jnp.bfloat16).layers[2].attention
+    assert attention.query_up.dtype == jnp.bfloat16 and faults(attention) == []
+    low = attention.sinks.astype(jnp.bfloat16)
+    assert faults(replaced(attention, "sinks", low)) == ["sinks"]
+    whole = attention.query_up.astype(jnp.int32)
+    assert faults(replaced(attention, "query_up", whole)) == ["query_up"]
+
+
+def test_another_module_is_found():
+    layer = model().layers[0]
+    assert faults(replaced(layer, "moe", layer.attention)) == ["moe"]
+    assert faults(replaced(layer, "moe_norm", None)) == ["moe_norm"]
+    split = SummedOver(layer.attention, "tensor")
+    assert faults(replaced(layer, "attention", split)) == []
+    assert faults(replaced(layer, "moe", split)) == ["moe"]
+    assert faults(replaced(model(), "mtp", (layer,))) == ["mtp"]

@@ -1,0 +1,169 @@
+"""The example as a user runs it: a fresh process, what it prints, how it refuses."""
+
+import functools
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "sharded_block.py"
+
+
+def run(*args):
+    """Warnings are errors there too."""
+    command = [sys.executable, "-W", "error", str(EXAMPLE), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@functools.cache
+def printed(*args):
+    """The output of a run that must succeed."""
+    done = run(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def table(output):
+    """Rows of the table of leaves: name, dimensions, spec, local shape, bytes."""
+    rows = re.findall(
+        r"^(\S+) +((?:\w+ )+) *P\((.*?)\) +\(([\d, ]+)\) +([\d,]+)$", output, re.M
+    )
+    return {
+        name: (
+            dims.split(),
+            spec,
+            [int(size) for size in shape.split(",") if size],
+            int(num_bytes.replace(",", "")),
+        )
+        for name, dims, spec, shape, num_bytes in rows
+    }
+
+
+def collective_lines(text):
+    return re.findall(r"^ +[a-z-]+ +over .* times +[\d,]+ bytes$", text, re.M)
+
+
+def check(output):
+    """What every run shows."""
+    rows = table(output)
+    assert len(rows) > 20
+    for name, (dims, spec, shape, num_bytes) in rows.items():
+        assert len(dims) == len(shape) == len(spec.rstrip(",").split(",")), name
+        assert num_bytes == math.prod(shape) * 4, name
+    total = re.search(r"^all +([\d,]+)$", output, re.M)
+    assert int(total[1].replace(",", "")) == sum(row[3] for row in rows.values())
+    logit = re.search(r"difference of a logit (\S+) \(limit 2e-5\)", output)
+    gradient = re.search(r"difference of a gradient (\S+) \(limit 1e-4\)", output)
+    assert float(logit[1]) <= 2e-5 and float(gradient[1]) <= 1e-4
+    ours, plain = re.search(
+        r"loss (\S+) nats a byte, (\S+) without a mesh", output
+    ).groups()
+    assert abs(float(ours) - float(plain)) <= 2e-5
+    assert 5 < float(ours) < 7  # log(256) is 5.5: near guessing
+
+
+def test_example_on_eight_devices_splits_everything():
+    output = printed()
+    check(output)
+    assert "'data': 2, 'expert': 2, 'tensor': 2, 'context': 1" in output
+    rows = table(output)
+    assert rows["embedding"][1:3] == ("'tensor', None", [128, 64])
+    assert rows["block.moe.experts.gate_up"] == (
+        ["experts", "2", "expert_hidden", "dim"],
+        "'expert', None, 'tensor', None",
+        [8, 2, 24, 64],
+        8 * 2 * 24 * 64 * 4,
+    )
+    assert rows["block.attention.indexer.query_up"][1] == "None, None, None"
+    lines = collective_lines(output)
+    kinds = {tuple(re.split(r" over | +\d+ times", line)[:2]) for line in lines}
+    kinds = {(kind.strip(), axes.strip()) for kind, axes in kinds}
+    assert kinds == {
+        ("all-reduce", "data"),
+        ("all-reduce", "data x expert"),
+        ("all-reduce", "tensor"),
+        ("all-gather", "expert"),
+        ("all-to-all", "expert"),
+    }
+
+
+def test_readme_shows_the_collectives_that_the_example_prints():
+    shown = collective_lines((ROOT / "README.md").read_text())
+    assert len(shown) == 5
+    assert shown == collective_lines(printed())
+
+
+@pytest.mark.slow
+def test_example_on_one_device_sends_nothing():
+    output = printed("--data", 1, "--expert", 1, "--tensor", 1, "--layer", 0)
+    check(output)
+    assert re.search(r"collectives in the compiled .*\n  none\n", output)
+    assert collective_lines(output) == []
+    assert table(output)["block.moe.experts.gate_up"][2] == [16, 2, 48, 64]
+    assert "difference of a gradient 0.0e+00" in output
+
+
+@pytest.mark.slow
+def test_example_runs_another_layer_on_four_devices():
+    output = printed("--data", 1, "--layer", 3)
+    check(output)
+    assert "'data': 1, 'expert': 2, 'tensor': 2" in output and "layer 3" in output
+    assert {"data" in line for line in collective_lines(output)} == {False}
+
+
+@pytest.mark.slow
+def test_example_reads_the_text_it_is_given_on_two_devices(tmp_path):
+    path = tmp_path / "of my own.txt"
+    path.write_text("Every good boy deserves favour. " * 40)
+    output = printed(path, "--data", 1, "--expert", 1, "--tensor", 2)
+    check(output)
+    assert "layer 2, of my own.txt" in output
+
+
+def refusal(*args):
+    """What a run says that must fail, without a traceback."""
+    done = run(*args)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def slow(*args):
+    return pytest.param(*args, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            ["--data", 1, "--expert", 1, "--tensor", 3],
+            r"does not fit: .*\.embedding has the shape \(256, 64\); the mesh axis "
+            r"'tensor' of size 3 does not divide its dimension 'vocab' of size 256",
+        ),
+        slow(["--data", 3, "--expert", 1], r"data x expert = 3 must divide the 8 rows"),
+        slow(["--data", 0], r"data=0, .*must be at least 1"),
+        slow(["--data", -1, "--tensor", -1], r"tensor=-1, .*must be at least 1"),
+        slow(["--data", 10**6], r"needs 4000000 devices and there are 8"),
+        slow(["--tensor", "two"], r"--tensor: invalid int value: 'two'"),
+        slow(["--tensor", "2.5"], r"--tensor: invalid int value: '2.5'"),
+        slow(["--layer", 6], r"--layer: invalid choice: 6 .*0, 1, 2, 3, 4, 5"),
+        slow(["--layer", -1], r"--layer: invalid choice: -1"),
+        slow(["--context=2"], r"unrecognized arguments: --context=2"),
+        slow(["no/such/file"], r"no/such/file cannot be read: No such file"),
+        slow([ROOT], r"cannot be read: Is a directory"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_example_says_what_does_not_fit(args, message):
+    assert re.search(message, refusal(*args))
+
+
+def test_example_refuses_a_text_that_is_too_short(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("x" * 1031)
+    assert "short.txt has 1031 bytes; the example needs 1032." in refusal(path)

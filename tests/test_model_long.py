@@ -1,0 +1,117 @@
+"""The real rates, window and index_topk at tiny widths, and depth."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dsv4_eqx import Config
+from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, KIND_OF_RATIO, SLIDING, TOPK_MOE
+from dsv4_eqx.primitives.rotary import YarnScaling
+from tests.models import forward, forward_once, random_tokens
+from tests.reference import ours, reference_model
+from tests.tiny import tiny_config
+
+# Configuration M: from token 2,052 on, CSA sees more entries than it selects.
+M = tiny_config(
+    num_hidden_layers=4,
+    sliding_window=128,
+    layer_types=(SLIDING, HCA, CSA, CSA),
+    compress_ratios=(0, 128, 4, 4),
+    mlp_layer_types=(HASH_MOE, TOPK_MOE, TOPK_MOE, TOPK_MOE),
+    index_n_heads=32,
+    index_topk=512,
+    rope_scaling=YarnScaling(16.0, 256),
+    max_position_embeddings=4096,
+    num_nextn_predict_layers=0,
+)
+LENGTH = 2304
+BOUNDARIES = (1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 131, 132, 133, 255, 256, 257)
+BOUNDARIES += (511, 512, 513, 2047, 2048, 2049, 2052)
+SEED = 0  # one whose selections are not close, as the first test checks
+
+
+@functools.cache
+def pair():
+    reference = reference_model(M, SEED)
+    return reference, ours(M, reference)
+
+
+@functools.cache
+def tokens():
+    return random_tokens(SEED, length=LENGTH, batch=1)
+
+
+@functools.cache
+def whole():
+    return np.asarray(forward(pair()[1], tokens()))
+
+
+@pytest.mark.slow
+def test_long_logits_equal_those_of_transformers():
+    reference, _ = pair()
+    gaps = []
+    handles = [
+        layer.self_attn.compressor.indexer.scorer.register_forward_hook(
+            lambda module, inputs, scores: gaps.append(selection_gap(scores[0]))
+        )
+        for layer in reference.model.layers[2:]
+    ]
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens()).long()).logits.numpy()
+    for handle in handles:
+        handle.remove()
+    # Otherwise noise decides what is attended to, and equality says nothing.
+    assert len(gaps) == 2 and min(gaps) > 2e-6, gaps
+    np.testing.assert_allclose(whole(), expected, rtol=0, atol=5e-5)
+
+
+def selection_gap(scores):
+    """Smallest difference between the last selected score and the next one."""
+    smallest = np.inf
+    for query in range(4 * M.index_topk + 3, LENGTH):
+        best = scores[query, : (query + 1) // 4].sort(descending=True).values
+        gap = best[M.index_topk - 1] - best[M.index_topk]
+        smallest = min(smallest, float(gap))
+    return smallest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", BOUNDARIES)
+def test_truncating_long_tokens_truncates_the_logits(length):
+    part = np.asarray(forward_once(pair()[1], tokens()[:, :length]))
+    np.testing.assert_allclose(part, whole()[:, :length], rtol=0, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", BOUNDARIES)
+def test_long_logits_before_a_changed_token_keep_every_bit(changed):
+    other = tokens().copy()
+    other[:, changed] = (other[:, changed] + 1) % M.vocab_size
+    after = np.asarray(forward(pair()[1], other))
+    np.testing.assert_array_equal(after[:, :changed], whole()[:, :changed])
+    assert (after[:, changed] != whole()[:, changed]).any()
+
+
+def pro_program(num_layers):
+    """The lowered program of Pro's schedule, cut to this many layers."""
+    ratios = Config.pro().compress_ratios[:num_layers]
+    config = tiny_config(
+        num_hidden_layers=num_layers,
+        layer_types=tuple(KIND_OF_RATIO[ratio] for ratio in ratios),
+        compress_ratios=ratios,
+        mlp_layer_types=Config.pro().mlp_layer_types[:num_layers],
+    )
+    model = abstract_model(config, jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 300), jnp.int32)
+    return jax.jit(lambda model, ids: model(ids)).lower(model, ids).as_text()
+
+
+def test_programs_do_not_grow_with_depth():
+    short, deep = pro_program(9), pro_program(61)
+    assert deep.count("stablehlo.while") == short.count("stablehlo.while") > 0
+    assert len(deep.splitlines()) <= 1.5 * len(short.splitlines())

@@ -1,0 +1,102 @@
+"""The package as installed: what the README says, what it ships and what it imports."""
+
+import importlib.resources
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+
+
+def names_of(requirements):
+    return {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in requirements}
+
+
+# What only tests need: the oracle, its file format, the checker of types.
+FOR_TESTS = names_of(EXTRAS["test"] + EXTRAS["check"]) - {"dsv4_eqx"}
+
+
+def run(script):
+    """A script in a fresh interpreter; warnings are errors."""
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Runs a block like an interactive session: what a statement gives is printed.
+SESSION = """
+import ast
+names = {}
+for node in ast.parse(BLOCK).body:
+    exec(compile(ast.Interactive([node]), "README", "single"), names)
+"""
+
+
+def test_readme_has_the_examples_that_are_tested():
+    assert len(BLOCKS) == 2
+    names = "RMSNorm UnweightedRMSNorm RotaryEmbedding YarnScaling GroupedLinear"
+    for name in names.split():
+        assert f"dsv4.{name}(" in BLOCKS[0]
+
+
+def test_readme_code_runs_as_it_stands_and_gives_what_it_says():
+    output = run(SESSION.replace("BLOCK", repr(BLOCKS[0])))
+    shown = re.findall(r"  # (?:weight: )?(.*\))$", BLOCKS[0], re.M)
+    assert shown == ["(3, 5, 4, 7)", "P('tensor', None, None)"]
+    for text in shown:
+        assert text in output or text.replace("P(", "PartitionSpec(") in output
+
+
+def test_readme_code_switches_the_shape_checks_on():
+    # With the checks, a wrong shape is refused before the mathematics sees it.
+    output = run(
+        BLOCKS[1]
+        + """
+import jax.numpy as jnp
+import jaxtyping
+config = dsv4_eqx.Config.tiny()
+try:
+    dsv4_eqx.RMSNorm(5)(jnp.ones(5, jnp.int32))
+except jaxtyping.TypeCheckError as error:
+    print("refused", type(error).__name__)
+"""
+    )
+    assert output == "refused TypeCheckError\n"
+
+
+def test_importing_the_package_imports_no_more_than_it_needs():
+    loaded = run("import sys, dsv4_eqx; print(*sorted(sys.modules))").split()
+    assert {"jax", "equinox", "jaxtyping", "dsv4_eqx.model"} <= set(loaded)
+    assert len(FOR_TESTS) >= 6 and FOR_TESTS & set(loaded) == set()
+
+
+def test_importing_the_package_starts_no_backend():
+    # So that devices can still be configured afterwards.
+    script = """
+import dsv4_eqx, jax
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+jax.config.update("jax_num_cpu_devices", 3)
+print(jax.device_count())
+"""
+    assert run(script) == "3\n"
+
+
+def test_type_annotations_are_shipped():
+    marker = importlib.resources.files("dsv4_eqx").joinpath("py.typed")
+    assert marker.is_file()
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["dsv4_eqx"]
+    # Hatchling leaves out what git ignores.
+    assert "py.typed" not in (ROOT / ".gitignore").read_text()
+
+
+def test_the_core_does_not_depend_on_what_only_tests_need():
+    assert FOR_TESTS & names_of(PROJECT["project"]["dependencies"]) == set()
