@@ -9,9 +9,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Without the oracle, only what does not need it is collected.
+ORACLE = ("torch", "tests.reference", "tests.captured")
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [
         str(path)
         for path in pathlib.Path(__file__).parent.rglob("test_*.py")
-        if "torch" in path.read_text() or "tests.reference" in path.read_text()
+        if any(name in path.read_text() for name in ORACLE)
     ]

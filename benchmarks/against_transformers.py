@@ -1,0 +1,223 @@
+"""Time and memory of a small DeepSeek-V4 here and in transformers, side by side.
+
+    python benchmarks/against_transformers.py --lengths 512 2048 --backward
+
+Each measurement is a process of its own, ours and theirs in turn, with the same weights
+and tokens in float32. It fails where the two do not compute the same logits. Memory is
+the process's peak, weights and compiler included. `--plot FILE` draws a picture (needs
+matplotlib).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from dsv4_eqx import Config, YarnScaling, flops_per_token
+from dsv4_eqx.hf_config import CSA, HCA, SLIDING, TOPK_MOE
+
+CONFIG: Final = Config(
+    vocab_size=2048,
+    hidden_size=512,
+    moe_intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    head_dim=128,
+    qk_rope_head_dim=32,
+    q_lora_rank=128,
+    o_groups=4,
+    o_lora_rank=64,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    routed_scaling_factor=1.5,
+    sliding_window=128,
+    layer_types=(SLIDING, CSA, HCA, CSA),
+    compress_ratios=(0, 4, 128, 4),
+    mlp_layer_types=(TOPK_MOE,) * 4,
+    index_n_heads=16,
+    index_head_dim=64,
+    index_topk=128,
+    rope_scaling=YarnScaling(16.0, 4096),
+    max_position_embeddings=65536,
+)
+SIDES: Final = ("ours", "theirs")
+
+
+def tokens(length: int) -> np.ndarray:
+    generator = np.random.default_rng(length)
+    return generator.integers(0, CONFIG.vocab_size, (1, length)).astype(np.int32)
+
+
+def timed(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Median seconds after one run that does not count, and the last result."""
+    result, seconds = run(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def ours(weights: pathlib.Path, length: int, backward: bool, repeats: int):
+    """Seconds, logits or loss, temporary bytes of the compiled program, matmul rate."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    import dsv4_eqx
+
+    model = dsv4_eqx.from_state_dict(CONFIG, np.load(weights))
+    floats, rest = eqx.partition(model, eqx.is_inexact_array)
+    ids = jnp.asarray(tokens(length))
+
+    def loss(floats):
+        scores = jax.nn.log_softmax(eqx.combine(floats, rest)(ids)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1))
+
+    def forward(floats):
+        return eqx.combine(floats, rest)(ids)
+
+    step = jax.jit(jax.value_and_grad(loss) if backward else forward)
+    compiled = step.lower(floats).compile()
+    seconds, out = timed(lambda: jax.block_until_ready(compiled(floats)), repeats)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    square = jnp.ones((2048, 2048))
+    multiply = jax.jit(jnp.matmul)
+    product, _ = timed(lambda: multiply(square, square).block_until_ready(), 15)
+    return seconds, np.asarray(out[0]), temporaries, 2 * 2048**3 / product
+
+
+def theirs(weights: pathlib.Path, length: int, backward: bool, repeats: int):
+    """The same of transformers, eager, which says nothing of its temporaries."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = reference_model()
+    arrays = np.load(weights)
+    model.load_state_dict({name: torch.tensor(arrays[name]) for name in arrays})
+    ids = torch.tensor(tokens(length)).long()
+
+    def forward():
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits.numpy()
+
+    def forward_and_backward():
+        model.zero_grad()
+        logits = model(ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
+        loss.backward()
+        return loss.detach().numpy()[None]
+
+    run = forward_and_backward if backward else forward
+    seconds, out = timed(run, repeats)
+    return seconds, out[0], None, None
+
+
+def reference_model():
+    """transformers' model of the same configuration, with its own initial weights."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+    import torch
+    from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+    from tests.reference import reference_config
+
+    torch.manual_seed(0)
+    return DeepseekV4ForCausalLM(reference_config(CONFIG)).float().eval()
+
+
+def measure(args: argparse.Namespace) -> None:
+    """One measurement, in the child process; prints JSON."""
+    repeats = 5 if args.length <= 2048 else 1
+    function = ours if args.side == "ours" else theirs
+    seconds, out, temporaries, rate = function(
+        args.folder / "weights.npz", args.length, args.backward, repeats
+    )
+    np.save(args.folder / f"{args.side}.npy", out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(dict(seconds=seconds, peak=peak, temp=temporaries, rate=rate)))
+
+
+def compare(folder: pathlib.Path, length: int, backward: bool) -> dict[str, Any]:
+    """Both sides in turn, one process each, and whether they agree."""
+    row = dict[str, Any](length=length)
+    for side in SIDES:
+        command = [sys.executable, __file__, "--side", side, "--length", str(length)]
+        command += ["--folder", str(folder)] + ["--backward"] * backward
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        row[side] = json.loads(done.stdout.splitlines()[-1])
+    found, expected = (np.load(folder / f"{side}.npy") for side in SIDES)
+    row["difference"] = float(np.abs(found - expected).max())
+    if not row["difference"] <= 5e-5:
+        sys.exit(f"{length} tokens: results differ by {row['difference']:.1e}")
+    return row
+
+
+def print_row(row: dict[str, Any], backward: bool) -> None:
+    mine, other = row["ours"], row["theirs"]
+    useful = flops_per_token(CONFIG, row["length"]) * row["length"]
+    share = useful * (3 if backward else 1) / mine["seconds"] / mine["rate"]
+    print(
+        f"{row['length']:>7} {mine['seconds']:9.3f} {other['seconds']:9.3f} "
+        f"{other['seconds'] / mine['seconds']:7.1f} {mine['temp'] / 1e6:9.0f} "
+        f"{mine['peak'] / 1e6:9.0f} {other['peak'] / 1e6:9.0f} {share:7.0%} "
+        f"{row['difference']:10.1e}",
+        flush=True,
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Time and memory against the length, both logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, key, label in zip(axes, ("seconds", "peak"), ("seconds", "peak bytes")):
+        for side, name in zip(SIDES, ("dsv4_eqx", "transformers")):
+            lengths = [row["length"] for row in rows]
+            axis.loglog(lengths, [row[side][key] for row in rows], "o-", label=name)
+        axis.set(xlabel="tokens", ylabel=label)
+        axis.grid(which="both", alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
+    parser.add_argument("--backward", action="store_true", help="cross-entropy's too")
+    parser.add_argument("--plot", type=pathlib.Path, help="a picture, as this file")
+    for name, kind in (("--side", str), ("--length", int), ("--folder", pathlib.Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        return measure(args)
+    print("forward and backward" if args.backward else "forward", "float32", sep=", ")
+    print(
+        " tokens   ours, s theirs, s   ratio  temp, MB  peak, MB    theirs  of matmul"
+        " difference"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        state = reference_model().state_dict()
+        arrays = {key: value.numpy() for key, value in state.items()}
+        np.savez(folder / "weights.npz", **arrays)
+        rows = []
+        for length in args.lengths:
+            rows.append(compare(folder, length, args.backward))
+            print_row(rows[-1], args.backward)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
