@@ -72,22 +72,18 @@ class HyperConnection(eqx.Module):
         # Tokens last: the small matrices lie one element a row, all tokens in a vector.
         mixes = _project(streams, self.weight, self.norm_eps)
         scale = self.scale.astype(mixes.dtype)
-        base = self.base.astype(mixes.dtype)[:, None]
-        pre, post, combine = jnp.split(mixes, [num_streams, 2 * num_streams])
-        pre_base, post_base, combine_base = jnp.split(
-            base, [num_streams, 2 * num_streams]
-        )
+        base = _before_tokens(self.base, mixes)
+        ends = [num_streams, 2 * num_streams]
+        pre, post, combine = jnp.split(mixes, ends)
+        pre_base, post_base, combine_base = jnp.split(base, ends)
         pre = jax.nn.sigmoid(pre * scale[0] + pre_base) + self.eps
         post = 2 * jax.nn.sigmoid(post * scale[1] + post_base)
         combine = combine * scale[2] + combine_base
-        combine = combine.reshape(num_streams, num_streams, -1)
+        combine = combine.reshape(num_streams, num_streams, *mixes.shape[1:])
         combine = sinkhorn(combine, iterations=self.sinkhorn_iters, eps=self.eps)
-        batch = streams.shape[:-2]
         mixing = StreamMixing(
-            post=jnp.moveaxis(post, -1, 0).reshape(*batch, num_streams),
-            combine=jnp.moveaxis(combine, -1, 0).reshape(
-                *batch, num_streams, num_streams
-            ),
+            post=jnp.moveaxis(post, 0, -1),
+            combine=jnp.moveaxis(combine, (0, 1), (-2, -1)),
         )
         return _collapse(streams, pre), mixing
 
@@ -149,10 +145,9 @@ class HyperHead(eqx.Module):
         """
         _check_streams("HyperHead", streams, self.weight.shape[1:])
         mixes = _project(streams, self.weight, self.norm_eps)
-        scale, base = self.scale.astype(mixes.dtype), self.base.astype(mixes.dtype)
-        return _collapse(
-            streams, jax.nn.sigmoid(mixes * scale + base[:, None]) + self.eps
-        )
+        scale, base = self.scale.astype(mixes.dtype), _before_tokens(self.base, mixes)
+        pre = jax.nn.sigmoid(mixes * scale + base) + self.eps
+        return _collapse(streams, pre)
 
 
 def sinkhorn(
@@ -187,23 +182,52 @@ def _project(
     streams: Float[Array, "*batch streams dim"],
     weight: Float[Array, "mixes streams dim"],
     norm_eps: float,
-) -> Float[Array, "mixes tokens"]:
+) -> Float[Array, "mixes ..."]:
     """The product with the normalised streams, without ever writing those down."""
-    num_streams, dim = streams.shape[-2:]
-    wide = at_least_float32(streams).reshape(-1, num_streams, dim)
-    weight = weight.astype(wide.dtype)
-    # Stream by stream: XLA on CPU is slow to lay streams side by side.
-    mixes = sum(
-        wide_einsum("md,td->mt", weight[:, j], wide[:, j]) for j in range(num_streams)
-    )
+    wide = at_least_float32(streams)
     mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1))
+    mixes = _products(*alike(weight.astype(wide.dtype), wide))
     return mixes * lax.rsqrt(mean_square + norm_eps)
 
 
+# Stream by stream: XLA on CPU is slow to lay streams side by side, as a single product
+# over both dimensions would, and to put their gradients back together.
+@jax.custom_vjp
+def _products(weight, streams):
+    sizes = range(streams.shape[-2])
+    parts = [
+        wide_einsum("md,...d->m...", weight[:, j], streams[..., j, :]) for j in sizes
+    ]
+    return sum(parts[1:], parts[0])
+
+
+def _products_forward(weight, streams):
+    return _products(weight, streams), (weight, streams)
+
+
+def _products_backward(residuals, cotangent):
+    weight, streams = residuals
+    d_streams = wide_einsum("m...,mjd->...jd", cotangent, weight)
+    rows = cotangent.reshape(cotangent.shape[0], -1)
+    d_weight = [
+        wide_einsum("mt,td->md", rows, stream.reshape(-1, stream.shape[-1]))
+        for stream in jnp.moveaxis(streams, -2, 0)
+    ]
+    return jnp.stack(d_weight, axis=1), d_streams
+
+
+_products.defvjp(_products_forward, _products_backward)
+
+
+def _before_tokens(base: Float[Array, " mixes"], mixes: Array) -> Array:
+    """`base` with a dimension of one for each that `mixes` has for tokens."""
+    return base.astype(mixes.dtype).reshape(-1, *[1] * (mixes.ndim - 1))
+
+
 def _collapse(
-    streams: Float[Array, "*batch streams dim"], pre: Float[Array, "streams tokens"]
+    streams: Float[Array, "*batch streams dim"], pre: Float[Array, "streams ..."]
 ) -> Float[Array, "*batch dim"]:
-    weights = jnp.moveaxis(pre, -1, 0).reshape(*streams.shape[:-1], 1)
+    weights = jnp.moveaxis(pre, 0, -1)[..., None]
     return mix(weights, streams)[..., 0, :].astype(streams.dtype)
 
 
