@@ -11,6 +11,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Attention
+from dsv4_eqx.attention.attend import QUERY_BLOCK
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
 from tests.captured import captured, positions, reference_gradients, relative
 from tests.models import QUICKLY, T, pair
@@ -18,7 +19,7 @@ from tests.tiny import tiny_config
 
 LAYERS = {SLIDING: 0, HCA: 1, CSA: 2}
 RATIOS = {SLIDING: 0, HCA: 16, CSA: 4}
-QUERY_CHUNK = 256  # of queries whose projections exist at a time
+SEVERAL = 4 * QUERY_BLOCK  # queries in whole blocks
 
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -53,10 +54,10 @@ def test_output_equals_that_of_transformers(layer, length):
 
 
 @pytest.mark.parametrize("kind", [SLIDING, HCA])
-@pytest.mark.parametrize("length", [QUERY_CHUNK - 1, QUERY_CHUNK, QUERY_CHUNK + 45])
-def test_output_equals_that_of_transformers_across_chunks(kind, length):
+@pytest.mark.parametrize("length", [SEVERAL - 1, SEVERAL, SEVERAL + 45])
+def test_output_equals_that_of_transformers_across_blocks(kind, length):
     layer = LAYERS[kind]
-    call = captured(0, QUERY_CHUNK + 45)[f"{layer}.self_attn"]
+    call = captured(0, SEVERAL + 45)[f"{layer}.self_attn"]
     x, expected = call.x[:, :length], call.output[0][:, :length]
     out = attend(pair(0)[1].layers[layer].attention, x)
     np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
