@@ -35,12 +35,14 @@ _KEPT: Final = "attended"
 class Entries(eqx.Module):
     """Compressed entries that queries may look at.
 
-    A query sees an entry if the last of the tokens in it is not after the query. What a
-    cache has not filled yet is after every query.
+    A query sees an entry of its own owner if the last of the tokens in it is not after
+    the query. What a cache has not filled yet is after every query.
     """
 
     values: Float[Array, "batch entries head_dim"]
     last_positions: Int[Array, "batch entries"]
+    # The document that each belongs to; None where a row is a single one.
+    owners: Int[Array, "batch entries"] | None = None
 
 
 # Which entries a query attends to: a mask over all of them, or the indices of some,
@@ -55,26 +57,29 @@ def attend(
     sinks: Float[Array, " heads"],
     entries: Entries | None = None,
     selection: Selection = None,
+    owners: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Attention of a block of consecutive queries over window, entries and sink.
 
     **Arguments:**
 
     - `queries`: rotated, of consecutive tokens.
-    - `positions`: of the queries; a negative one sees nothing and yields zeros.
+    - `positions`: of the queries, starting at 0 in each document of a row; a negative
+        one sees nothing and yields zeros.
     - `window_keys`: rotated, of the `window - 1` tokens before the first query, then of
-        the queries' own tokens. What lies before position 0 is never seen.
+        the queries' own tokens. What lies before position 0, another document, is
+        never seen.
     - `sinks`: a logit for each head that takes weight and gives nothing.
     - `entries`: compressed entries, if the layer has them.
     - `selection`: which of them each query attends to.
+    - `owners`: document of each query, if the entries have owners.
     """
     if entries is not None and entries.values.shape[1] == 0:
         entries = selection = None
-    floats = queries, window_keys, sinks, None if entries is None else entries.values
-    last_positions = None if entries is None else entries.last_positions
-    operands = floats, (positions, last_positions, selection)
+    operands = queries, window_keys, sinks, entries, positions, owners, selection
     leaves, structure = jax.tree.flatten(operands)
-    return _attend(*jax.tree.unflatten(structure, alike(*leaves)))
+    operands = jax.tree.unflatten(structure, alike(*leaves))
+    return _attend(*eqx.partition(operands, eqx.is_inexact_array))
 
 
 def map_queries(
@@ -139,16 +144,27 @@ def _banded(
 
 
 def visible(
-    entries: Entries, positions: Int[Array, "batch seq"]
+    entries: Entries,
+    positions: Int[Array, "batch seq"],
+    owners: Int[Array, "batch seq"] | None = None,
 ) -> Bool[Array, "batch seq entries"]:
-    """Whether the last token of each entry is not after the query.
+    """Whether an entry has the query's owner and its last token is not after the query.
 
     **Arguments:**
 
     - `entries`: the compressed entries.
     - `positions`: of the queries.
+    - `owners`: of the queries, if the entries have owners.
+
+    **Raises:** ValueError if only queries or only entries have owners.
     """
-    return entries.last_positions[:, None, :] <= positions[:, :, None]
+    if (owners is None) != (entries.owners is None):
+        which = "entries" if owners is None else "queries"
+        raise ValueError(f"only the {which} have owners: give both owners, or neither.")
+    seen = entries.last_positions[:, None, :] <= positions[:, :, None]
+    if owners is not None:
+        seen &= entries.owners[:, None, :] == owners[:, :, None]
+    return seen
 
 
 class _Softmax(NamedTuple):
@@ -171,15 +187,14 @@ class _Softmax(NamedTuple):
 
 
 @jax.custom_vjp
-def _attend(floats, integers):
-    return _forward(floats, integers)[0]
+def _attend(floats, others):
+    return _forward(floats, others)[0]
 
 
 @jax.named_scope("attend")
-def _forward(floats, integers):
-    queries, keys, sinks, values = floats
-    positions, last_positions, selection = integers
-    entries = None if values is None else Entries(values, last_positions)
+def _forward(floats, others):
+    operands = eqx.combine(floats, others)
+    queries, keys, sinks, entries, positions, owners, selection = operands
     wide = at_least_float32(queries)
     # The sink is where the softmax starts: one logit, without a value.
     top = jnp.zeros_like(wide[..., :1]) + sinks.astype(wide.dtype)[:, None]
@@ -190,21 +205,21 @@ def _forward(floats, integers):
     elif entries is not None:
 
         def add_tile(i, softmax):
-            _, values, seen = _tile(i, entries, positions, selection)
+            _, values, seen = _tile(i, entries, positions, owners, selection)
             return softmax.add(queries, values, seen)
 
         softmax = lax.fori_loop(0, _num_tiles(entries, positions), add_tile, softmax)
     out = (softmax.weighted / softmax.total).astype(queries.dtype)
     out = checkpoint_name(out, _KEPT)
     log_total = checkpoint_name(softmax.top + jnp.log(softmax.total), _KEPT)
-    return out, (floats, integers, out, log_total)
+    return out, (floats, others, out, log_total)
 
 
 @jax.named_scope("attend_backward")
 def _backward(residuals, d_out):
-    floats, (positions, last_positions, selection), out, log_total = residuals
-    queries, keys, sinks, values = floats
-    entries = None if values is None else Entries(values, last_positions)
+    floats, others, out, log_total = residuals
+    operands = eqx.combine(floats, others)
+    queries, keys, sinks, entries, positions, owners, selection = operands
     # What softmax's derivative subtracts: sum_j p_j dp_j, which is out . d_out.
     wide_out, wide_d_out = at_least_float32(out), at_least_float32(d_out)
     mean = jnp.sum(wide_out * wide_d_out, axis=-1, keepdims=True)
@@ -229,7 +244,7 @@ def _backward(residuals, d_out):
 
         def add_tile(i, gradients):
             d_queries, d_entries = gradients
-            begin, values, seen = _tile(i, entries, positions, selection)
+            begin, values, seen = _tile(i, entries, positions, owners, selection)
             more, d_values = backward_of(values, seen)
             d_values += lax.dynamic_slice_in_dim(d_entries, begin, values.shape[1], 1)
             d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 1)
@@ -239,8 +254,10 @@ def _backward(residuals, d_out):
         tiles = _num_tiles(entries, positions)
         d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
-    gradients = d_queries, d_keys, d_sinks, d_entries
-    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradients, floats), None
+    leaves, structure = jax.tree.flatten(floats)
+    gradients = (d_queries, d_keys, d_sinks, d_entries)[: len(leaves)]
+    gradients = [d.astype(x.dtype) for d, x in zip(gradients, leaves)]
+    return jax.tree.unflatten(structure, gradients), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -316,7 +333,11 @@ def _num_tiles(
 
 
 def _tile(
-    i: Array, entries: Entries, positions: Int[Array, "batch block"], mask: Array | None
+    i: Array,
+    entries: Entries,
+    positions: Int[Array, "batch block"],
+    owners: Int[Array, "batch block"] | None,
+    mask: Bool[Array, "batch block entries"] | None,
 ) -> tuple[Array, Array, Array]:
     """A tile's first entry, its values, and which of them each query sees."""
     num_entries = entries.values.shape[1]
@@ -326,7 +347,7 @@ def _tile(
     part: Entries = jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, begin, tile, axis=1), entries
     )
-    seen = visible(part, positions) & (begin + jnp.arange(tile) >= i * tile)
+    seen = visible(part, positions, owners) & (begin + jnp.arange(tile) >= i * tile)
     if mask is not None:
         seen &= lax.dynamic_slice_in_dim(mask, begin, tile, axis=2)
     return begin, part.values, seen

@@ -155,6 +155,7 @@ class Attention(eqx.Module):
         window_keys: Float[Array, "batch keys head_dim"],
         entries: Entries | None,
         selection: Selection,
+        owners: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
         """From latents to the layer's output, a block of queries at a time.
 
@@ -164,17 +165,19 @@ class Attention(eqx.Module):
         **Arguments:**
 
         - `latent`: from `project_latent`.
-        - `positions`, `window_keys`, `entries`, `selection`: as for the function
-            `attend`.
+        - `positions`, `window_keys`, `entries`, `selection`, `owners`: as for the
+            function `attend`.
         """
 
         def attend_block(per_query, keys):
-            latent, positions, selection = per_query
+            latent, positions, selection, owners = per_query
             queries = self.project_queries(latent, positions)
-            out = attend(queries, positions, keys, self.sinks, entries, selection)
+            out = attend(
+                queries, positions, keys, self.sinks, entries, selection, owners
+            )
             return self.project_output(out, positions)
 
-        per_query = (latent, positions, selection)
+        per_query = (latent, positions, selection, owners)
         return map_queries(attend_block, per_query, window_keys)
 
     def project_queries(

@@ -123,6 +123,7 @@ class Compressor(eqx.Module):
         self,
         pooled: Float[Array, "batch windows head_dim"],
         first_positions: Int[Array, "batch windows"],
+        owners: Int[Array, "batch windows"] | None = None,
     ) -> Entries:
         """Normalised, rotated entries.
 
@@ -130,11 +131,13 @@ class Compressor(eqx.Module):
 
         - `pooled`: from `pool`, in the dtype that the entries will have.
         - `first_positions`: position of each window's first token.
+        - `owners`: document of each window, where a row has several.
         """
         ratio = self.position_bias.shape[0]
         return Entries(
             values=self.rope(self.norm(pooled), first_positions),
             last_positions=first_positions + (ratio - 1),
+            owners=owners,
         )
 
 

@@ -109,10 +109,21 @@ class Indexer(eqx.Module):
         ratio = self.compressor.position_bias.shape[0]
         if x.shape[1] // ratio <= self.topk:
             return None  # everything visible is selected: no score is needed
+        weights = self.project_weights(x)
+        return self.select(latent, weights, positions, self.compressor(x))
+
+    def project_weights(
+        self, x: Float[Array, "batch seq dim"]
+    ) -> Float[Array, "batch seq index_heads"]:
+        """The weight of each head for each query, scaled, at least float32.
+
+        **Arguments:**
+
+        - `x`: normalised activations.
+        """
         heads, dim, _ = self.query_up.shape
         weights = jnp.einsum("bsd,hd->bsh", x, self.head_weights)
-        weights = at_least_float32(weights) * (dim**-0.5 * heads**-0.5)
-        return self.select(latent, weights, positions, self.compressor(x))
+        return at_least_float32(weights) * (dim**-0.5 * heads**-0.5)
 
     def select(
         self,
@@ -120,40 +131,43 @@ class Indexer(eqx.Module):
         weights: Float[Array, "batch seq index_heads"],
         positions: Int[Array, "batch seq"],
         keys: Entries,
+        owners: Int[Array, "batch seq"] | None = None,
     ) -> Selection:
         """The highest scores among what each query sees.
 
         **Arguments:**
 
         - `latent`: the normalised query latent.
-        - `weights`: of each head for each query.
+        - `weights`: from `project_weights`.
         - `positions`: of the queries.
         - `keys`: the indexer's own entries.
+        - `owners`: document of each query, if the entries have owners.
         """
         operands = lax.stop_gradient((latent, weights, keys, self.query_up))
         latent, weights, keys, query_up = operands
         seq = latent.shape[1]
 
         def select_block(operands):
-            latent, weights, positions = operands
+            latent, weights, positions, owners = operands
             queries = jnp.einsum("bsr,hcr->bshc", latent, query_up)
             queries = self.rope(queries, positions[..., None])
-            return _select_block(queries, weights, positions, keys, self.topk)
+            seen = visible(keys, positions, owners)
+            return _select_block(queries, weights, seen, keys, self.topk)
 
+        operands = (latent, weights, positions, owners)
         if seq <= QUERY_BLOCK:
-            return select_block((latent, weights, positions))
-        blocks = [split_blocks(x) for x in (latent, weights, positions)]
-        return join_blocks(lax.map(select_block, tuple(blocks)), seq)
+            return select_block(operands)
+        blocks = jax.tree.map(split_blocks, operands)
+        return join_blocks(lax.map(select_block, blocks), seq)
 
 
 def _select_block(
     queries: Float[Array, "batch block index_heads index_dim"],
     weights: Float[Array, "batch block index_heads"],
-    positions: Int[Array, "batch block"],
+    seen: Bool[Array, "batch block entries"],
     keys: Entries,
     topk: int,
 ) -> Selection:
-    seen = visible(keys, positions)
     scores = jnp.where(seen, _scores(queries, weights, keys, seen), -jnp.inf)
     if scores.shape[-1] <= _GATHER_COST * topk:
         return seen & highest(scores, topk)

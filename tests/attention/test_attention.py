@@ -1,5 +1,6 @@
 """Attention of all three kinds against transformers, part by part and whole."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Attention
-from dsv4_eqx.attention.attend import QUERY_BLOCK
+from dsv4_eqx.attention.attend import QUERY_BLOCK, visible
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
 from tests.captured import captured, positions, reference_gradients, relative
 from tests.models import QUICKLY, T, pair
@@ -221,8 +222,54 @@ def test_bfloat16_keeps_the_dtype_and_float32_parts(kind):
     assert relative(out.astype(jnp.float32), expected) < 2e-2
 
 
-def memory_of_a_window(seq, backward=False):
-    """Bytes of temporaries of 64 heads of 64 over a window; nothing is run."""
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICKLY)
+def packed(attention, x, lengths):
+    """Documents one after another in a row, each compressed on its own."""
+    at = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    owners = jnp.repeat(jnp.arange(len(lengths)), np.array(lengths))[None]
+    parts = jnp.split(x, np.cumsum(lengths)[:-1], axis=1)
+
+    def compress(compressor):
+        made = []
+        for owner, part in enumerate(parts):
+            entries = compressor(part)
+            owned = jnp.full_like(entries.last_positions, owner)
+            made.append(dataclasses.replace(entries, owners=owned))
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *made)
+
+    latent, keys = attention.project_latent(x), attention.project_keys(x, at)
+    keys = jnp.pad(keys, ((0, 0), (attention.window - 1, 0), (0, 0)))
+    entries = selection = None
+    if attention.compressor is not None:
+        entries = compress(attention.compressor)
+    if attention.indexer is not None:
+        indexer = attention.indexer
+        weights = indexer.project_weights(x)
+        entry_keys = compress(indexer.compressor)
+        selection = indexer.select(latent, weights, at, entry_keys, owners)
+    owners = None if entries is None else owners
+    return attention.attend(latent, at, keys, entries, selection, owners)
+
+
+# 19 + 100 + 30 tokens: indices of some entries; without the 100: a mask.
+@pytest.mark.parametrize("lengths", [(19, 100, 30), (19, 1, 30)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_documents_do_not_see_each_other(kind, lengths):
+    ours, x = small_attention(kind), activations(sum(lengths), batch=1)
+    out = packed(ours, x, lengths)
+    alone = [attend(ours, part) for part in jnp.split(x, np.cumsum(lengths)[:-1], 1)]
+    np.testing.assert_allclose(out, jnp.concatenate(alone, axis=1), 1e-5, 1e-5)
+
+
+def test_owners_of_queries_alone_are_refused():
+    ours, x = small_attention(HCA), activations(40)
+    entries, at = ours.compressor(x), positions(x)
+    with pytest.raises(ValueError, match="only the queries have owners"):
+        visible(entries, at, owners=at)
+
+
+def temporaries(kind, seq, backward):
+    """Bytes that 64 heads of 64 take, compiled; nothing is run."""
     config = tiny_config(
         hidden_size=256,
         num_attention_heads=64,
@@ -231,8 +278,9 @@ def memory_of_a_window(seq, backward=False):
         o_groups=8,
         o_lora_rank=32,
         sliding_window=128,
+        index_topk=128,
     )
-    make = functools.partial(Attention, config, SLIDING, 0)
+    make = functools.partial(Attention, config, kind, RATIOS[kind])
     attention = eqx.filter_eval_shape(lambda key: make(key=key), jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, seq, 256), jnp.float32)
 
@@ -245,8 +293,9 @@ def memory_of_a_window(seq, backward=False):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_memory_is_linear_in_the_sequence(backward):
-    # 64 heads x 4096 x 4096 in float32 alone would be 4.3 GB.
-    short, long = (memory_of_a_window(seq, backward) for seq in (4096, 16384))
+@pytest.mark.parametrize("kind", LAYERS)
+def test_memory_is_linear_in_the_sequence(kind, backward):
+    # 64 heads x 4,096 x 4,096 / 4 entries in float32 alone would be 4.3 GB / 4.
+    short, long = (temporaries(kind, seq, backward) for seq in (4096, 16384))
     assert short <= 600e6
     assert long <= 4.5 * short
