@@ -162,7 +162,7 @@ def visible(
         which = "entries" if owners is None else "queries"
         raise ValueError(f"only the {which} have owners: give both owners, or neither.")
     seen = entries.last_positions[:, None, :] <= positions[:, :, None]
-    if owners is not None:
+    if owners is not None and entries.owners is not None:
         seen &= entries.owners[:, None, :] == owners[:, :, None]
     return seen
 
@@ -254,9 +254,10 @@ def _backward(residuals, d_out):
         tiles = _num_tiles(entries, positions)
         d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
+    gradients = [d_queries, d_keys, d_sinks]
+    gradients += [] if d_entries is None else [d_entries]
     leaves, structure = jax.tree.flatten(floats)
-    gradients = (d_queries, d_keys, d_sinks, d_entries)[: len(leaves)]
-    gradients = [d.astype(x.dtype) for d, x in zip(gradients, leaves)]
+    gradients = [d.astype(x.dtype) for d, x in zip(gradients, leaves, strict=True)]
     return jax.tree.unflatten(structure, gradients), None
 
 
