@@ -77,10 +77,3 @@ def reference_gradients(seed, name, call, cotangent):
             gradients[key] = gradient.numpy().copy()
     reference.zero_grad()
     return from_state_dict(T, gradients), jnp.asarray(x.grad.numpy())
-
-
-def relative(actual, expected):
-    """Relative L2 error; zeros must be zeros."""
-    actual, expected = np.asarray(actual, "f8"), np.asarray(expected, "f8")
-    size = np.linalg.norm(expected)
-    return np.linalg.norm(actual - expected) / size if size else np.abs(actual).max()

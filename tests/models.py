@@ -68,3 +68,11 @@ def random_tensors(config, seed=0):
 def random_model(config, seed=0):
     """A model, prediction block included, without waiting for JAX to make one."""
     return from_state_dict(config, random_tensors(config, seed))
+
+
+def relative(actual, expected):
+    """Relative L2 error, shapes apart; zeros must be zeros."""
+    actual, expected = np.asarray(actual, "f8"), np.asarray(expected, "f8")
+    size = np.linalg.norm(expected)
+    error = actual - expected.reshape(actual.shape)
+    return np.linalg.norm(error) / size if size else np.abs(actual).max()

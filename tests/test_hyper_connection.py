@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HyperConnection, HyperHead
 from dsv4_eqx.hyper_connection import StreamMixing, mix, sinkhorn
-from tests.models import QUICKLY
+from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
 
@@ -78,11 +78,6 @@ def run_sinkhorn(logits, iterations=20):
 
 def close(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def relative(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected).reshape(actual.shape)
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -125,7 +125,7 @@ def test_layers_that_are_not_there_raise_an_index_error(layer):
         layers[layer]
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_layers_run_their_blocks_one_after_another(remat):
     layers = random_model(STACK).layers
     generator = np.random.default_rng(0)

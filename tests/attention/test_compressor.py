@@ -10,8 +10,8 @@ import pytest
 
 from dsv4_eqx import Compressor, RotaryEmbedding
 from dsv4_eqx.attention.compressor import _windows
-from tests.captured import captured, reference_gradients, relative
-from tests.models import QUICKLY, T, pair
+from tests.captured import captured, reference_gradients
+from tests.models import QUICKLY, T, pair, relative
 from tests.tiny import tiny_config
 
 HCA_LAYERS, CSA_LAYERS = (1, 3), (2, 4, 5)

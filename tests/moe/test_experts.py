@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Experts, SharedExpert
 from dsv4_eqx.moe.grouped import clamped_swiglu
-from tests.models import QUICKLY
+from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
 
@@ -81,11 +81,6 @@ def run_with_gradients(module, args, chosen, cotangent):
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, out), grads = grad(module, args)
     return out, *grads
-
-
-def relative(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected).reshape(actual.shape)
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 def close(actual, expected, tolerance):

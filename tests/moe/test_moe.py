@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HashRouter, MoE, TopKRouter
 from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
-from tests.models import QUICKLY
+from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
 
@@ -86,11 +86,6 @@ def run_with_gradients(moe, x, ids, cotangent):
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
     (_, out), grads = grad(moe, x)
     return out, *grads
-
-
-def relative(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected).reshape(actual.shape)
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

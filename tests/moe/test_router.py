@@ -9,6 +9,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HashRouter, TopKRouter
+from tests.models import relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
 
@@ -57,11 +58,6 @@ def dense(experts, weights):
 
 def close(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def relative(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("seed", range(4))
