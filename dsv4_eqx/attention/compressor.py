@@ -5,9 +5,12 @@ Paper sections 2.3.1 and 2.3.2. The same module serves heavily compressed attent
 the window before its own, through a second series of channels).
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
@@ -16,6 +19,7 @@ from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.precision import wide_einsum
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
+from dsv4_eqx.primitives.varying import alike
 
 
 class Compressor(eqx.Module):
@@ -108,16 +112,7 @@ class Compressor(eqx.Module):
             of them there is nothing.
         """
         gates = gates + self.position_bias.astype(gates.dtype)
-        if self.value.shape[0] == 2:
-            values = jnp.concatenate(
-                [_previous(values[..., 0, :], 0), values[..., 1, :]], axis=2
-            )
-            gates = jnp.concatenate(
-                [_previous(gates[..., 0, :], -jnp.inf), gates[..., 1, :]], axis=2
-            )
-        else:
-            values, gates = values[..., 0, :], gates[..., 0, :]
-        return jnp.sum(jax.nn.softmax(gates, axis=2) * values, axis=2)
+        return _pool(*alike(values, gates))
 
     def finish(
         self,
@@ -145,9 +140,72 @@ def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
     return x.reshape(x.shape[0], x.shape[1] // ratio, ratio, *x.shape[2:])
 
 
-def _previous(
-    x: Float[Array, "batch windows ratio head_dim"], before: float
-) -> Float[Array, "batch windows ratio head_dim"]:
-    """Each window's predecessor; `before` the first one."""
-    first = jnp.full_like(x[:, :1], before)
-    return jnp.concatenate([first, x], axis=1)[:, : x.shape[1]]
+class _Softmax(NamedTuple):
+    """A softmax-weighted sum over some tokens, relative to the exponential of `top`."""
+
+    weighted: Float[Array, "*shape"]
+    total: Float[Array, "*shape"]
+    top: Float[Array, "*shape"]
+
+    def join(self, other: "_Softmax") -> "_Softmax":
+        top = jnp.maximum(self.top, other.top)
+        own, others = jnp.exp(self.top - top), jnp.exp(other.top - top)
+        return _Softmax(
+            self.weighted * own + other.weighted * others,
+            self.total * own + other.total * others,
+            top,
+        )
+
+
+# Token by token: XLA on CPU is slow to reduce a dimension in the middle. The backward
+# pass has nothing to reduce.
+@jax.custom_vjp
+def _pool(values, gates):
+    return _pool_forward(values, gates)[0]
+
+
+def _pool_forward(values, gates):
+    ratio, num_series = gates.shape[2:4]
+
+    def token(i):
+        gate = gates[:, :, i]
+        return _Softmax(values[:, :, i], jnp.ones_like(gate), gate)
+
+    softmax = lax.fori_loop(
+        1, ratio, lambda i, softmax: softmax.join(token(i)), token(0), unroll=ratio <= 8
+    )
+    *first, softmax = [
+        jax.tree.map(lambda x, n=n: x[:, :, n], softmax) for n in range(num_series)
+    ]
+    for others in first:  # of two series, the first belongs to the next window
+        before = map(_shifted, others, (1, 1, 1), (0, 0, -jnp.inf))
+        softmax = softmax.join(_Softmax(*before))
+    pooled = softmax.weighted / softmax.total
+    return pooled, (values, gates, pooled, softmax.top + jnp.log(softmax.total))
+
+
+def _pool_backward(residuals, d_pooled):
+    values, gates, pooled, log_total = residuals
+
+    def for_tokens(x, past_end):
+        """For each window's tokens and series, of the window it was pooled in."""
+        if gates.shape[3] == 1:
+            return x[:, :, None, None]
+        return jnp.stack([_shifted(x, -1, past_end), x], axis=2)[:, :, None]
+
+    weights = jnp.exp(gates - for_tokens(log_total, jnp.inf))
+    d_values = weights * for_tokens(d_pooled, 0)
+    return d_values, d_values * (values - for_tokens(pooled, 0))
+
+
+_pool.defvjp(_pool_forward, _pool_backward)
+
+
+def _shifted(
+    x: Float[Array, "batch windows head_dim"], by: int, fill: float
+) -> Float[Array, "batch windows head_dim"]:
+    """Each window's predecessor, or for `by = -1` its successor; `fill` for none."""
+    end = jnp.full_like(x[:, :1], fill)
+    if by == 1:
+        return jnp.concatenate([end, x], axis=1)[:, :-1]
+    return jnp.concatenate([x, end], axis=1)[:, 1:]
