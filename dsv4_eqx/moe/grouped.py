@@ -66,15 +66,19 @@ def clamped_swiglu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, limit):
-    return _forward(rows, weights, gate_up, down, group_sizes, limit)[0]
+    return lax.platform_dependent(
+        *(rows, weights, gate_up, down, group_sizes),
+        cpu=lambda *operands: _blocked_forward(*operands, limit, keep=False)[0],
+        default=lambda *operands: _ragged_forward(*operands, limit)[0],
+    )
 
 
 def _forward(rows, weights, gate_up, down, group_sizes, limit):
     operands = rows, weights, gate_up, down, group_sizes
     out, before = lax.platform_dependent(
         *operands,
-        cpu=functools.partial(_blocked_forward, limit=limit),
-        default=functools.partial(_ragged_forward, limit=limit),
+        cpu=lambda *operands: _blocked_forward(*operands, limit),
+        default=lambda *operands: _ragged_forward(*operands, limit),
     )
     return out, (*operands, before)
 
@@ -83,8 +87,8 @@ def _backward(limit, residuals, cotangent):
     gradients = lax.platform_dependent(
         *residuals,
         cotangent,
-        cpu=functools.partial(_blocked_backward, limit=limit),
-        default=functools.partial(_ragged_backward, limit=limit),
+        cpu=lambda *operands: _blocked_backward(*operands, limit),
+        default=lambda *operands: _ragged_backward(*operands, limit),
     )
     return *gradients, None
 
@@ -98,13 +102,13 @@ def _activate(before, weights, limit):
     return hidden * weights[:, None].astype(hidden.dtype)
 
 
-def _ragged_forward(rows, weights, gate_up, down, group_sizes, *, limit):
+def _ragged_forward(rows, weights, gate_up, down, group_sizes, limit):
     before = lax.ragged_dot(rows, jnp.swapaxes(gate_up, 1, 2), group_sizes)
     hidden = _activate(before, weights, limit).astype(rows.dtype)
     return lax.ragged_dot(hidden, jnp.swapaxes(down, 1, 2), group_sizes), before
 
 
-def _ragged_backward(rows, weights, gate_up, down, sizes, before, cotangent, *, limit):
+def _ragged_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
     past_end = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)
     cotangent = jnp.where(past_end[:, None], 0, cotangent)
     activate = functools.partial(_activate, limit=limit)
@@ -143,7 +147,9 @@ class _Block(NamedTuple):
         return lax.dynamic_update_slice_in_dim(x, new, self.start, 0)
 
 
-def _blocked_forward(rows, weights, gate_up, down, group_sizes, *, limit):
+def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True):
+    """The output and, to `keep` for the backward pass, what the activation is given."""
+
     def run_block(block, matrices, outputs, sums):
         gate_up, down = matrices
         before = jnp.einsum("ri,hi->rh", block.take(rows), gate_up)
@@ -151,12 +157,12 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, *, limit):
         out = jnp.einsum("rh,oh->ro", hidden, down)
         return tuple(map(block.put, outputs, (out, before))), sums
 
-    widths = rows.shape[1], gate_up.shape[1]
+    widths = (rows.shape[1], gate_up.shape[1]) if keep else (rows.shape[1],)
     outputs = tuple(jnp.zeros_like(rows, shape=(len(rows), n)) for n in widths)
     return _over_groups(run_block, (gate_up, down), group_sizes, outputs, ())[0]
 
 
-def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, *, limit):
+def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
     activate = functools.partial(_activate, limit=limit)
 
     def run_block(block, matrices, outputs, sums):
