@@ -50,9 +50,10 @@ class HyperConnection(eqx.Module):
         streams = config.hc_mult
         mixes = (2 + streams) * streams
         shape = (mixes, streams, config.hidden_size)
-        self.weight = config.initializer_range * jax.random.normal(key, shape)
-        self.base = jnp.zeros(mixes)
-        self.scale = jnp.ones(3)
+        std = config.initializer_range
+        self.weight = std * jax.random.normal(key, shape, jnp.float32)
+        self.base = jnp.zeros(mixes, jnp.float32)
+        self.scale = jnp.ones(3, jnp.float32)
         self.norm_eps = config.rms_norm_eps
         self.eps = config.hc_eps
         self.sinkhorn_iters = config.hc_sinkhorn_iters
@@ -129,9 +130,10 @@ class HyperHead(eqx.Module):
         """
         streams = config.hc_mult
         shape = (streams, streams, config.hidden_size)
-        self.weight = config.initializer_range * jax.random.normal(key, shape)
-        self.base = jnp.zeros(streams)
-        self.scale = jnp.ones(1)
+        std = config.initializer_range
+        self.weight = std * jax.random.normal(key, shape, jnp.float32)
+        self.base = jnp.zeros(streams, jnp.float32)
+        self.scale = jnp.ones(1, jnp.float32)
         self.norm_eps = config.rms_norm_eps
         self.eps = config.hc_eps
 

@@ -73,7 +73,7 @@ class Attention(eqx.Module):
         self.head_norm = UnweightedRMSNorm(eps=config.rms_norm_eps)
         self.key_value = std * jax.random.normal(keys[2], (head_dim, dim), dtype)
         self.key_value_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
-        self.sinks = jnp.zeros(heads)
+        self.sinks = jnp.zeros(heads, jnp.float32)
         self.output_down = GroupedLinear(
             heads * head_dim // groups,
             groups * per_group,
@@ -120,7 +120,9 @@ class Attention(eqx.Module):
         selection = None
         if self.indexer is not None:
             selection = self.indexer(x, latent, positions)
-        before = jnp.zeros_like(keys, shape=(len(keys), self.window - 1, keys.shape[2]))
+        # No more than the sequence: a window that it does not fill costs nothing.
+        num_before = max(min(self.window, x.shape[1]) - 1, 0)
+        before = jnp.zeros_like(keys, shape=(len(keys), num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
         return self.attend(latent, positions, keys, entries, selection)
 

@@ -65,7 +65,7 @@ class Compressor(eqx.Module):
         std = config.initializer_range
         self.value = std * jax.random.normal(value_key, shape, dtype)
         self.gate = std * jax.random.normal(gate_key, shape, dtype)
-        self.position_bias = jnp.zeros((ratio, series, head_dim))
+        self.position_bias = jnp.zeros((ratio, series, head_dim), jnp.float32)
         self.norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.rope = rope
 

@@ -48,7 +48,7 @@ class TopKRouter(eqx.Module):
         """
         shape = (config.n_routed_experts, config.hidden_size)
         self.weight = config.initializer_range * jax.random.normal(key, shape, dtype)
-        self.bias = jnp.zeros(config.n_routed_experts)
+        self.bias = jnp.zeros(config.n_routed_experts, jnp.float32)
         self.num_slots = config.num_experts_per_tok
         self.scaling_factor = config.routed_scaling_factor
 
