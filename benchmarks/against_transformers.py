@@ -3,13 +3,17 @@
     python benchmarks/against_transformers.py --lengths 512 2048 --backward
 
 Each measurement is a process of its own, ours and theirs in turn, with the same weights
-and tokens in float32. It fails where the two do not compute the same logits. Memory is
-the process's peak, weights and compiler included. `--plot FILE` draws a picture (needs
-matplotlib).
+and tokens in float32 and as many threads as there are processors. It fails where the
+two do not compute the same logits and gradient. Memory is the process's peak, weights
+and compiler included. `--plot FILE` draws a picture.
+
+It needs what the extra `benchmark` installs.
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import pathlib
 import resource
@@ -51,6 +55,7 @@ CONFIG: Final = Config(
     max_position_embeddings=65536,
 )
 SIDES: Final = ("ours", "theirs")
+LARGEST_DIFFERENCE: Final = {"logits": 5e-5, "gradient": 5e-4}
 
 
 def tokens(length: int) -> np.ndarray:
@@ -69,7 +74,7 @@ def timed(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def ours(weights: pathlib.Path, length: int, backward: bool, repeats: int):
-    """Seconds, logits or loss, temporary bytes of the compiled program, matmul rate."""
+    """Seconds, results, temporary bytes of the compiled program, matmul rate."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -87,14 +92,16 @@ def ours(weights: pathlib.Path, length: int, backward: bool, repeats: int):
     def forward(floats):
         return eqx.combine(floats, rest)(ids)
 
-    step = jax.jit(jax.value_and_grad(loss) if backward else forward)
-    compiled = step.lower(floats).compile()
+    compiled = jax.jit(jax.grad(loss) if backward else forward).lower(floats).compile()
     seconds, out = timed(lambda: jax.block_until_ready(compiled(floats)), repeats)
+    results = dict(logits=jax.jit(forward)(floats) if backward else out)
+    if backward:
+        results["gradient"] = out.embedding
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     square = jnp.ones((2048, 2048))
     multiply = jax.jit(jnp.matmul)
     product, _ = timed(lambda: multiply(square, square).block_until_ready(), 15)
-    return seconds, np.asarray(out[0]), temporaries, 2 * 2048**3 / product
+    return seconds, results, temporaries, 2 * 2048**3 / product
 
 
 def theirs(weights: pathlib.Path, length: int, backward: bool, repeats: int):
@@ -102,7 +109,7 @@ def theirs(weights: pathlib.Path, length: int, backward: bool, repeats: int):
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = reference_model()
     arrays = np.load(weights)
     model.load_state_dict({name: torch.tensor(arrays[name]) for name in arrays})
@@ -115,13 +122,14 @@ def theirs(weights: pathlib.Path, length: int, backward: bool, repeats: int):
     def forward_and_backward():
         model.zero_grad()
         logits = model(ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
-        loss.backward()
-        return loss.detach().numpy()[None]
+        F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+        return logits.detach().numpy()
 
-    run = forward_and_backward if backward else forward
-    seconds, out = timed(run, repeats)
-    return seconds, out[0], None, None
+    seconds, logits = timed(forward_and_backward if backward else forward, repeats)
+    results = dict(logits=logits)
+    if backward:
+        results["gradient"] = model.get_input_embeddings().weight.grad.numpy()
+    return seconds, results, None, None
 
 
 def reference_model():
@@ -140,38 +148,47 @@ def measure(args: argparse.Namespace) -> None:
     """One measurement, in the child process; prints JSON."""
     repeats = 5 if args.length <= 2048 else 1
     function = ours if args.side == "ours" else theirs
-    seconds, out, temporaries, rate = function(
+    seconds, results, temporaries, rate = function(
         args.folder / "weights.npz", args.length, args.backward, repeats
     )
-    np.save(args.folder / f"{args.side}.npy", out)
+    np.savez(args.folder / f"{args.side}.npz", **results)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(dict(seconds=seconds, peak=peak, temp=temporaries, rate=rate)))
 
 
-def compare(folder: pathlib.Path, length: int, backward: bool) -> dict[str, Any]:
-    """Both sides in turn, one process each, and whether they agree."""
+def compare(
+    folder: pathlib.Path, length: int, backward: bool, sides: tuple[str, ...]
+) -> dict[str, Any]:
+    """The sides in turn, one process each, and whether they agree."""
     row = dict[str, Any](length=length)
-    for side in SIDES:
+    for side in sides:
         command = [sys.executable, __file__, "--side", side, "--length", str(length)]
         command += ["--folder", str(folder)] + ["--backward"] * backward
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row[side] = json.loads(done.stdout.splitlines()[-1])
-    found, expected = (np.load(folder / f"{side}.npy") for side in SIDES)
-    row["difference"] = float(np.abs(found - expected).max())
-    if not row["difference"] <= 5e-5:
-        sys.exit(f"{length} tokens: results differ by {row['difference']:.1e}")
+    if sides == SIDES:
+        found, expected = (np.load(folder / f"{side}.npz") for side in sides)
+        for name in found:
+            error = float(np.abs(found[name] - expected[name]).max())
+            if name == "gradient":
+                size = np.linalg.norm(expected[name])
+                error = float(np.linalg.norm(found[name] - expected[name]) / size)
+            if not error <= LARGEST_DIFFERENCE[name]:
+                sys.exit(f"{length} tokens: the {name} differ by {error:.1e}")
+            row[name] = error
     return row
 
 
 def print_row(row: dict[str, Any], backward: bool) -> None:
-    mine, other = row["ours"], row["theirs"]
+    nothing = dict(seconds=math.nan, peak=math.nan)
+    mine, other = row["ours"], row.get("theirs", nothing)
     useful = flops_per_token(CONFIG, row["length"]) * row["length"]
     share = useful * (3 if backward else 1) / mine["seconds"] / mine["rate"]
     print(
         f"{row['length']:>7} {mine['seconds']:9.3f} {other['seconds']:9.3f} "
         f"{other['seconds'] / mine['seconds']:7.1f} {mine['temp'] / 1e6:9.0f} "
         f"{mine['peak'] / 1e6:9.0f} {other['peak'] / 1e6:9.0f} {share:7.0%} "
-        f"{row['difference']:10.1e}",
+        f"{row.get('logits', math.nan):10.1e}",
         flush=True,
     )
 
@@ -183,8 +200,9 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key, label in zip(axes, ("seconds", "peak"), ("seconds", "peak bytes")):
         for side, name in zip(SIDES, ("dsv4_eqx", "transformers")):
-            lengths = [row["length"] for row in rows]
-            axis.loglog(lengths, [row[side][key] for row in rows], "o-", label=name)
+            run = [row for row in rows if side in row]
+            lengths = [row["length"] for row in run]
+            axis.loglog(lengths, [row[side][key] for row in run], "o-", label=name)
         axis.set(xlabel="tokens", ylabel=label)
         axis.grid(which="both", alpha=0.3)
         axis.legend()
@@ -193,7 +211,10 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 4096])
+    lengths = [512, 2048, 4096, 8192, 16384]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
+    help_ = "longest that transformers runs; beyond, its memory runs out"
+    parser.add_argument("--theirs-up-to", type=int, default=8192, help=help_)
     parser.add_argument("--backward", action="store_true", help="cross-entropy's too")
     parser.add_argument("--plot", type=pathlib.Path, help="a picture, as this file")
     for name, kind in (("--side", str), ("--length", int), ("--folder", pathlib.Path)):
@@ -201,7 +222,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         return measure(args)
-    print("forward and backward" if args.backward else "forward", "float32", sep=", ")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'dsv4-eqx[benchmark]'")
+    threads = f"{len(os.sched_getaffinity(0))} threads"
+    print("forward + backward" if args.backward else "forward", "float32", threads)
     print(
         " tokens   ours, s theirs, s   ratio  temp, MB  peak, MB    theirs  of matmul"
         " difference"
@@ -213,7 +237,8 @@ def main() -> None:
         np.savez(folder / "weights.npz", **arrays)
         rows = []
         for length in args.lengths:
-            rows.append(compare(folder, length, args.backward))
+            sides = SIDES if length <= args.theirs_up_to else SIDES[:1]
+            rows.append(compare(folder, length, args.backward, sides))
             print_row(rows[-1], args.backward)
     if args.plot:
         plot(rows, args.plot)

@@ -100,6 +100,7 @@ class DeepSeekV4(eqx.Module):
     norm: RMSNorm
     unembedding: Float[Array, "vocab dim"]
     mtp: tuple[MTP, ...]
+    max_positions: int = eqx.field(static=True)
 
     def __init__(
         self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
@@ -124,6 +125,7 @@ class DeepSeekV4(eqx.Module):
             MTP(config, config.num_hidden_layers + i, key=key, dtype=dtype)
             for i, key in enumerate(keys[4:])
         )
+        self.max_positions = config.max_position_embeddings
 
     def __call__(
         self, tokens: TokenIds, *, remat: bool = False
@@ -135,8 +137,9 @@ class DeepSeekV4(eqx.Module):
         - `tokens`: token ids, each in `[0, vocab)`.
         - `remat`: keep only each layer's input for the backward pass.
 
-        **Raises:** ValueError if the tokens are not integers of two dimensions, are
-        empty, or one is outside the vocabulary; the last is not checked under `jit`.
+        **Raises:** ValueError if the tokens are no array of integers of two dimensions,
+        are empty, or longer than `max_position_embeddings`; and if one is outside the
+        vocabulary, which is not checked under `jit`.
         """
         return self.unembed(self.hidden(tokens, remat=remat))
 
@@ -212,7 +215,13 @@ class DeepSeekV4(eqx.Module):
         return count_params(main)
 
     def _checked(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
-        return check_token_ids(tokens, self.embedding.shape[0])
+        token_ids = check_token_ids(tokens, self.embedding.shape[0])
+        if token_ids.shape[1] > self.max_positions:
+            raise ValueError(
+                f"{token_ids.shape[1]} tokens a row are beyond max_position_embeddings="
+                f"{self.max_positions}: give fewer, or raise it in the configuration."
+            )
+        return token_ids
 
 
 def count_params(tree: object) -> int:
@@ -229,9 +238,14 @@ def check_token_ids(tokens: TokenIds, vocab: int) -> Int[Array, "batch seq"]:
     - `tokens`: token ids.
     - `vocab`: how many there are.
 
-    **Raises:** ValueError if the tokens are not integers of two dimensions, are empty,
-    or, unless traced, one of them is outside `[0, vocab)`.
+    **Raises:** ValueError if the tokens are no array of integers of two dimensions, are
+    empty, or, unless traced, one of them is outside `[0, vocab)`.
     """
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        raise ValueError(
+            f"token ids must be an array of JAX or numpy, not {type(tokens).__name__}: "
+            "give numpy.asarray(tokens)."
+        )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"token ids must be integers, not {tokens.dtype}.")
     if tokens.ndim != 2 or tokens.size == 0:

@@ -1,6 +1,7 @@
 """The whole model against transformers', and what must hold of it whatever it says."""
 
 import functools
+import inspect
 import re
 
 import equinox as eqx
@@ -26,6 +27,8 @@ from tests.models import (
     random_tokens,
     small_config,
 )
+from tests.reference import ours, reference_model
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,6 +64,20 @@ def selection_gap(scores):
             gap = best[:, T.index_topk - 1] - best[:, T.index_topk]
             smallest = min(smallest, float(gap.min()))
     return smallest
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
+)
+def test_logits_equal_those_of_transformers_where_entries_are_gathered(seed):
+    # Ten entries, two selected: too few to be worth a mask.
+    config = small_config(index_topk=2)
+    reference = reference_model(config, seed)
+    tokens = random_tokens(seed)
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens).long()).logits.numpy()
+    logits = np.asarray(forward_once(ours(config, reference), tokens))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5)
 
 
 def test_every_layers_output_equals_that_of_transformers():
@@ -150,6 +167,42 @@ def test_tokens_of_another_kind_or_shape_are_refused(tokens):
     _, model = pair(0)
     with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
         model(tokens)
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2]], None, torch.zeros(1, 2).long()])
+def test_tokens_that_are_no_array_are_refused(tokens):
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
+        pair(0)[1](tokens)
+    with pytest.raises(ValueError, match="must be an array of JAX or numpy"):
+        inspect.unwrap(check_token_ids)(tokens, 97)
+
+
+def test_tokens_beyond_the_last_position_are_refused():
+    abstract = abstract_model(tiny_config(max_position_embeddings=16), jnp.float32)
+    for call in (DeepSeekV4.__call__, DeepSeekV4.multi_token_logits):
+        tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        eqx.filter_eval_shape(call, abstract, tokens)
+        tokens = jax.ShapeDtypeStruct((1, 17), jnp.int32)
+        message = "17 tokens a row are beyond max_position_embeddings=16"
+        with pytest.raises(ValueError, match=message):
+            eqx.filter_eval_shape(call, abstract, tokens)
+
+
+def test_a_float32_model_stays_float32_with_x64():
+    tokens = jax.ShapeDtypeStruct((1, 100), jnp.int32)
+
+    def gradients(key, tokens, dtype):
+        model = DeepSeekV4(T, key=key, dtype=dtype)
+        floats, rest = eqx.partition(model, eqx.is_inexact_array)
+        loss = lambda floats: jnp.mean(eqx.combine(floats, rest)(tokens))  # noqa: E731
+        return floats, jax.grad(loss)(floats)
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        with jax.enable_x64(True):
+            call = functools.partial(gradients, dtype=dtype)
+            floats, grads = eqx.filter_eval_shape(call, jax.random.key(0), tokens)
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves((floats, grads))}
+        assert dtypes == {jnp.dtype(jnp.float32), jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("bad", [-1, 97, 2**33 + 5, -(2**40)])

@@ -47,7 +47,7 @@ def grouped_swiglu(
     if rows.shape[0] == 0:
         return rows
     operands = alike(rows, weights, gate_up, down, group_sizes)
-    return _grouped_swiglu(*operands, limit)
+    return _grouped_swiglu(*operands, limit=limit)
 
 
 def clamped_swiglu(
@@ -68,8 +68,8 @@ def clamped_swiglu(
 def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, limit):
     return lax.platform_dependent(
         *(rows, weights, gate_up, down, group_sizes),
-        cpu=lambda *operands: _blocked_forward(*operands, limit, keep=False)[0],
-        default=lambda *operands: _ragged_forward(*operands, limit)[0],
+        cpu=lambda *operands: _blocked_forward(*operands, limit=limit, keep=False)[0],
+        default=lambda *operands: _ragged_forward(*operands, limit=limit)[0],
     )
 
 
@@ -77,8 +77,8 @@ def _forward(rows, weights, gate_up, down, group_sizes, limit):
     operands = rows, weights, gate_up, down, group_sizes
     out, before = lax.platform_dependent(
         *operands,
-        cpu=lambda *operands: _blocked_forward(*operands, limit),
-        default=lambda *operands: _ragged_forward(*operands, limit),
+        cpu=lambda *operands: _blocked_forward(*operands, limit=limit),
+        default=lambda *operands: _ragged_forward(*operands, limit=limit),
     )
     return out, (*operands, before)
 
@@ -87,8 +87,8 @@ def _backward(limit, residuals, cotangent):
     gradients = lax.platform_dependent(
         *residuals,
         cotangent,
-        cpu=lambda *operands: _blocked_backward(*operands, limit),
-        default=lambda *operands: _ragged_backward(*operands, limit),
+        cpu=lambda *operands: _blocked_backward(*operands, limit=limit),
+        default=lambda *operands: _ragged_backward(*operands, limit=limit),
     )
     return *gradients, None
 
