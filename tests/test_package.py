@@ -48,28 +48,43 @@ def test_readme_has_an_example_of_each_primitive():
         assert f"dsv4.{name}(" in block
 
 
+def said(block):
+    """What the comments of a block's expressions say they give."""
+    return re.findall(r"^(?![^#]* = )[^#\n]+  # (.+)$", block, re.M)
+
+
 @pytest.mark.parametrize("block", BLOCKS[:-1])
 def test_readme_code_runs_as_it_stands_and_gives_what_it_says(block):
-    expressions = re.findall(r"^(?![^#]* = )[^#\n]+  # (.+)$", block, re.M)
-    assert len(expressions) >= 2
-    assert run(SESSION.replace("BLOCK", repr(block))).splitlines() == expressions
+    assert len(said(block)) >= 2
+    assert run(SESSION.replace("BLOCK", repr(block))).splitlines() == said(block)
+
+
+def test_readme_code_runs_with_the_shape_checks_on():
+    sessions = [SESSION.replace("BLOCK", repr(block)) for block in BLOCKS[:-1]]
+    output = run("\n".join([BLOCKS[-1], *sessions]))
+    assert output.splitlines() == [
+        line for block in BLOCKS[:-1] for line in said(block)
+    ]
 
 
 def test_readme_code_switches_the_shape_checks_on():
-    # With the checks, a wrong shape is refused before the mathematics sees it.
+    # A wrong dtype is refused before the mathematics sees it, and all else is as ever.
     output = run(
         BLOCKS[-1]
         + """
+import jax
 import jax.numpy as jnp
 import jaxtyping
-config = dsv4_eqx.Config.tiny()
+model = dsv4_eqx.DeepSeekV4(dsv4_eqx.Config.tiny(), key=jax.random.key(0))
+logits = jax.eval_shape(model, jnp.zeros((2, 50), jnp.int32))
+print(logits.shape)
 try:
     dsv4_eqx.RMSNorm(5)(jnp.ones(5, jnp.int32))
 except jaxtyping.TypeCheckError as error:
     print("refused", type(error).__name__)
 """
     )
-    assert output == "refused TypeCheckError\n"
+    assert output == "(2, 50, 256)\nrefused TypeCheckError\n"
 
 
 def test_importing_the_package_imports_no_more_than_it_needs():
