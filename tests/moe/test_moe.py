@@ -71,8 +71,8 @@ def token_ids(seed=0):
 
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
-def run(moe, x, ids):
-    return moe(x, ids)
+def run(module, *args):
+    return module(*args)
 
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -156,6 +156,24 @@ def test_bfloat16_mixture_keeps_the_dtype_and_float32_parts(kind):
     out = run(moe, x, jnp.asarray(token_ids()))
     assert out.dtype == jnp.bfloat16
     assert jnp.isfinite(out.astype(jnp.float32)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_shares_are_added_up_before_they_are_rounded(kind):
+    moe = make(kind, jnp.bfloat16)
+    # Larger weights than a new model's, or the shared expert outweighs the others.
+    larger = jax.tree.map(lambda a: 20 * a, (moe.experts, moe.shared))
+    moe = eqx.tree_at(lambda m: (m.experts, m.shared), moe, larger)
+    x = jnp.asarray(normal((2, 200, 15))).astype(jnp.bfloat16)
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 200))
+    ids = ids.astype(np.int32)
+    rows = x.reshape(-1, 15)
+    routing = run(moe.router, rows, ids.reshape(-1))
+    routed = run(moe.experts, rows, routing.experts, routing.weights)
+    expected = (routed + run(moe.shared, rows)).astype(jnp.bfloat16)
+    assert routed.dtype == jnp.float32
+    same = run(moe, x, ids).reshape(-1, 15) == expected
+    assert same.mean() > 0.97
 
 
 @pytest.mark.parametrize("kind", KINDS)
