@@ -120,7 +120,7 @@ def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:
 
     - `kinds`: what must be equal for two layers to share their program.
 
-    **Returns:** `(0, 0, 0)`-like with `start = len(kinds)` where nothing repeats.
+    **Returns:** `(len(kinds), 0, 0)` where nothing repeats.
     """
     num_layers = len(kinds)
     best = (num_layers, num_layers, 0, 0)  # blocks to compile, start, period, repeats

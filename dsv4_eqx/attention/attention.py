@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from dsv4_eqx.attention.attend import Entries, Selection, attend, map_queries
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.indexer import Indexer
+from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
-from dsv4_eqx.hf_config import CSA, SLIDING
+from dsv4_eqx.hf_config import CSA, HCA, SLIDING
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
@@ -61,7 +62,10 @@ class Attention(eqx.Module):
         - `ratio`: tokens in a compressed entry, as in `config.compress_ratios`.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights; norms, sinks and position biases are float32.
+
+        **Raises:** ValueError if there is no such kind, or not with that ratio.
         """
+        _check_kind(kind, ratio)
         keys = jax.random.split(key, 7)
         dim, rank = config.hidden_size, config.q_lora_rank
         heads, head_dim = config.num_attention_heads, config.head_dim
@@ -86,21 +90,9 @@ class Attention(eqx.Module):
             keys[4], (dim, groups, per_group), dtype
         )
         self.rope = _rotary(config, kind)
-        self.compressor = self.indexer = None
-        if kind != SLIDING:
-            self.compressor = Compressor(
-                config,
-                ratio=ratio,
-                overlap=kind == CSA,
-                head_dim=head_dim,
-                rope=self.rope,
-                key=keys[5],
-                dtype=dtype,
-            )
-        if kind == CSA:
-            self.indexer = Indexer(
-                config, ratio=ratio, rope=self.rope, key=keys[6], dtype=dtype
-            )
+        self.compressor, self.indexer = _compression(
+            config, kind, ratio, self.rope, (keys[5], keys[6]), dtype
+        )
         self.window = config.sliding_window
 
     @jax.named_scope("Attention")
@@ -213,6 +205,41 @@ class Attention(eqx.Module):
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
         return jnp.einsum("bsgr,dgr->bsd", latent, self.output_up)
+
+
+def _check_kind(kind: str, ratio: int) -> None:
+    if kind not in (SLIDING, CSA, HCA):
+        allowed = f"{SLIDING!r}, {CSA!r} or {HCA!r}"
+        raise refusal("Attention", "kind", kind, allowed)
+    fits = is_int(ratio) and (ratio == 0 if kind == SLIDING else ratio >= 1)
+    if not fits:
+        allowed = "0" if kind == SLIDING else "an integer, at least 1,"
+        raise refusal("Attention", "ratio", ratio, f"{allowed} in {kind!r}")
+
+
+def _compression(
+    config: Config,
+    kind: str,
+    ratio: int,
+    rope: RotaryEmbedding,
+    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    dtype: DTypeLike,
+) -> tuple[Compressor | None, Indexer | None]:
+    """What a layer of this kind has of the two."""
+    if kind == SLIDING:
+        return None, None
+    compressor = Compressor(
+        config,
+        ratio=ratio,
+        overlap=kind == CSA,
+        head_dim=config.head_dim,
+        rope=rope,
+        key=keys[0],
+        dtype=dtype,
+    )
+    if kind == HCA:
+        return compressor, None
+    return compressor, Indexer(config, ratio=ratio, rope=rope, key=keys[1], dtype=dtype)
 
 
 def _rotary(config: Config, kind: str) -> RotaryEmbedding:

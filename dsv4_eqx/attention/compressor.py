@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attend import Entries
+from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.precision import wide_einsum
@@ -58,7 +59,11 @@ class Compressor(eqx.Module):
         - `rope`: the layer's rotary embedding.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights; the position bias is float32.
+
+        **Raises:** ValueError if `ratio` is no integer, at least 1.
         """
+        if not is_int(ratio) or ratio < 1:
+            raise refusal("Compressor", "ratio", ratio, "an integer, at least 1")
         value_key, gate_key = jax.random.split(key)
         series = 2 if overlap else 1
         shape = (series, head_dim, config.hidden_size)

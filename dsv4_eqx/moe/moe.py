@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dsv4_eqx.checks import refusal
 from dsv4_eqx.config import Config
-from dsv4_eqx.hf_config import HASH_MOE
+from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
 
@@ -36,7 +37,11 @@ class MoE(eqx.Module):
         - `kind`: `"hash_moe"` or `"moe"`, as in `config.mlp_layer_types`.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights.
+
+        **Raises:** ValueError if `kind` is neither.
         """
+        if kind not in (HASH_MOE, TOPK_MOE):
+            raise refusal("MoE", "kind", kind, f"{HASH_MOE!r} or {TOPK_MOE!r}")
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         router = HashRouter if kind == HASH_MOE else TopKRouter
         self.router = router(config, key=router_key, dtype=dtype)

@@ -33,8 +33,8 @@ class YarnScaling:
     - `beta_fast`: pairs that turn more often than this over them stay as they are.
     - `beta_slow`: pairs that turn less often than this are slowed down by `factor`.
 
-    **Raises:** ValueError if a value is not positive and finite, `factor` is below 1,
-    or `beta_fast` is not above `beta_slow`.
+    **Raises:** ValueError if a value is not a positive and finite number, `factor` is
+    below 1, or `beta_fast` is not above `beta_slow`.
     """
 
     factor: float
@@ -44,8 +44,12 @@ class YarnScaling:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"YarnScaling({name}={value}): must be positive.")
+            is_real = isinstance(value, int | float) and not isinstance(value, bool)
+            # Not math.isfinite: an integer may be beyond every float.
+            if not (is_real and 0 < value < math.inf):
+                raise ValueError(
+                    f"YarnScaling({name}={value!r}): must be positive, a finite number."
+                )
         if self.factor < 1:
             raise ValueError(f"YarnScaling(factor={self.factor}): must be at least 1.")
         if self.beta_fast <= self.beta_slow:

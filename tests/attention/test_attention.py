@@ -268,6 +268,20 @@ def test_owners_of_queries_alone_are_refused():
         visible(entries, at, owners=at)
 
 
+@pytest.mark.parametrize(
+    "kind, ratio, match",
+    [
+        ("full", 4, f"kind='full'.*{SLIDING}.*{CSA}.*{HCA}"),
+        (SLIDING, 4, f"ratio=4.*must be 0 in '{SLIDING}'"),
+        (CSA, 0, f"ratio=0.*at least 1, in '{CSA}'"),
+        (HCA, -16, f"ratio=-16.*at least 1, in '{HCA}'"),
+    ],
+)
+def test_kinds_and_ratios_that_do_not_fit_are_refused(kind, ratio, match):
+    with pytest.raises(ValueError, match=rf"Attention\({match}"):
+        Attention(T, kind, ratio, key=jax.random.key(0))
+
+
 def temporaries(kind, seq, backward):
     """Bytes that 64 heads of 64 take, compiled; nothing is run."""
     config = tiny_config(

@@ -42,6 +42,12 @@ def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+@pytest.mark.parametrize("ratio", [0, -4, True])
+def test_ratios_that_are_none_are_refused(ratio):
+    with pytest.raises(ValueError, match=rf"Compressor\(ratio={ratio}\).*at least 1"):
+        compressor(ratio, False)
+
+
 @pytest.mark.parametrize("length", [41, 100])
 @pytest.mark.parametrize("layer", HCA_LAYERS + CSA_LAYERS)
 def test_entries_equal_those_of_transformers(layer, length):

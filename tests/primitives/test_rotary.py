@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -257,6 +258,17 @@ def test_base_must_be_above_one(base):
 def test_yarn_scaling_refuses_bad_numbers(changes, match):
     with pytest.raises(ValueError, match=match):
         YarnScaling(**(dict(factor=16, original_max_position=65536) | changes))
+
+
+@pytest.mark.parametrize("value", ["16", None, True, [16]])
+def test_yarn_scaling_refuses_what_is_no_number(value):
+    # Under the checker of the test run a type error comes first.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=r"factor=.*must be positive, a finite nu"):
+            YarnScaling(value, 64)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("shape", [(1,), (5, 3), (4, 0)])
