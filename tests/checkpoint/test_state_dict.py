@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import jax
@@ -132,8 +133,57 @@ def test_all_faults_are_in_one_error():
 
 @pytest.mark.parametrize("tensors", [{}, {"something": np.zeros(3)}], ids=len)
 def test_a_state_dict_of_something_else_is_refused(tensors):
-    with pytest.raises(ValueError, match="embed_tokens.weight is missing"):
+    with pytest.raises(ValueError, match="embed.weight is missing"):
         from_state_dict(small_config(), tensors)
+
+
+def faults_of(tensors, **options):
+    """The lines of the error."""
+    with pytest.raises(ValueError, match="from_state_dict: ") as error:
+        from_state_dict(small_config(), tensors, **options)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+def test_the_naming_is_that_of_most_names():
+    model = random_model(small_config())
+    official, hf = tensors_of(model, True), tensors_of(model, False)
+    embedding = official.pop("embed.weight")
+    assert faults_of(official) == ["embed.weight is missing (shape (97, 60))"]
+    del hf["model.embed_tokens.weight"]
+    assert faults_of(hf | {"embed.weight": embedding}) == [
+        "embed.weight is not part of the model",
+        "model.embed_tokens.weight is missing (shape (97, 60))",
+    ]
+
+
+@pytest.mark.parametrize(
+    "official, name, twin",
+    [
+        (True, "lm_head.weight", "head.weight"),
+        (False, "embed.weight", "model.embed_tokens.weight"),
+        (False, "norm.weight", "model.norm.weight"),
+        (
+            True,
+            "model.layers.1.mlp.experts.gate_up_proj",
+            "layers.1.ffn.experts.0.w1.weight",
+        ),
+        (
+            False,
+            "layers.2.ffn.experts.6.w3.weight",
+            "model.layers.2.mlp.experts.gate_up_proj",
+        ),
+        (
+            False,
+            "layers.2.ffn.shared_experts.w3.weight",
+            "model.layers.2.mlp.shared_experts.up_proj.weight",
+        ),
+    ],
+)
+def test_a_tensor_under_both_namings_is_a_fault(official, name, twin):
+    model = random_model(small_config())
+    stray = {name: tensors_of(model, not official)[name]}
+    faults = faults_of(tensors_of(model, official) | stray)
+    assert faults == [f"{name} is {twin}, given twice"]
 
 
 def test_a_scalar_is_a_fault_like_others():
@@ -184,13 +234,44 @@ def test_what_numpy_cannot_read_is_a_fault_like_others():
     tensors = random_tensors(small_config())
     tensors["norm.weight"] = torch.ones(60, dtype=torch.bfloat16)
     tensors["head.weight"] = None
-    with pytest.raises(ValueError, match="2 faults") as error:
-        from_state_dict(small_config(), tensors)
-    assert "norm.weight is a Tensor that numpy cannot read" in str(error.value)
-    assert "head.weight is a NoneType that" in str(error.value)
+    tensors["layers.0.attn.wkv.weight"] = torch.ones(20, 60, requires_grad=True)
+    assert faults_of(tensors) == [
+        "head.weight is a NoneType, not an array",
+        "layers.0.attn.wkv.weight is a Tensor that requires a gradient: detach it",
+        "norm.weight is a Tensor that numpy cannot read",
+    ]
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.complex64])
+@pytest.mark.parametrize(
+    "source, dtype, value",
+    [
+        ("float64", "float32", -1e39),
+        ("float64", "bfloat16", 1e39),
+        ("float32", "bfloat16", 3.4e38),
+        ("float32", "float16", 7e4),
+        ("bfloat16", "float16", 65536.0),
+    ],
+)
+def test_finite_values_that_would_become_infinite_are_refused(source, dtype, value):
+    tensors = random_tensors(small_config())
+    wide = tensors["head.weight"].astype(source)
+    wide[3, 5] = value
+    for others in ((), (math.nan, -math.inf)):
+        wide[0, : len(others)] = others
+        (fault,) = faults_of(tensors | {"head.weight": wide}, dtype=dtype)
+        assert fault.startswith(f"head.weight has {float(wide[3, 5])} at [3, 5]")
+        assert fault.endswith(f"beyond {dtype}")
+
+
+def test_values_that_are_not_finite_stay_as_they_are():
+    tensors = random_tensors(small_config())
+    wide = tensors["head.weight"].astype(np.float64)
+    wide[0, :4] = math.inf, -math.inf, math.nan, 3.4028235e38  # the largest float32
+    model = from_state_dict(small_config(), tensors | {"head.weight": wide})
+    np.testing.assert_array_equal(model.unembedding, wide.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.complex64, "foo"])
 def test_dtypes_that_are_none_for_weights_are_refused(dtype):
     config = small_config()
     with pytest.raises(ValueError, match=r"from_state_dict\(dtype=.*bfloat16"):
