@@ -231,12 +231,16 @@ class Config:
     def from_hf(cls, source: str | os.PathLike | Mapping[str, Any]) -> "Config":
         """Reads a Hugging Face configuration, the release's or transformers' own form.
 
+        Without `num_hash_layers` and `mlp_layer_types` the first three layers hash, as
+        in transformers.
+
         **Arguments:**
 
         - `source`: a `config.json`, a directory that holds one, or its mapping.
 
-        **Raises:** ValueError naming every key that is missing, unknown, or has a
-        value that DeepSeek-V4 does not have; FileNotFoundError without a file.
+        **Raises:** ValueError that names the first kind of fault found: a value that
+        DeepSeek-V4 does not have, values that contradict each other, or all keys that
+        are missing or unknown; FileNotFoundError without a file.
         """
         return cls(**fields_from_hf(source, dataclasses.fields(cls)))
 

@@ -157,6 +157,11 @@ def _ratios(raw: Mapping[str, Any], layers: int) -> Sequence[Any] | None:
             f"{shown(tail)} for {layers} layers; it needs one for each layer, then "
             "zeros for the prediction blocks."
         )
+    # It may be longer: DSpark's draft blocks come after the prediction block.
+    blocks = raw.get("num_nextn_predict_layers", 0)
+    if tail and is_int(blocks) and blocks > len(tail):
+        allowed = f"at most {len(tail)}, the zeros of compress_ratios after the layers"
+        raise refusal(_CALL, "num_nextn_predict_layers", blocks, allowed)
     return ratios[:layers]
 
 

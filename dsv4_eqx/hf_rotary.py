@@ -14,13 +14,8 @@ from dsv4_eqx.primitives.rotary import YarnScaling
 _CALL: Final = "Config.from_hf"
 _YARN_REQUIRED: Final = ("factor", "original_max_position_embeddings")
 _YARN: Final = (*_YARN_REQUIRED, "beta_fast", "beta_slow")
-_KNOWN: Final = frozenset(_YARN) | {
-    "type",
-    "rope_type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "attention_factor",
-}
+_NUMBERS: Final = (*_YARN, "rope_theta", "partial_rotary_factor", "attention_factor")
+_KNOWN: Final = frozenset(_NUMBERS) | {"type", "rope_type"}
 
 
 def mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -55,23 +50,14 @@ def unnested(raw: Mapping[str, Any]) -> dict[str, Any]:
     yarn = _yarn("rope_scaling", scaling)
     main, compress = mapping(nested, "main"), mapping(nested, "compress")
     if "main" in nested or "compress" in nested:
-        fraction = main.get("partial_rotary_factor")
-        if (
-            nested.keys() != {"main", "compress"}
-            or _yarn("main", main) is not None
-            or compress.get("partial_rotary_factor", fraction) != fraction
-        ):
+        if nested.keys() != {"main", "compress"} or _yarn("main", main) is not None:
             allowed = (
-                "{'main': ..., 'compress': ...} with no scaling in 'main' and one "
-                "partial_rotary_factor, or like rope_scaling"
+                "{'main': ..., 'compress': ...} with no scaling in 'main', or like "
+                "rope_scaling"
             )
             raise refusal(_CALL, "rope_parameters", nested, allowed)
-        found = {
-            "rope_theta": main.get("rope_theta"),
-            "compress_rope_theta": compress.get("rope_theta"),
-            "partial_rotary_factor": fraction,
-        }
-        flat |= {key: value for key, value in found.items() if value is not None}
+        _merge(flat, "rope_theta", main, "main")
+        _merge(flat, "compress_rope_theta", compress, "compress")
         nested = compress
     if nested:
         parameters = _yarn("rope_parameters", nested)
@@ -79,7 +65,29 @@ def unnested(raw: Mapping[str, Any]) -> dict[str, Any]:
             allowed = f"what rope_scaling is too, {shown(scaling)}"
             raise refusal(_CALL, "rope_parameters", nested, allowed)
         yarn = parameters
+    # Not nested, transformers overrides both numbers by what stands beside them; where
+    # no base does, by its default.
+    for name, part in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        base = flat.get("compress_rope_theta")
+        if base is None and part.get("rope_theta") is not None:
+            allowed = f"given, as {name} has the rope_theta {shown(part['rope_theta'])}"
+            raise refusal(_CALL, "compress_rope_theta", base, allowed)
+        _merge(flat, "compress_rope_theta", part, name)
     return flat | {"rope_scaling": yarn}
+
+
+def _merge(flat: dict[str, Any], base: str, part: Mapping[str, Any], name: str) -> None:
+    """Moves a part's base and fraction beside it; refuses what contradicts another."""
+    for inner in ("rope_theta", "partial_rotary_factor"):
+        key = base if inner == "rope_theta" else inner
+        value = part.get(inner)
+        if value is None:
+            continue
+        if flat.get(key) is None:
+            flat[key] = value
+        elif flat[key] != value:
+            allowed = f"{shown(value)}, the {inner} in {name}"
+            raise refusal(_CALL, key, flat[key], allowed)
 
 
 def rotary_from_hf(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,12 +126,19 @@ def _yarn(name: str, scaling: Mapping[str, Any]) -> YarnScaling | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     unknown = sorted(map(str, scaling.keys() - _KNOWN))
     found = {key: scaling[key] for key in _YARN if scaling.get(key) is not None}
-    if kind not in ("default", "yarn") or (kind == "default" and found):
+    if (
+        kind not in ("default", "yarn")
+        or scaling.get("type", kind) != kind
+        or (kind == "default" and found)
+    ):
         allowed = "of the type 'yarn', or 'default' without more"
         raise refusal(_CALL, name, scaling, allowed)
     if unknown:
         allowed = f"without {unknown}, which are unknown"
         raise refusal(_CALL, name, scaling, allowed)
+    for key in _NUMBERS:
+        if scaling.get(key) is not None and not is_number(scaling[key]):
+            raise refusal(_CALL, key, scaling[key], "a number that float32 holds")
     # Another is YaRN's temperature, which DeepSeek-V4 leaves out.
     if scaling.get("attention_factor") not in (None, 1):
         factor = scaling["attention_factor"]
@@ -134,8 +149,7 @@ def _yarn(name: str, scaling: Mapping[str, Any]) -> YarnScaling | None:
         if key not in found:
             allowed = f"a mapping with {' and '.join(_YARN_REQUIRED)}"
             raise refusal(_CALL, name, scaling, allowed)
-    for key, value in found.items():
-        if not is_number(value):
-            raise refusal(_CALL, key, value, "a number that float32 holds")
     factor, original_max_position = (found.pop(key) for key in _YARN_REQUIRED)
+    if not is_int(original_max_position):
+        raise refusal(_CALL, _YARN_REQUIRED[1], original_max_position, "an integer")
     return YarnScaling(factor, original_max_position, **found)

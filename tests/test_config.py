@@ -123,6 +123,11 @@ def test_from_hf_reads_what_transformers_writes(scaling, tmp_path):
     assert Config.from_hf(tmp_path) == config
 
 
+def test_three_layers_hash_by_default_as_in_transformers():
+    raw = {key: value for key, value in RAW.items() if key != "num_hash_layers"}
+    assert Config.from_hf(raw).mlp_layer_types == (HASH_MOE,) * 3 + (TOPK_MOE,) * 2
+
+
 def test_from_hf_leaves_its_argument_alone():
     raw = copy.deepcopy(RAW)
     Config.from_hf(raw)
@@ -239,6 +244,7 @@ BAD_HF = {
     "unknown keys": ({"engram": 1, "gate_temp": 2}, ("engram", "gate_temp")),
     "short schedule": (schedule(0, 128, 4), ("compress_ratios", "3", "5")),
     "tail": (schedule(0, 128, 4, 128, 4, 4), ("compress_ratios", "[4]")),
+    "short tail": ({"num_nextn_predict_layers": 2}, ("_predict_layers=2", "most 1")),
     "unknown ratio": (schedule(0, 128, 8, 128, 4), ("compress_ratios", "8")),
     "string ratio": (schedule(0, 128, "4", 128, 4), ("compress_ratios", "'4'")),
     "list ratio": (schedule(0, 128, [4], 128, 4), ("compress_ratios", "[4]")),
