@@ -188,37 +188,9 @@ def _project(
     """The product with the normalised streams, without ever writing those down."""
     wide = at_least_float32(streams)
     mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1))
-    mixes = _products(*alike(weight.astype(wide.dtype), wide))
-    return mixes * lax.rsqrt(mean_square + norm_eps)
-
-
-# Stream by stream: XLA on CPU is slow to lay streams side by side, as a single product
-# over both dimensions would, and to put their gradients back together.
-@jax.custom_vjp
-def _products(weight, streams):
-    sizes = range(streams.shape[-2])
-    parts = [
-        wide_einsum("md,...d->m...", weight[:, j], streams[..., j, :]) for j in sizes
-    ]
-    return sum(parts[1:], parts[0])
-
-
-def _products_forward(weight, streams):
-    return _products(weight, streams), (weight, streams)
-
-
-def _products_backward(residuals, cotangent):
-    weight, streams = residuals
-    d_streams = wide_einsum("m...,mjd->...jd", cotangent, weight)
-    rows = cotangent.reshape(cotangent.shape[0], -1)
-    d_weight = [
-        wide_einsum("mt,td->md", rows, stream.reshape(-1, stream.shape[-1]))
-        for stream in jnp.moveaxis(streams, -2, 0)
-    ]
-    return jnp.stack(d_weight, axis=1), d_streams
-
-
-_products.defvjp(_products_forward, _products_backward)
+    # Tokens first: XLA on CPU would transpose the streams to put them last.
+    mixes = wide_einsum("...jd,mjd->...m", wide, weight.astype(wide.dtype))
+    return jnp.moveaxis(mixes, -1, 0) * lax.rsqrt(mean_square + norm_eps)
 
 
 def _before_tokens(base: Float[Array, " mixes"], mixes: Array) -> Array:
