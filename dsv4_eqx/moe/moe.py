@@ -56,8 +56,22 @@ class MoE(eqx.Module):
 
         - `x`: normalised activations.
         - `token_ids`: the tokens they belong to; hash routing reads them.
+
+        **Raises:** ValueError if the experts are not as many as the router knows.
         """
+        self._check_experts()
         rows = x.reshape(-1, x.shape[-1])
         routing = self.router(rows, token_ids.reshape(-1))
         routed = self.experts(rows, routing.experts, routing.weights)
         return (routed + self.shared(rows)).astype(x.dtype).reshape(x.shape)
+
+    def _check_experts(self) -> None:
+        # Wrapped experts send the tokens to where their expert is; bare ones would
+        # silently leave out what is on other devices.
+        routes = self.router.weight.shape[0]
+        if isinstance(self.experts, Experts) and len(self.experts.down) != routes:
+            raise ValueError(
+                f"MoE has {len(self.experts.down)} experts and its router {routes}: "
+                "where shard_map splits the experts, give it the module from "
+                "dsv4_eqx.sharding.shard.parallelize."
+            )

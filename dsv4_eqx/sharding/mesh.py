@@ -27,7 +27,8 @@ def make_mesh(
     - `data`: parts of the batch.
     - `expert`: parts of the experts; the batch is split over it as well.
     - `tensor`: parts of heads, groups, hidden channels and vocabulary.
-    - `context`: parts of the sequence.
+    - `context`: for parts of the sequence, which nothing here splits yet: `parallelize`
+        takes 1 only.
     - `devices`: all devices by default.
 
     **Raises:** ValueError if a size is not positive or the sizes do not multiply to

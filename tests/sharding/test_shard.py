@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.hf_config import HASH_MOE
@@ -124,6 +125,57 @@ def test_wrapping_twice_is_refused(sizes):
     parallel = parallelize(abstract(dsv4.Block, 0), mesh)
     with pytest.raises(ValueError, match="went through it before"):
         parallelize(parallel, mesh)
+
+
+@pytest.mark.parametrize("make", [dsv4.Experts, dsv4.SharedExpert])
+def test_experts_on_their_own_are_summed_and_exchange(make):
+    expert = abstract(make)
+    assert isinstance(parallelize([expert], make_mesh(tensor=8))[0], SummedOver)
+    both = parallelize(expert, make_mesh(expert=2, tensor=4))
+    inner = ExpertParallel if make is dsv4.Experts else dsv4.SharedExpert
+    assert isinstance(both, SummedOver) and isinstance(both.module, inner)
+    assert jax.tree.leaves(both) == jax.tree.leaves(expert)
+
+
+def test_a_shared_expert_on_its_own_equals_itself_over_a_mesh():
+    shared, mesh = random_module(dsv4.SharedExpert), make_mesh(tensor=4)
+    parallel = parallelize(shared, mesh)
+    specs = dsv4.partition_specs(parallel, mesh=mesh)
+    x = normal((5, CONFIG.hidden_size), 1)
+    run = jax.shard_map(
+        lambda shared, x: shared(x), mesh=mesh, in_specs=(specs, P()), out_specs=P()
+    )
+    np.testing.assert_allclose(jax.jit(run)(parallel, x), shared(x), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes, text",
+    [
+        (("data", "model"), r"\('data', 'model'\) and needs .*make_mesh"),
+        (("context",), r"\('context',\) and needs"),
+        (("data", "expert", "tensor", "context"), "context=2, and splitting"),
+    ],
+)
+def test_a_mesh_without_the_axes_or_with_split_sequences_is_refused(axes, text):
+    sizes = (1,) * (len(axes) - 1) + (2,)
+    mesh = jax.make_mesh(sizes, axes, devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match=text):
+        parallelize(abstract(dsv4.Block, 0), mesh)
+
+
+def test_split_experts_without_their_wrapper_are_refused():
+    moe, mesh = abstract(dsv4.MoE, HASH_MOE), make_mesh(expert=2)
+    specs = dsv4.partition_specs(moe, mesh=mesh)
+    x = jax.ShapeDtypeStruct((2, 3, CONFIG.hidden_size), np.float32)
+    ids = jax.ShapeDtypeStruct((2, 3), np.int32)
+    run = jax.shard_map(
+        lambda moe, x, ids: moe(x, ids),
+        mesh=mesh,
+        in_specs=(specs, P("expert"), P("expert")),
+        out_specs=P("expert"),
+    )
+    with pytest.raises(ValueError, match=r"8 experts and its router 16.*parallelize"):
+        jax.eval_shape(run, moe, x, ids)
 
 
 def test_placed_arrays_lie_where_their_specs_say():
