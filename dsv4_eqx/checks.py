@@ -2,6 +2,9 @@
 
 from typing import Any, Final
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 _LARGEST_FLOAT32: Final = (2.0 - 2.0**-23) * 2.0**127
 _LONGEST: Final = 200  # characters of a value in an error
 
@@ -52,3 +55,51 @@ def refusal(call: str, name: str, value: Any, allowed: str) -> ValueError:
     - `allowed`: completes "must be".
     """
     return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.")
+
+
+def check_activations(
+    call: str, x: Array, weight: Array, dims: tuple[str, ...] | None = None
+) -> None:
+    """Refuses activations that do not fit the weight they will meet.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `x`: the activations, channels last.
+    - `weight`: its last dimension is those channels.
+    - `dims`: what the dimensions of `x` are; any, then channels, by default.
+
+    **Raises:** ValueError if `x` has other dimensions, channels or another dtype.
+    """
+    dim = weight.shape[-1]
+    fits = x.ndim > 0 if dims is None else x.ndim == len(dims)
+    if not fits or x.shape[-1] != dim:
+        shown_dims = "..., dim" if dims is None else ", ".join(dims)
+        raise ValueError(
+            f"{call} was called with x of shape {x.shape}: it must be ({shown_dims}), "
+            f"where dim is {dim}."
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(
+            f"{call} was called with x of dtype {x.dtype}, its weights are "
+            f"{weight.dtype}: cast one of them."
+        )
+
+
+def check_ids(call: str, name: str, ids: Array, shape: tuple[int, ...]) -> None:
+    """Refuses token ids or positions that are not one for each token.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the ids.
+    - `ids`: one for each token.
+    - `shape`: of the tokens.
+
+    **Raises:** ValueError if `ids` have another shape or are not integers.
+    """
+    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{call} was called with {name} of shape {ids.shape} and dtype "
+            f"{ids.dtype}: they must be integers of shape {shape}, as x has tokens."
+        )

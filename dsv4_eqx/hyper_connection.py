@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
+from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.precision import at_least_float32, wide_einsum
 from dsv4_eqx.primitives.varying import alike
@@ -67,6 +68,9 @@ class HyperConnection(eqx.Module):
         **Arguments:**
 
         - `streams`: the residual streams.
+
+        **Raises:** ValueError if the streams have other sizes than the weight or are
+        not floating point.
         """
         _check_streams("HyperConnection", streams, self.weight.shape[1:])
         num_streams = streams.shape[-2]
@@ -102,7 +106,22 @@ class HyperConnection(eqx.Module):
         - `streams`: as given to `read`.
         - `output`: the sublayer's output.
         - `mixing`: what `read` returned.
+
+        **Raises:** ValueError if the three do not fit each other, or streams or output
+        are not floating point.
         """
+        _check_streams("HyperConnection", streams, self.weight.shape[1:])
+        _check_floating("HyperConnection", "output", output)
+        leading, num_streams, dim = streams.shape[:-2], *streams.shape[-2:]
+        shapes = output.shape, mixing.post.shape, mixing.combine.shape
+        square = (num_streams, num_streams)
+        if shapes != ((*leading, dim), (*leading, num_streams), (*leading, *square)):
+            raise ValueError(
+                f"HyperConnection was called with streams of shape {streams.shape}, an "
+                f"output of {shapes[0]} and a mixing of {shapes[1]} and {shapes[2]}: "
+                "their leading dimensions must be the same, and the output's last one "
+                f"{dim}."
+            )
         # combine[source, target]: the transpose is another model.
         mixed = mix(mixing.combine, streams)
         mixed += mix(mixing.post[..., None, :], output[..., None, :])
@@ -144,6 +163,8 @@ class HyperHead(eqx.Module):
         """**Arguments:**
 
         - `streams`: the residual streams after the last block.
+
+        **Raises:** ValueError as `HyperConnection.read` does.
         """
         _check_streams("HyperHead", streams, self.weight.shape[1:])
         mixes = _project(streams, self.weight, self.norm_eps)
@@ -165,7 +186,11 @@ def sinkhorn(
     - `logits`: matrices in the two leading dimensions.
     - `iterations`: how often the columns are divided by their sums.
     - `eps`: added to the softmax and to every sum.
+
+    **Raises:** ValueError if `iterations` is negative.
     """
+    if not is_int(iterations) or iterations < 0:
+        raise refusal("sinkhorn", "iterations", iterations, "an integer of at least 0")
     matrix = jax.nn.softmax(logits, axis=1) + eps
     if iterations == 0:
         return matrix
@@ -249,4 +274,13 @@ def _check_streams(name: str, streams: Array, expected: tuple[int, ...]) -> None
         raise ValueError(
             f"{name} was called with streams of shape {streams.shape}: the last two "
             f"dimensions must be (streams, dim) = {expected}."
+        )
+    _check_floating(name, "streams", streams)
+
+
+def _check_floating(name: str, argument: str, x: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} was called with {argument} of dtype {x.dtype}: it needs a "
+            "floating-point array; cast it first."
         )

@@ -191,6 +191,36 @@ def test_bfloat16_streams_stay_bfloat16(layer):
     assert block.moe.experts.down.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("names", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_streams_of_another_dtype_than_the_weights_are_refused(names):
+    streams, ids = inputs(5, dtype=jnp.dtype(names[0]))
+    with pytest.raises(ValueError, match="x of dtype {}.*{}: cast".format(*names)):
+        run(small_block(2, jnp.dtype(names[1])), streams, ids)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_a_block_of_no_tokens_is_refused(layer, batch, length):
+    with pytest.raises(ValueError, match="batch and seq must be at least 1"):
+        run(small_block(layer), *inputs(length, batch))
+
+
+def test_a_block_works_with_64_bit_integers():
+    block, (streams, ids) = small_block(2), inputs(41)
+
+    def loss(block, streams, ids, at):
+        return jnp.sum(block(streams, ids, at))
+
+    with jax.enable_x64(True):
+        ids = np.asarray(ids, np.int64)
+        at = np.broadcast_to(np.arange(41), ids.shape)
+        step = jax.value_and_grad(loss, argnums=(0, 1), allow_int=True)
+        abstract = jax.eval_shape(lambda *x: x, block, streams, ids, at)
+        assert abstract[2].dtype == abstract[3].dtype == jnp.int64
+        _, (_, d_streams) = jax.eval_shape(step, *abstract)
+    assert d_streams.dtype == jnp.float32
+
+
 def test_layers_are_of_the_kinds_in_the_schedule():
     for layer in LAYERS:
         block = small_block(layer)

@@ -5,6 +5,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -266,6 +267,47 @@ def test_wrong_streams_are_refused(shape):
         connections()[0].read(jnp.ones(shape))
     with pytest.raises(ValueError, match=f"HyperHead .*{match}"):
         heads()[0](jnp.ones(shape))
+
+
+REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.bool_])
+def test_streams_and_outputs_of_other_dtypes_are_refused(dtype):
+    ours, streams = connections()[0], jnp.asarray(normal(SHAPE))
+    bad = jnp.ones(SHAPE, dtype)
+    _, mixing = ours.read(streams)
+    for call in (
+        lambda: ours.read(bad),
+        lambda: heads()[0](bad),
+        lambda: ours.write(bad, bad[:, :, 0], mixing),
+        lambda: ours.write(streams, bad[:, :, 0], mixing),
+    ):
+        with pytest.raises(REFUSED, match="it needs a floating|Array"):
+            call()
+
+
+def test_what_is_written_must_fit_the_streams():
+    # Each of these would broadcast.
+    ours, streams = connections()[0], jnp.asarray(normal(SHAPE))
+    output, (_, mixing) = jnp.ones((2, 5, 15)), ours.read(streams)
+    _, one = ours.read(streams[:, :1])
+    for args in [
+        (streams, output[:, :1], mixing),
+        (streams, output[..., :1], mixing),
+        (streams[:, :1], output, mixing),
+        (streams, output, one),
+        (streams, output, mixing._replace(post=one.post)),
+        (streams, output, mixing._replace(combine=mixing.combine[..., :1])),
+    ]:
+        with pytest.raises(REFUSED, match="leading dimensions must be the same|Array"):
+            ours.write(*args)
+
+
+@pytest.mark.parametrize("iterations", [-1, True])
+def test_sinkhorn_refuses_a_negative_number_of_iterations(iterations):
+    with pytest.raises(ValueError, match=rf"iterations={iterations}\): must be an int"):
+        sinkhorn(jnp.ones((3, 3)), iterations=iterations, eps=1e-6)
 
 
 def test_initial_connection_is_near_the_mean_of_the_streams():

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from dsv4_eqx.attention.attend import Entries, Selection, attend, map_queries
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.indexer import Indexer
-from dsv4_eqx.checks import is_int, refusal
+from dsv4_eqx.checks import check_activations, check_ids, is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
 from dsv4_eqx.primitives.linear import GroupedLinear
@@ -105,7 +105,18 @@ class Attention(eqx.Module):
 
         - `x`: normalised activations.
         - `positions`: 0, 1, 2, ... in each row.
+
+        **Raises:** ValueError if `x` has other channels or another dtype than the
+        weights or no tokens, or the positions are not one integer for each token.
         """
+        check_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
+        check_ids("Attention", "positions", positions, x.shape[:2])
+        if x.size == 0:
+            raise ValueError(
+                f"Attention was called with x of shape {x.shape}: batch and seq must "
+                "be at least 1."
+            )
+        positions = positions.astype(jnp.int32)  # as those of compressed entries
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
         entries = None if self.compressor is None else self.compressor(x)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dsv4_eqx.checks import check_activations
 from dsv4_eqx.config import Config
 from dsv4_eqx.moe.grouped import clamped_swiglu, grouped_swiglu
 from dsv4_eqx.primitives.precision import at_least_float32
@@ -64,7 +65,12 @@ class Experts(eqx.Module):
         - `weights`: their weights.
 
         **Returns:** the weighted sum, at least float32.
+
+        **Raises:** ValueError if `x` has other channels or another dtype than the
+        experts' weights, or `chosen` and `weights` do not fit it.
         """
+        check_activations("Experts", x, self.gate_up, ("tokens", "dim"))
+        check_routing(x, chosen, weights)
         num_experts, _, hidden, dim = self.gate_up.shape
         slots = chosen.shape[1]
         x, chosen = alike(x, chosen)
@@ -80,6 +86,23 @@ class Experts(eqx.Module):
             self.limit,
         )
         return _combine(out, order, inverse, slots)
+
+
+def check_routing(x: Array, chosen: Array, weights: Array) -> None:
+    """Refuses experts and weights that are not some for each token.
+
+    **Arguments:** as for `Experts`.
+
+    **Raises:** ValueError if `chosen` and `weights` differ in shape or have not as many
+    tokens as `x`.
+    """
+    # Indexing would clamp and broadcasting repeat what is not there.
+    if chosen.ndim != 2 or chosen.shape != weights.shape or len(chosen) != len(x):
+        raise ValueError(
+            f"Experts was called with chosen of shape {chosen.shape} and weights of "
+            f"shape {weights.shape}: both must be (tokens, slots), and x has {len(x)} "
+            "tokens."
+        )
 
 
 class SharedExpert(eqx.Module):
@@ -112,7 +135,11 @@ class SharedExpert(eqx.Module):
         - `x`: the tokens' activations.
 
         **Returns:** the expert's output, at least float32.
+
+        **Raises:** ValueError if `x` has other channels or another dtype than the
+        expert's weights.
         """
+        check_activations("SharedExpert", x, self.gate_up)
         _, hidden, dim = self.gate_up.shape
         gate_up = jnp.einsum("...d,hd->...h", x, self.gate_up.reshape(2 * hidden, dim))
         activated = clamped_swiglu(gate_up, self.limit).astype(x.dtype)

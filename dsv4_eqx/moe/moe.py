@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.checks import refusal
+from dsv4_eqx.checks import check_activations, check_ids, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
 from dsv4_eqx.moe.experts import Experts, SharedExpert
@@ -57,8 +57,12 @@ class MoE(eqx.Module):
         - `x`: normalised activations.
         - `token_ids`: the tokens they belong to; hash routing reads them.
 
-        **Raises:** ValueError if the experts are not as many as the router knows.
+        **Raises:** ValueError if `x` has other channels or another dtype than the
+        weights, the token ids are not one integer for each token, or the experts are
+        not as many as the router knows.
         """
+        check_activations("MoE", x, self.shared.gate_up, ("batch", "seq", "dim"))
+        check_ids("MoE", "token_ids", token_ids, x.shape[:2])
         self._check_experts()
         rows = x.reshape(-1, x.shape[-1])
         routing = self.router(rows, token_ids.reshape(-1))

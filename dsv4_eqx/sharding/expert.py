@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.moe.experts import Experts
+from dsv4_eqx.moe.experts import Experts, check_routing
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
@@ -40,7 +40,10 @@ class ExpertParallel(eqx.Module):
         """**Arguments:** as for `Experts`, with `chosen` among all devices' experts.
 
         **Returns:** the weighted sum, at least float32.
+
+        **Raises:** ValueError as `Experts` does.
         """
+        check_routing(x, chosen, weights)
         num_tokens, slots = chosen.shape
         own = self.experts.gate_up.shape[0]
         devices = lax.axis_size(self.axis)

@@ -6,6 +6,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -280,6 +281,33 @@ def test_owners_of_queries_alone_are_refused():
 def test_kinds_and_ratios_that_do_not_fit_are_refused(kind, ratio, match):
     with pytest.raises(ValueError, match=rf"Attention\({match}"):
         Attention(T, kind, ratio, key=jax.random.key(0))
+
+
+REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
+
+
+def test_what_does_not_fit_attention_is_refused():
+    ours, x = small_attention(SLIDING), activations(5)
+    at = positions(x)
+    for args, text in [
+        ((x[..., :59], at), r"\(batch, seq, dim\), where dim is 60"),
+        ((x[0], at), r"\(batch, seq, dim\)|Array"),
+        ((x.astype(jnp.int32), at), "x of dtype int32, its weights are float32|Array"),
+        ((x.astype(jnp.bfloat16), at), "x of dtype bfloat16, its weights are float32"),
+        ((x, at[:1]), r"positions of shape \(1, 5\).*of shape \(2, 5\)|Array"),
+        ((x, at[:, :1]), r"positions of shape \(2, 1\).*of shape \(2, 5\)|Array"),
+        ((x, at[0]), r"positions of shape \(5,\).*of shape \(2, 5\)|Array"),
+        ((x, at > 0), "dtype bool: they must be integers|Array"),
+    ]:
+        with pytest.raises(REFUSED, match=text):
+            ours(*args)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_attention_to_nothing_is_refused(kind, batch, length):
+    with pytest.raises(ValueError, match="batch and seq must be at least 1"):
+        attend(small_attention(kind), activations(length, batch))
 
 
 def temporaries(kind, seq, backward):

@@ -5,6 +5,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -207,3 +208,35 @@ def test_order_of_the_slots_does_not_matter():
     x = jnp.asarray(normal((TOKENS, 15), 3))
     turned = run(ours, x, chosen[:, ::-1], weights[:, ::-1])
     close(turned, run(ours, x, chosen, weights), 1e-6)
+
+
+REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
+
+
+@pytest.mark.parametrize(
+    "chosen, weights", [((11, 3), (11, 1)), ((11, 1), (11, 3)), ((5, 3), (5, 3))]
+)
+def test_experts_refuse_a_routing_that_does_not_fit(chosen, weights):
+    x = jnp.ones((TOKENS, 15))
+    with pytest.raises(REFUSED, match="x has 11 tokens|Array"):
+        experts()[0](x, jnp.zeros(chosen, jnp.int32), jnp.ones(weights))
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, 14), (TOKENS, 1), (15,)])
+def test_experts_refuse_other_channels(shape):
+    x, (chosen, weights) = jnp.ones(shape), map(jnp.asarray, routing("distinct"))
+    with pytest.raises(REFUSED, match=r"\(tokens, dim\), where dim is 15|Array"):
+        experts()[0](x, chosen, weights)
+    if shape != (15,):
+        with pytest.raises(ValueError, match=r"SharedExpert.* dim\), where dim is 15"):
+            shared_experts()[0](x)
+
+
+@pytest.mark.parametrize("names", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_experts_refuse_another_dtype(names):
+    x = jnp.ones((TOKENS, 15), names[0])
+    args = (x, *map(jnp.asarray, routing("distinct")))
+    for module, args in ((experts()[0], args), (shared_experts()[0], (x,))):
+        module = jax.tree.map(lambda leaf: leaf.astype(names[1]), module)
+        with pytest.raises(ValueError, match="x of dtype {}.*{}: cast".format(*names)):
+            module(*args)

@@ -5,6 +5,7 @@ import functools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -191,3 +192,26 @@ def test_router_logits_of_two_hundred_stay_finite(kind):
     out = run_with_gradients(ours, x, ids, normal(SHAPE, 9))
     leaves = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert len(leaves) >= 7 and all(jnp.isfinite(leaf).all() for leaf in leaves)
+
+
+REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
+
+
+def test_what_does_not_fit_the_mixture_is_refused():
+    moe, x, ids = make(TOPK_MOE), jnp.asarray(normal(SHAPE)), jnp.asarray(token_ids())
+    for args, text in [
+        ((x[..., :14], ids), r"MoE .*\(batch, seq, dim\), where dim is 15"),
+        ((x[0], ids), r"MoE .*\(batch, seq, dim\)|Array"),
+        ((x.astype(jnp.bfloat16), ids), "x of dtype bfloat16, .* float32: cast one"),
+        ((x, ids[:1]), r"token_ids of shape \(1, 7\).* of shape \(2, 7\)|Array"),
+        ((x, ids[..., None]), r"token_ids of shape \(2, 7, 1\)|Array"),
+        ((x, ids.astype(jnp.float32)), "token_ids .*float32: they must be int|Array"),
+    ]:
+        with pytest.raises(REFUSED, match=text):
+            moe(*args)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0)])
+def test_a_mixture_of_no_tokens_is_empty(shape):
+    out = make(TOPK_MOE)(jnp.ones((*shape, 15)), jnp.zeros(shape, jnp.int32))
+    assert out.shape == (*shape, 15)
