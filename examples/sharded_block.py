@@ -49,7 +49,9 @@ class OneBlock(eqx.Module):
     def __init__(self, config: dsv4.Config, layer: int, *, key: Array):
         keys = jax.random.split(key, 7)
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = config.initializer_range * jax.random.normal(keys[0], shape)
+        # Float32 by name: with jax_enable_x64 the default is another.
+        std, wide = config.initializer_range, jnp.float32
+        self.embedding = std * jax.random.normal(keys[0], shape, wide)
         block = dsv4.Block(config, layer, key=keys[1])
         head = dsv4.HyperHead(config, key=keys[2])
         # New hyper-connections treat all streams alike, so that most of their own
@@ -58,14 +60,14 @@ class OneBlock(eqx.Module):
             lambda b: (b.attention_connection.base, b.moe_connection.base),
             block,
             [
-                jax.random.normal(key, block.moe_connection.base.shape)
+                jax.random.normal(key, block.moe_connection.base.shape, wide)
                 for key in keys[3:5]
             ],
         )
-        base = jax.random.normal(keys[5], head.base.shape)
+        base = jax.random.normal(keys[5], head.base.shape, wide)
         self.head = eqx.tree_at(lambda head: head.base, head, base)
         self.norm = dsv4.RMSNorm(config.hidden_size)
-        self.unembedding = 0.1 * jax.random.normal(keys[6], shape)
+        self.unembedding = 0.1 * jax.random.normal(keys[6], shape, wide)
 
     def __call__(
         self, tokens: Int[Array, "batch seq+1"], vocab_axis: str | None = None
@@ -196,7 +198,8 @@ def build(args: argparse.Namespace) -> tuple[Mesh, OneBlock]:
             raise ValueError(f"data x expert = {rows} must divide the {BATCH} rows.")
         dsv4.partition_specs(eqx.filter_eval_shape(make), mesh=mesh)
     except ValueError as error:
-        sys.exit(f"This mesh does not fit: {error}")
+        hint = "Choose --data, --expert and --tensor (2 each by default) that do."
+        sys.exit(f"This mesh does not fit: {error} {hint}")
     return mesh, jax.jit(make, compiler_options=compiler_options())()
 
 

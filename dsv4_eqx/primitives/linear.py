@@ -5,13 +5,13 @@ output is far wider than the model, so each group of heads is first projected do
 its own.
 """
 
-import operator
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from dsv4_eqx.primitives.checked import checked_number, checked_size
 
 
 class GroupedLinear(eqx.Module):
@@ -40,17 +40,22 @@ class GroupedLinear(eqx.Module):
         - `key`: randomness of the initial weight, normal with deviation `std`.
         - `dtype`: dtype of the weight.
 
-        **Raises:** ValueError if a size is not positive or the groups do not divide
-        `out_features`.
+        **Raises:** ValueError if a size is not a positive integer, the groups do not
+        divide `out_features`, `std` is negative or not finite, or `dtype` is not
+        floating point.
         """
         sizes = {
-            "in_features_per_group": operator.index(in_features_per_group),
-            "out_features": operator.index(out_features),
-            "n_groups": operator.index(n_groups),
+            "in_features_per_group": in_features_per_group,
+            "out_features": out_features,
+            "n_groups": n_groups,
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"GroupedLinear({name}={size}): must be at least 1.")
+            checked_size("GroupedLinear", name, size)
+        std = checked_number("GroupedLinear", "std", std)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"GroupedLinear(dtype={jnp.dtype(dtype)}): must be floating point."
+            )
         if out_features % n_groups != 0:
             raise ValueError(
                 f"GroupedLinear(out_features={out_features}, n_groups={n_groups}): "

@@ -4,15 +4,13 @@ Statistics and the product with the weight are float32; the result is rounded on
 the dtype that came in (released model code, `RMSNorm`).
 """
 
-import math
-import operator
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from dsv4_eqx.primitives.checked import checked_number, checked_size
 from dsv4_eqx.primitives.precision import at_least_float32
 
 
@@ -33,14 +31,11 @@ class RMSNorm(eqx.Module):
         - `dim`: size of the last dimension of what will be normalised.
         - `eps`: added to the mean square.
 
-        **Raises:** ValueError if `dim` is not positive, or `eps` is negative or not
-        finite.
+        **Raises:** ValueError if `dim` is not a positive integer, or `eps` is negative
+        or not finite.
         """
-        dim = operator.index(dim)
-        if dim < 1:
-            raise ValueError(f"RMSNorm(dim={dim}): dim must be at least 1.")
-        self.weight = jnp.ones(dim, jnp.float32)
-        self.eps = _checked_eps("RMSNorm", eps)
+        self.weight = jnp.ones(checked_size("RMSNorm", "dim", dim), jnp.float32)
+        self.eps = checked_number("RMSNorm", "eps", eps)
 
     @jax.named_scope("RMSNorm")
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -82,7 +77,7 @@ class UnweightedRMSNorm(eqx.Module):
 
         **Raises:** ValueError if `eps` is negative or not finite.
         """
-        self.eps = _checked_eps("UnweightedRMSNorm", eps)
+        self.eps = checked_number("UnweightedRMSNorm", "eps", eps)
 
     @jax.named_scope("UnweightedRMSNorm")
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -105,12 +100,6 @@ class UnweightedRMSNorm(eqx.Module):
 def _normalised(x: Float[Array, "*batch dim"], eps: float) -> Array:
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return x * lax.rsqrt(mean_square + eps)
-
-
-def _checked_eps(name: str, eps: float) -> float:
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"{name}(eps={eps}): eps must be finite and not negative.")
-    return float(eps)
 
 
 def _check_floating(name: str, x: Array) -> None:

@@ -8,7 +8,7 @@ that compress use another base and YaRN, for every rotation in that layer.
 import dataclasses
 import functools
 import math
-import operator
+from typing import Final
 
 import equinox as eqx
 import jax
@@ -16,7 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv4_eqx.primitives.checked import checked_number, checked_size
 from dsv4_eqx.primitives.precision import at_least_float32
+
+# What is larger is infinite in float32.
+_LARGEST_BASE: Final = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +88,35 @@ class RotaryEmbedding(eqx.Module):
         - `base`: pair k turns by `base ** (-2k / rotary_dim)` radians a position.
         - `yarn`: context extension; none by default.
 
-        **Raises:** ValueError if `rotary_dim` is odd or not positive, or `base` is not
-        finite and above 1.
+        **Raises:** ValueError if `rotary_dim` is not an integer, odd or not positive,
+        `base` is not above 1 and finite in float32, or `yarn` is no `YarnScaling`.
         """
-        rotary_dim = operator.index(rotary_dim)
-        if rotary_dim < 2 or rotary_dim % 2 != 0:
+        rotary_dim = checked_size("RotaryEmbedding", "rotary_dim", rotary_dim)
+        if rotary_dim % 2 != 0:
             raise ValueError(
                 f"RotaryEmbedding(rotary_dim={rotary_dim}): channels are rotated in "
                 "pairs, so it must be even and at least 2."
             )
-        if not (math.isfinite(base) and base > 1):
-            raise ValueError(f"RotaryEmbedding(base={base}): must be above 1.")
+        base = checked_number("RotaryEmbedding", "base", base)
+        if not 1 < base <= _LARGEST_BASE:
+            raise ValueError(
+                f"RotaryEmbedding(base={base}): must be above 1 and finite in float32."
+            )
+        if not (yarn is None or isinstance(yarn, YarnScaling)):
+            raise ValueError(
+                f"RotaryEmbedding(yarn={yarn!r}): must be None or a YarnScaling."
+            )
         self.rotary_dim = rotary_dim
-        self.base = float(base)
+        self.base = base
         self.yarn = yarn
 
     @property
     def inv_freq(self) -> np.ndarray:
-        """Radians a position, float32 `[rotary_dim // 2]`, the same bits as torch's."""
+        """Radians a position, float32 `[rotary_dim // 2]`.
+
+        The same bits as torch's at DeepSeek-V4's sizes (64 channels, bases 1e4 and
+        1.6e5); at others, some may be off by one unit in the last place.
+        """
         return _inverse_frequencies(self.rotary_dim, self.base, self.yarn)
 
     def tables(
@@ -111,7 +126,8 @@ class RotaryEmbedding(eqx.Module):
 
         **Arguments:**
 
-        - `positions`: integers; exact up to 2**24.
+        - `positions`: integers; exact up to 2**24. Beyond, float32 rounds them, to
+            even ones at first, so that neighbours may be turned alike.
 
         **Raises:** ValueError if `positions` are not integers.
         """

@@ -1,13 +1,14 @@
 """The mesh: four axes, always all there, any of them of size 1."""
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from dsv4_eqx.primitives.checked import checked_size
 
 AXES: Final = ("data", "expert", "tensor", "context")
 
@@ -31,14 +32,19 @@ def make_mesh(
         takes 1 only.
     - `devices`: all devices by default.
 
-    **Raises:** ValueError if a size is not positive or the sizes do not multiply to
-    the number of devices.
+    **Raises:** ValueError if a size is not a positive integer, the sizes do not
+    multiply to the number of devices, or those are no devices or repeat one.
     """
-    sizes = [operator.index(size) for size in (data, expert, tensor, context)]
+    given = zip(AXES, (data, expert, tensor, context))
+    sizes = [checked_size("make_mesh", axis, size) for axis, size in given]
     devices = jax.devices() if devices is None else devices
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-    if min(sizes) < 1:
-        raise ValueError(f"make_mesh({shown}): every size must be at least 1.")
+    if not all(isinstance(device, jax.Device) for device in devices):
+        raise ValueError(
+            f"make_mesh(devices={devices!r}): must be devices, as from jax.devices()."
+        )
+    if len(set(devices)) != len(devices):
+        raise ValueError(f"make_mesh(devices={devices!r}): must be different devices.")
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"make_mesh({shown}) needs {math.prod(sizes)} devices and there are "

@@ -1,5 +1,6 @@
 """GroupedLinear against transformers."""
 
+import math
 import subprocess
 import sys
 
@@ -157,6 +158,19 @@ def test_grouped_linear_works_in_shard_map(split):
 def test_grouped_linear_refuses_sizes_that_are_not_positive(sizes, name):
     with pytest.raises(ValueError, match=f"{name}.*at least 1"):
         GroupedLinear(*sizes, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("std", [-0.1, math.nan, math.inf])
+def test_grouped_linear_refuses_a_bad_deviation(std):
+    with pytest.raises(ValueError, match=rf"std={std}\): std must be finite and not"):
+        GroupedLinear(5, 6, 3, key=jax.random.key(0), std=std)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, "int32", np.bool_])
+def test_grouped_linear_refuses_a_dtype_that_is_not_floating(dtype):
+    name = jnp.dtype(dtype).name
+    with pytest.raises(ValueError, match=rf"dtype={name}\): must be floating point"):
+        GroupedLinear(5, 6, 3, key=jax.random.key(0), dtype=dtype)
 
 
 def test_grouped_linear_refuses_groups_that_do_not_divide():

@@ -163,9 +163,29 @@ def test_rms_norm_refuses_a_size_that_is_not_positive(dim):
         RMSNorm(dim)
 
 
-def test_rms_norm_refuses_a_size_that_is_not_an_integer():
-    with pytest.raises(Exception, match="float"):
-        RMSNorm(3.0)
+def test_norms_refuse_what_is_no_number_without_the_type_checker():
+    # Under the checker of the test run a type error comes first.
+    script = """
+import numpy as np
+from dsv4_eqx import RMSNorm, UnweightedRMSNorm
+
+def refuses(make, text):
+    try:
+        make()
+    except ValueError as error:
+        assert text in str(error), error
+    else:
+        raise SystemExit(f"accepted {text}")
+
+for dim in (3.0, True, "3", None):
+    refuses(lambda: RMSNorm(dim), f"RMSNorm(dim={dim!r}): must be an integer")
+for eps in ("a", True, None, 1j):
+    refuses(lambda: RMSNorm(3, eps=eps), f"RMSNorm(eps={eps!r}): eps must be")
+    refuses(lambda: UnweightedRMSNorm(eps=eps), f"(eps={eps!r}): eps must be")
+assert RMSNorm(np.int64(3), eps=np.float32(0.5)).eps == 0.5
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 1), (7, 6)])

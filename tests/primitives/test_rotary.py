@@ -228,15 +228,21 @@ def test_rotation_works_in_shard_map():
 
 @pytest.mark.parametrize("rotary_dim", [-2, 0, 1, 7])
 def test_rotary_size_must_be_even_and_positive(rotary_dim):
-    match = rf"rotary_dim={rotary_dim}\).*even and at least 2"
+    match = rf"rotary_dim={rotary_dim}\).*at least [12]"
     with pytest.raises(ValueError, match=match):
         RotaryEmbedding(rotary_dim)
 
 
-@pytest.mark.parametrize("base", [-1.0, 0.0, 1.0, math.nan, math.inf])
-def test_base_must_be_above_one(base):
-    with pytest.raises(ValueError, match="base=.*must be above 1"):
+@pytest.mark.parametrize("base", [-1.0, 0.0, 1.0, math.nan, math.inf, 1e40])
+def test_base_must_be_above_one_and_finite_in_float32(base):
+    with pytest.raises(ValueError, match="base=.*must be (above 1|finite)"):
         RotaryEmbedding(4, base=base)
+
+
+def test_neighbours_beyond_float32_are_turned_alike():
+    rope, far = RotaryEmbedding(4), 2**24
+    cos, _ = rope.tables(jnp.array([far - 1, far, far + 1]))
+    assert (cos[0] != cos[1]).any() and (cos[1] == cos[2]).all()
 
 
 @pytest.mark.parametrize(
@@ -283,6 +289,14 @@ def test_wrong_dtypes_and_shapes_are_refused_without_the_type_checker():
     script = """
 import jax.numpy as jnp
 from dsv4_eqx import RotaryEmbedding
+
+for arguments in (dict(yarn=dict(factor=16)), dict(base="a"), dict(base=True)):
+    try:
+        RotaryEmbedding(4, **arguments)
+    except ValueError as error:
+        assert f"RotaryEmbedding({[*arguments][0]}=" in str(error), error
+    else:
+        raise SystemExit(f"accepted {arguments}")
 
 rope, x, positions = RotaryEmbedding(4), jnp.ones((3, 5, 6)), jnp.arange(5)
 cases = [

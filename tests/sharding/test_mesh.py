@@ -1,12 +1,14 @@
 """The mesh: always four axes, whose sizes multiply to the devices."""
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from dsv4_eqx import make_mesh
 
+REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
 AXES = ("data", "expert", "tensor", "context")
 
 
@@ -47,10 +49,23 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("size", [0, -2])
 def test_sizes_below_one_are_refused(axis, size):
-    with pytest.raises(ValueError, match=rf"{axis}={size}.*must be at least 1"):
+    with pytest.raises(ValueError, match=rf"{axis}={size}.*at least 1"):
         make_mesh(**{axis: size})
 
 
 def test_two_negative_sizes_do_not_make_a_positive_one():
-    with pytest.raises(ValueError, match=r"data=-2, expert=-4.*must be at least 1"):
+    with pytest.raises(ValueError, match=r"data=-2.*at least 1"):
         make_mesh(data=-2, expert=-4)
+
+
+@pytest.mark.parametrize("size", [2.0, True, "2", None])
+def test_sizes_must_be_integers(size):
+    with pytest.raises(REFUSED, match=r"expert=.*must be an integer|int"):
+        make_mesh(expert=size)
+
+
+def test_devices_must_be_different_devices():
+    with pytest.raises(ValueError, match=r"devices=\[0, 1\]\): must be devices"):
+        make_mesh(data=2, devices=[0, 1])
+    with pytest.raises(ValueError, match="must be different devices"):
+        make_mesh(data=2, devices=jax.devices()[:1] * 2)
