@@ -33,6 +33,8 @@ class HyperConnection(eqx.Module):
     $(a, b, C) = W \hat x$ scaled and shifted:
     $u = \sum_j (\sigma(a_j) + \epsilon) X_j$, and
     $X'_k = 2\sigma(b_k)\, y + \sum_j \mathrm{Sinkhorn}(C)_{jk} X_j$.
+
+    Gradients are reverse-mode only: the derivatives are custom.
     """
 
     weight: Float32[Array, "mixes streams dim"]

@@ -30,6 +30,7 @@ class Attention(eqx.Module):
     layers rotate everything with the longer base and YaRN.
 
     Each method is one step, so that a wrapper can put its own work between them.
+    Gradients are reverse-mode only: the derivatives are custom.
     """
 
     query_down: Float[Array, "q_rank dim"]

@@ -26,6 +26,8 @@ class Experts(eqx.Module):
     $E(x) = W_d(\mathrm{silu}(g) \odot u)$ where $g = \min(W_g x, c)$,
     $u = \mathrm{clip}(W_u x, -c, c)$ and $c$ is the SwiGLU limit. Rows are sorted by
     expert and multiplied group by group: none is dropped, whatever the routing.
+
+    Gradients are reverse-mode only: the derivatives are custom.
     """
 
     gate_up: Float[Array, "experts 2 expert_hidden dim"]

@@ -33,8 +33,8 @@ def grouped_swiglu(
 ) -> Float[Array, "rows dim"]:
     """A clamped SwiGLU of each row with its group's matrices, times the row's weight.
 
-    The weight is applied in float32, before `down`. It does not batch under `vmap`:
-    flatten the rows instead.
+    The weight is applied in float32, before `down`. Under `vmap` it works on CPU and
+    outside `jit` alone, since `ragged_dot` does not batch: flatten the rows instead.
 
     **Arguments:**
 

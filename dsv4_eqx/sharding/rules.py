@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx
+from dsv4_eqx.checks import shown
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -54,11 +55,13 @@ def partition_specs(
     **Returns:** the module's tree with a PartitionSpec in place of each array.
 
     **Raises:** ValueError naming leaf, dimension, axis and sizes where an annotation is
-    missing, has several shapes, or uses a name that neither the glossary nor the rules
-    know, an axis is used twice in one leaf, or an axis is missing from the mesh or does
-    not divide.
+    missing, is a string, has several shapes, or uses a name that neither the glossary
+    nor the rules know, a leaf is no array, a rule is for a name that neither the
+    glossary nor the module knows, an axis is used twice in one leaf, or an axis is
+    missing from the mesh or does not divide.
     """
     leaves = annotated_leaves(module)
+    _check_rules(leaves, rules)
     specs = [_leaf_spec(leaf, rules) for leaf in leaves]
     if mesh is not None:
         for leaf, spec in zip(leaves, specs):
@@ -82,7 +85,8 @@ def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
 
     - `module`: any Equinox module; containers of modules too.
 
-    **Raises:** ValueError if a field holds several arrays of different annotations.
+    **Raises:** ValueError if a field holds several arrays of different annotations, or
+    its annotation is a string.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(module)
     annotated = []
@@ -112,6 +116,12 @@ def _field_types(node: Any) -> Mapping[str, Any]:
 
 
 def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
+    if isinstance(annotation, str):
+        raise ValueError(
+            f"partition_specs: the annotation of {name} is the string {annotation!r}; "
+            "take away its quotes, or `from __future__ import annotations` in the "
+            "module that defines it."
+        )
     shapes = _shapes(annotation)
     if len(shapes) > 1:
         raise ValueError(
@@ -128,7 +138,24 @@ def _shapes(annotation: Any) -> set[str]:
     return set().union(*inner) if own is None else {own}
 
 
+def _check_rules(leaves: list[AnnotatedLeaf], rules: Rules) -> None:
+    own = {dim for leaf in leaves for dim in leaf.dims or ()}
+    for name in rules:
+        if name not in dsv4_eqx.DIMENSIONS and name not in own:
+            raise ValueError(
+                f"partition_specs: there is a rule for {name!r}, which is neither in "
+                "dsv4_eqx.DIMENSIONS nor a dimension of the module; correct the name, "
+                "or leave the rule out."
+            )
+
+
 def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
+    if not hasattr(leaf.array, "ndim"):
+        raise ValueError(
+            f"partition_specs: {leaf.name} is {shown(leaf.array)}, not an array; mark "
+            "its field static (`eqx.field(static=True)`), or make it an array and "
+            "annotate its shape."
+        )
     if leaf.dims is None:
         raise ValueError(
             f"partition_specs: {leaf.name} has no shape annotation; annotate the field "

@@ -262,3 +262,27 @@ def test_a_field_of_arrays_with_several_shapes_is_refused():
 def test_an_array_with_fewer_dimensions_than_its_annotation_is_refused():
     with pytest.raises(ValueError, match=r"\.weight has the shape \(8,\), fewer"):
         partition_specs(Square(array(8)))
+
+
+@pytest.mark.parametrize("value", [0.5, jnp.tanh, 3, True])
+def test_what_is_no_array_is_to_be_marked_static(value):
+    match = r"\.(weight|bias) is .*, not an array; mark its field static"
+    with pytest.raises(ValueError, match=match):
+        partition_specs(Bare(value))
+    with pytest.raises(ValueError, match=match):
+        partition_specs(Own(array(8, 3), value), {"pixels": None})
+
+
+def test_annotations_that_are_strings_are_named():
+    # As `from __future__ import annotations` makes all of them.
+    class Quoted(eqx.Module):
+        weight: 'Float[Array, "heads dim"]'  # noqa: UP037
+
+    match = r"annotation of \.weight is the string .*from __future__ import annotations"
+    with pytest.raises(ValueError, match=match):
+        partition_specs(Quoted(array(8, 3)))
+
+
+def test_a_rule_for_no_known_dimension_is_refused():
+    with pytest.raises(ValueError, match="rule for 'grops', which is neither in"):
+        partition_specs(dsv4.RMSNorm(3), {"dim": None, "grops": "tensor"})
