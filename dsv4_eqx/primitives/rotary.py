@@ -115,7 +115,7 @@ class RotaryEmbedding(eqx.Module):
         """Radians a position, float32 `[rotary_dim // 2]`.
 
         The same bits as torch's at DeepSeek-V4's sizes (64 channels, bases 1e4 and
-        1.6e5); at others, some may be off by one unit in the last place.
+        1.6e5); at others, some are off by a unit or two in the last place.
         """
         return _inverse_frequencies(self.rotary_dim, self.base, self.yarn)
 
