@@ -5,6 +5,7 @@ written back to all of them while a doubly stochastic matrix mixes the streams a
 themselves. The coefficients depend on the token and are float32, as are their weights.
 """
 
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -197,14 +198,33 @@ def sinkhorn(
     if iterations == 0:
         return matrix
 
-    def iteration(matrix, _):
-        matrix = matrix / (jnp.sum(matrix, axis=1, keepdims=True) + eps)
-        matrix = matrix / (jnp.sum(matrix, axis=0, keepdims=True) + eps)
-        return matrix, None
+    def divide_and_turn(matrix, _):
+        return jnp.swapaxes(_by_column_sums(matrix, eps), 0, 1), None
 
-    matrix = matrix / (jnp.sum(matrix, axis=0, keepdims=True) + eps)
-    matrix, _ = lax.scan(iteration, matrix, length=iterations - 1)
-    return matrix
+    matrix, _ = lax.scan(divide_and_turn, matrix, length=2 * iterations - 1)
+    return jnp.swapaxes(matrix, 0, 1)
+
+
+# Sums of slices: XLA on CPU takes twenty times as long for the derivative of a sum over
+# a leading dimension.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _by_column_sums(matrix, eps):
+    return matrix / (sum(matrix[1:], matrix[0]) + eps)
+
+
+def _by_column_sums_forward(matrix, eps):
+    divided = _by_column_sums(matrix, eps)
+    return divided, (matrix, divided)
+
+
+def _by_column_sums_backward(eps, residuals, cotangent):
+    matrix, divided = residuals
+    weighted = cotangent * divided
+    total = sum(matrix[1:], matrix[0]) + eps
+    return ((cotangent - sum(weighted[1:], weighted[0])) / total,)
+
+
+_by_column_sums.defvjp(_by_column_sums_forward, _by_column_sums_backward)
 
 
 def _project(
