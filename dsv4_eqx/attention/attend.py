@@ -231,9 +231,14 @@ def _backward(residuals, d_out):
         d_logits = weights * (_products(d_out, values) - mean)
         d_logits = jnp.where(seen[:, :, None], d_logits * _scale(queries), 0)
         d_queries = _weighted_sum(d_logits, values)
-        d_values = _outer(d_logits, queries, values) + _outer(weights, d_out, values)
+        if values.ndim == 4:
+            d_values = _outer(d_logits, queries) + _outer(weights, d_out)
+        else:
+            d_values = _turned_outer(d_logits, turned_queries)
+            d_values += _turned_outer(weights, turned_d_out)
         return d_queries, d_values
 
+    turned_queries, turned_d_out = _turned(queries), _turned(d_out)
     d_queries, d_keys = backward_of(keys, _in_window(positions, keys.shape[1]))
     d_entries = None
     if entries is not None and _is_index(selection):
@@ -246,15 +251,17 @@ def _backward(residuals, d_out):
             d_queries, d_entries = gradients
             begin, values, seen = _tile(i, entries, positions, owners, selection)
             more, d_values = backward_of(values, seen)
-            d_values += lax.dynamic_slice_in_dim(d_entries, begin, values.shape[1], 1)
-            d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 1)
+            d_values += lax.dynamic_slice_in_dim(d_entries, begin, values.shape[1], 2)
+            d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 2)
             return d_queries + more, d_entries
 
-        gradients = d_queries, jnp.zeros_like(entries.values, d_queries.dtype)
+        turned_entries = jnp.swapaxes(entries.values, 1, 2)
+        gradients = d_queries, jnp.zeros_like(turned_entries, d_queries.dtype)
         tiles = _num_tiles(entries, positions)
         d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
+        d_entries = jnp.swapaxes(d_entries, 1, 2)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
-    gradients = [d_queries, d_keys, d_sinks]
+    gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
     gradients += [] if d_entries is None else [d_entries]
     leaves, structure = jax.tree.flatten(floats)
     gradients = [d.astype(x.dtype) for d, x in zip(gradients, leaves, strict=True)]
@@ -284,9 +291,20 @@ def _weighted_sum(weights: Array, values: Array) -> Array:
     return _einsum(equation, weights.astype(values.dtype), values)
 
 
-def _outer(weights: Array, queries: Array, values: Array) -> Array:
-    equation = "bqhk,bqhc->bkc" if values.ndim == 3 else "bqhk,bqhc->bqkc"
-    return _einsum(equation, weights.astype(queries.dtype), queries)
+def _outer(weights: Array, queries: Array) -> Array:
+    return _einsum("bqhk,bqhc->bqkc", weights.astype(queries.dtype), queries)
+
+
+# The gradient of values that all queries share, `[batch, channel, keys]`. Turning the
+# queries once spares XLA on CPU turning the weights of every tile.
+def _turned(queries: Array) -> Array:
+    batch, _, _, channels = queries.shape
+    return jnp.swapaxes(queries.reshape(batch, -1, channels), 1, 2)
+
+
+def _turned_outer(weights: Array, turned: Array) -> Array:
+    rows = weights.reshape(turned.shape[0], turned.shape[2], -1).astype(turned.dtype)
+    return _einsum("bcr,brk->bck", turned, rows)
 
 
 def _einsum(equation: str, left: Array, right: Array) -> Array:
