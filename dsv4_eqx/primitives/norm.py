@@ -54,9 +54,10 @@ class RMSNorm(eqx.Module):
                 f"dimension must be {dim}."
             )
         wide = at_least_float32(x)
-        return (self.weight.astype(wide.dtype) * _normalised(wide, self.eps)).astype(
-            x.dtype
-        )
+        # Broadcast here, not by the product: XLA on CPU is four times as fast at the
+        # weight's gradient.
+        weight = jnp.broadcast_to(self.weight.astype(wide.dtype), wide.shape)
+        return (weight * _normalised(wide, self.eps)).astype(x.dtype)
 
 
 class UnweightedRMSNorm(eqx.Module):
