@@ -11,6 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.checkpoint.state_dict import abstract_model
@@ -27,7 +28,7 @@ from tests.models import (
     random_tokens,
     small_config,
 )
-from tests.reference import ours, reference_model
+from tests.reference import ours, reference_config, reference_model
 from tests.tiny import tiny_config
 
 
@@ -110,7 +111,7 @@ def _run_one_by_one(model, tokens):
     return outputs
 
 
-QUICK_LENGTHS = (3, 24)  # 24: the first with more entries than index_topk
+QUICK_LENGTHS = (24,)  # the first with more entries than index_topk
 
 
 def _length(n):
@@ -251,3 +252,26 @@ def test_num_params_counts_what_transformers_counts():
     assert model.num_params() == expected
     abstract = abstract_model(T, jnp.bfloat16)
     assert abstract.num_params() == expected
+
+
+@pytest.mark.slow  # every array's random numbers are a program of their own
+def test_initial_weights_are_distributed_as_in_transformers():
+    config = tiny_config(vocab_size=501, hidden_size=96, initializer_range=0.03)
+    torch.manual_seed(0)
+    reference = DeepseekV4ForCausalLM(reference_config(config))
+    theirs = ours(config, reference)
+    model = jax.jit(lambda key: DeepSeekV4(config, key=key), compiler_options=QUICKLY)
+    model = eqx.tree_at(lambda m: m.mtp, model(jax.random.key(0)), ())
+    found = jax.tree_util.tree_leaves_with_path(model)
+    for (path, leaf), wanted in zip(found, jax.tree.leaves(theirs), strict=True):
+        name = jax.tree_util.keystr(path)
+        if name.endswith("table"):  # zeros there, which would send all to one expert
+            continue
+        leaf, wanted = np.asarray(leaf, "f8"), np.asarray(wanted, "f8")
+        if wanted.std() == 0:
+            np.testing.assert_array_equal(leaf, wanted, name)
+            continue
+        # Six standard errors of a sample's mean and deviation.
+        size = min(leaf.size, wanted.size)
+        assert abs(leaf.mean()) <= 6 * wanted.std() / size**0.5, name
+        assert abs(leaf.std() / wanted.std() - 1) <= 6 / size**0.5, name

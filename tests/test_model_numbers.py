@@ -86,7 +86,10 @@ def test_gradients_equal_those_of_autograd(seed):
 
 @pytest.mark.parametrize(
     "kinds",
-    [(SLIDING,) * 2, pytest.param((SLIDING, CSA, CSA, HCA), marks=pytest.mark.slow)],
+    [
+        pytest.param((SLIDING,) * 2, marks=pytest.mark.slow),
+        pytest.param((SLIDING, CSA, CSA, HCA), marks=pytest.mark.slow),
+    ],
     ids=len,
 )
 def test_gradients_do_not_depend_on_remat(kinds):

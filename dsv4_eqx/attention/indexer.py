@@ -32,7 +32,7 @@ from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 # Attending to an entry of one's own costs about this many times one in common.
 _GATHER_COST: Final = 4
-_ENTRY_TILE: Final = 128
+_ENTRY_TILE: Final = 256
 
 
 class Indexer(eqx.Module):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32
 
 from dsv4_eqx.primitives.checked import checked_number, checked_size
 from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.varying import alike
 
 
 class RMSNorm(eqx.Module):
@@ -56,7 +57,8 @@ class RMSNorm(eqx.Module):
         wide = at_least_float32(x)
         # Broadcast here, not by the product: XLA on CPU is four times as fast at the
         # weight's gradient.
-        weight = jnp.broadcast_to(self.weight.astype(wide.dtype), wide.shape)
+        weight, wide = alike(self.weight.astype(wide.dtype), wide)
+        weight = jnp.broadcast_to(weight, wide.shape)
         return (weight * _normalised(wide, self.eps)).astype(x.dtype)
 
 
