@@ -234,7 +234,7 @@ _FINITE_DIFFERENCES = """
     loss = jax.jit(lambda floats: loss_of(floats, rest, tokens, 0.05))
     gradient = jax.jit(jax.grad(loss))(floats)
     generator = np.random.default_rng(0)
-    for leaf_wise in range(4):
+    for _ in range(4):
         scale = lambda x: float(jnp.std(x)) + 0.1
         step = jax.tree.map(
             lambda x: jnp.asarray(scale(x) * generator.normal(size=x.shape)), floats

@@ -71,7 +71,8 @@ def attend(
         never seen.
     - `sinks`: a logit for each head that takes weight and gives nothing.
     - `entries`: compressed entries, if the layer has them.
-    - `selection`: which of them each query attends to.
+    - `selection`: which of them each query attends to. A mask shows none that the
+        query may not see; indices must be of entries that it may see.
     - `owners`: document of each query, if the entries have owners.
     """
     if entries is not None and entries.values.shape[1] == 0:

@@ -125,7 +125,7 @@ class Attention(eqx.Module):
         if self.indexer is not None:
             selection = self.indexer(x, latent, positions)
         # No more than the sequence: a window that it does not fill costs nothing.
-        num_before = max(min(self.window, x.shape[1]) - 1, 0)
+        num_before = min(self.window, x.shape[1]) - 1
         before = jnp.zeros_like(keys, shape=(len(keys), num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
         return self.attend(latent, positions, keys, entries, selection)
