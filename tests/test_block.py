@@ -154,6 +154,13 @@ def test_a_sliding_layer_is_finite_at_every_length(length):
     assert_finite(small_block(0), *inputs(length, batch=1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", range(1, 41))
+def test_a_bfloat16_sliding_layer_is_finite_at_every_length(length):
+    dtype = jnp.bfloat16
+    assert_finite(small_block(0, dtype), *inputs(length, batch=1, dtype=dtype))
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("length", [_length(n) for n in (1, 2, 3, 5, 9, 31)])
 def test_compressed_layers_are_finite_around_their_windows(layer, length):

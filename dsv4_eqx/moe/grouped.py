@@ -1,9 +1,9 @@
 """The experts' products: each row through the matrices of its own group.
 
-Rows lie sorted by group. XLA's `ragged_dot` is the right thing on TPU and GPU; on CPU
-it multiplies every row by every matrix, so there a loop takes its place that runs over
-the groups and, in each, over blocks of the rows that it has. The choice is made here
-and nowhere else.
+Rows lie sorted by group. XLA's `ragged_dot` is the right thing on TPU; on CPU, and on
+GPU as JAX lowers it by default, it multiplies every row by every matrix, so there a
+loop takes its place that runs over the groups and, in each, over blocks of the rows
+that it has. The choice is made here and nowhere else.
 """
 
 import functools
@@ -66,19 +66,22 @@ def clamped_swiglu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, limit):
-    return lax.platform_dependent(
-        *(rows, weights, gate_up, down, group_sizes),
-        cpu=lambda *operands: _blocked_forward(*operands, limit=limit, keep=False)[0],
-        default=lambda *operands: _ragged_forward(*operands, limit=limit)[0],
-    )
+    def blocked(*operands):
+        return _blocked_forward(*operands, limit=limit, keep=False)[0]
+
+    def ragged(*operands):
+        return _ragged_forward(*operands, limit=limit)[0]
+
+    operands = rows, weights, gate_up, down, group_sizes
+    return lax.platform_dependent(*operands, default=blocked, tpu=ragged)
 
 
 def _forward(rows, weights, gate_up, down, group_sizes, limit):
     operands = rows, weights, gate_up, down, group_sizes
     out, before = lax.platform_dependent(
         *operands,
-        cpu=lambda *operands: _blocked_forward(*operands, limit=limit),
-        default=lambda *operands: _ragged_forward(*operands, limit=limit),
+        default=lambda *operands: _blocked_forward(*operands, limit=limit),
+        tpu=lambda *operands: _ragged_forward(*operands, limit=limit),
     )
     return out, (*operands, before)
 
@@ -87,8 +90,8 @@ def _backward(limit, residuals, cotangent):
     gradients = lax.platform_dependent(
         *residuals,
         cotangent,
-        cpu=lambda *operands: _blocked_backward(*operands, limit=limit),
-        default=lambda *operands: _ragged_backward(*operands, limit=limit),
+        default=lambda *operands: _blocked_backward(*operands, limit=limit),
+        tpu=lambda *operands: _ragged_backward(*operands, limit=limit),
     )
     return *gradients, None
 
