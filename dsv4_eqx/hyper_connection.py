@@ -205,8 +205,8 @@ def sinkhorn(
     return jnp.swapaxes(matrix, 0, 1)
 
 
-# Sums of slices: XLA on CPU takes twenty times as long for the derivative of a sum over
-# a leading dimension.
+# Sums of slices: XLA on CPU is many times as slow at the derivative of a sum over a
+# leading dimension.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _by_column_sums(matrix, eps):
     return matrix / (sum(matrix[1:], matrix[0]) + eps)

@@ -49,6 +49,18 @@ def random_tokens(seed, length=LENGTH, batch=2, config=T):
     return tokens.astype(np.int32)
 
 
+def streams_by_layer(model, tokens):
+    """The streams after each layer, which runs on its own."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    num_streams = model.head.base.shape[0]
+    streams = jnp.repeat(model.embedding[tokens][:, :, None], num_streams, axis=2)
+    outputs = []
+    for layer in range(len(model.layers)):
+        streams = model.layers[layer](streams, tokens, positions)
+        outputs.append(streams)
+    return outputs
+
+
 def random_tensors(config, seed=0):
     """A state dict under the official names."""
     generator = np.random.default_rng(seed)

@@ -27,6 +27,7 @@ from tests.models import (
     random_model,
     random_tokens,
     small_config,
+    streams_by_layer,
 )
 from tests.reference import ours, reference_config, reference_model
 from tests.tiny import tiny_config
@@ -93,22 +94,11 @@ def test_every_layers_output_equals_that_of_transformers():
         reference(torch.tensor(tokens).long())
     for handle in handles:
         handle.remove()
-    found = _run_one_by_one(model, tokens)
+    found = jax.jit(streams_by_layer, compiler_options=QUICKLY)(model, tokens)
     assert len(found) == len(expected) == 6
     for layer, (streams, wanted) in enumerate(zip(found, expected)):
         error = np.abs(np.asarray(streams) - wanted.numpy()).max()
         assert error <= 2e-5, f"layer {layer}: {error}"
-
-
-@functools.partial(jax.jit, compiler_options=QUICKLY)
-def _run_one_by_one(model, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    streams = jnp.repeat(model.embedding[tokens][:, :, None], T.hc_mult, axis=2)
-    outputs = []
-    for layer in range(len(model.layers)):
-        streams = model.layers[layer](streams, tokens, positions)
-        outputs.append(streams)
-    return outputs
 
 
 QUICK_LENGTHS = (24,)  # the first with more entries than index_topk

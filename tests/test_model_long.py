@@ -12,7 +12,7 @@ from dsv4_eqx import Config
 from dsv4_eqx.checkpoint.state_dict import abstract_model
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, KIND_OF_RATIO, SLIDING, TOPK_MOE
 from dsv4_eqx.primitives.rotary import YarnScaling
-from tests.models import forward, forward_once, random_tokens
+from tests.models import forward, forward_once, random_tokens, streams_by_layer
 from tests.reference import ours, reference_model
 from tests.tiny import tiny_config
 
@@ -33,6 +33,9 @@ LENGTH = 2304
 BOUNDARIES = (1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 131, 132, 133, 255, 256, 257)
 BOUNDARIES += (511, 512, 513, 2047, 2048, 2049, 2052)
 SEEDS = (0, 1, 2, 3, 5)  # without close choices, as the first test checks
+
+
+by_layer = jax.jit(streams_by_layer)
 
 
 @functools.cache
@@ -73,20 +76,8 @@ def test_long_logits_and_layers_equal_those_of_transformers(seed):
     # Otherwise noise decides what is attended to, and equality says nothing.
     assert len(gaps) == 2 and min(gaps) > 2e-6, gaps
     np.testing.assert_allclose(whole(seed), expected, rtol=0, atol=5e-5)
-    for found, wanted in zip(one_by_one(model, tokens(seed)), layers, strict=True):
+    for found, wanted in zip(by_layer(model, tokens(seed)), layers, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=2e-5)
-
-
-@jax.jit
-def one_by_one(model, tokens):
-    """The streams after each layer."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    streams = jnp.repeat(model.embedding[tokens][:, :, None], M.hc_mult, axis=2)
-    outputs = []
-    for layer in range(len(model.layers)):
-        streams = model.layers[layer](streams, tokens, positions)
-        outputs.append(streams)
-    return outputs
 
 
 def selection_gap(scores):

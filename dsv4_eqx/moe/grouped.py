@@ -47,7 +47,7 @@ def grouped_swiglu(
     if rows.shape[0] == 0:
         return rows
     operands = alike(rows, weights, gate_up, down, group_sizes)
-    return _grouped_swiglu(*operands, limit=limit)
+    return _grouped_swiglu(*operands, limit)
 
 
 def clamped_swiglu(

@@ -55,7 +55,7 @@ class RMSNorm(eqx.Module):
                 f"dimension must be {dim}."
             )
         wide = at_least_float32(x)
-        # Broadcast here, not by the product: XLA on CPU is four times as fast at the
+        # Broadcast here, not by the product: XLA on CPU is twice as fast at the
         # weight's gradient.
         weight, wide = alike(self.weight.astype(wide.dtype), wide)
         weight = jnp.broadcast_to(weight, wide.shape)
