@@ -113,10 +113,7 @@ def theirs(weights: pathlib.Path, length: int, backward: bool, repeats: int):
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = reference_model()
-    arrays = np.load(weights)
-    model.load_state_dict({name: torch.tensor(arrays[name]) for name in arrays})
+    model = their_model(weights)
     ids = torch.tensor(tokens(length)).long()
 
     def forward():
@@ -167,6 +164,22 @@ def first_close_choice(model, ids) -> int:
     for handle in handles:
         handle.remove()
     return min(firsts)
+
+
+def save_weights(weights: pathlib.Path) -> None:
+    """Initial weights of transformers' model, for both sides."""
+    state = reference_model().state_dict()
+    np.savez(weights, **{name: value.numpy() for name, value in state.items()})
+
+
+def their_model(weights: pathlib.Path):
+    """transformers' model with these weights, on all processors."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model, arrays = reference_model(), np.load(weights)
+    model.load_state_dict({name: torch.tensor(arrays[name]) for name in arrays})
+    return model
 
 
 def reference_model():
@@ -276,9 +289,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        state = reference_model().state_dict()
-        arrays = {key: value.numpy() for key, value in state.items()}
-        np.savez(folder / "weights.npz", **arrays)
+        save_weights(folder / "weights.npz")
         rows = []
         for length in args.lengths:
             sides = SIDES if length <= args.theirs_up_to else SIDES[:1]

@@ -35,14 +35,20 @@ from dsv4_eqx.attention.attention import Attention as Attention
 from dsv4_eqx.attention.compressor import Compressor as Compressor
 from dsv4_eqx.attention.indexer import Indexer as Indexer
 from dsv4_eqx.block import Block as Block
+from dsv4_eqx.checkpoint.load import from_pretrained as from_pretrained
+from dsv4_eqx.checkpoint.save import save_pretrained as save_pretrained
 from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
 from dsv4_eqx.config import Config as Config
 from dsv4_eqx.costs import flops_per_token as flops_per_token
 from dsv4_eqx.costs import num_active_params as num_active_params
+from dsv4_eqx.generate import Generated as Generated
+from dsv4_eqx.generate import generate as generate
+from dsv4_eqx.generate import generate_stream as generate_stream
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead
 from dsv4_eqx.layers import Layers as Layers
 from dsv4_eqx.model import MTP as MTP
+from dsv4_eqx.model import Cache as Cache
 from dsv4_eqx.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.moe.experts import Experts as Experts
 from dsv4_eqx.moe.experts import SharedExpert as SharedExpert
@@ -57,3 +63,4 @@ from dsv4_eqx.primitives.rotary import YarnScaling as YarnScaling
 from dsv4_eqx.sharding.mesh import make_mesh as make_mesh
 from dsv4_eqx.sharding.rules import DEFAULT_RULES as DEFAULT_RULES
 from dsv4_eqx.sharding.rules import partition_specs as partition_specs
+from dsv4_eqx.tokenizer import load_tokenizer as load_tokenizer

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attention import Attention
+from dsv4_eqx.attention.cache import AttentionCache
 from dsv4_eqx.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
 from dsv4_eqx.moe.moe import MoE
@@ -69,6 +70,33 @@ class Block(eqx.Module):
         x, mixing = self.attention_connection.read(streams)
         x = self.attention(self.attention_norm(x), positions)
         streams = self.attention_connection.write(streams, x, mixing)
+        return self._run_moe(streams, token_ids)
+
+    @jax.named_scope("Block.extend")
+    def extend(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: AttentionCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq streams dim"], AttentionCache]:
+        """**Arguments:**
+
+        - `streams`: the residual streams of new tokens, then of padding.
+        - `token_ids`: those tokens; hash routing reads them.
+        - `cache`, `start`, `lengths`: as for `Attention.extend`.
+        """
+        x, mixing = self.attention_connection.read(streams)
+        x, cache = self.attention.extend(self.attention_norm(x), cache, start, lengths)
+        streams = self.attention_connection.write(streams, x, mixing)
+        return self._run_moe(streams, token_ids), cache
+
+    def _run_moe(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq streams dim"]:
         x, mixing = self.moe_connection.read(streams)
         x = self.moe(self.moe_norm(x), token_ids)
         return self.moe_connection.write(streams, x, mixing)

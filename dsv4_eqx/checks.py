@@ -1,9 +1,14 @@
 """Judging values that may be anything, and saying what is wrong with one."""
 
+import os
+import pathlib
 from typing import Any, Final
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+from dsv4_eqx.primitives.packed import PackedWeight
 
 _LARGEST_FLOAT32: Final = (2.0 - 2.0**-23) * 2.0**127
 _LONGEST: Final = 200  # characters of a value in an error
@@ -37,6 +42,9 @@ def shown(value: Any) -> str:
 
     - `value`: anything.
     """
+    # Enough for a text too long; writing numbers of many digits takes long.
+    if isinstance(value, list) and len(value) > _LONGEST:
+        value = value[:_LONGEST]
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # integers of many digits, deep nesting
@@ -57,8 +65,43 @@ def refusal(call: str, name: str, value: Any, allowed: str) -> ValueError:
     return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.")
 
 
+def path_of(call: str, name: str, value: Any) -> pathlib.Path:
+    """The path that a user gave, with `~` for the home directory.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the value.
+    - `value`: anything.
+
+    **Raises:** ValueError if it is no path.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise refusal(call, name, value, "a path, as a str or an os.PathLike")
+    return pathlib.Path(os.path.expanduser(text))
+
+
+def check_flag(call: str, name: str, value: Any) -> None:
+    """Refuses what is neither true nor false.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the value.
+    - `value`: anything.
+
+    **Raises:** ValueError if it is no boolean.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise refusal(call, name, value, "True or False")
+
+
 def check_activations(
-    call: str, x: Array, weight: Array, dims: tuple[str, ...] | None = None
+    call: str,
+    x: Array,
+    weight: Array | PackedWeight,
+    dims: tuple[str, ...] | None = None,
 ) -> None:
     """Refuses activations that do not fit the weight they will meet.
 

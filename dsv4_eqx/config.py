@@ -19,11 +19,12 @@ from dsv4_eqx.hf_config import (
     SLIDING,
     TOPK_MOE,
     fields_from_hf,
+    fields_to_hf,
 )
 from dsv4_eqx.primitives.rotary import YarnScaling
 
 _LARGEST_SIZE: Final = 2**31 - 1
-_MAY_BE_ZERO: Final = ("num_nextn_predict_layers", "hc_sinkhorn_iters")
+_MAY_BE_ZERO: Final = ("num_nextn_predict_layers",)
 # Some floats must be above a bound, the others not negative. A SwiGLU limit of 0 would
 # silence every expert.
 _ABOVE: Final = {
@@ -243,6 +244,15 @@ class Config:
         are missing or unknown; FileNotFoundError without a file.
         """
         return cls(**fields_from_hf(source, dataclasses.fields(cls)))
+
+    def to_hf(self) -> dict[str, Any]:
+        """A Hugging Face configuration, which `from_hf` and transformers read.
+
+        transformers knows one ratio for each kind of layer.
+        """
+        return fields_to_hf(
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        )
 
 
 def _check_int(name: str, value: Any) -> None:

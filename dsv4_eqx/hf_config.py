@@ -8,12 +8,11 @@ Two forms are in use: the release's (`compress_ratios`, `num_hash_layers`,
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from dsv4_eqx.checks import is_int, refusal, shown
-from dsv4_eqx.hf_rotary import mapping, rotary_from_hf, unnested
+from dsv4_eqx.checks import is_int, path_of, refusal, shown
+from dsv4_eqx.hf_rotary import mapping, rotary_from_hf, unnested, yarn_to_hf
 
 SLIDING: Final = "sliding_attention"
 CSA: Final = "compressed_sparse_attention"
@@ -39,14 +38,16 @@ _FIXED: Final[dict[str, Any]] = {
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
 }
-# Keys that say nothing about the arrays' shapes or the mathematics.
-_IGNORED: Final = frozenset(
-    "architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
-    "expert_dtype id2label is_encoder_decoder label2id output_attentions "
-    "output_hidden_states output_router_logits pad_token_id problem_type "
-    "quantization_config return_dict router_aux_loss_coef router_jitter_noise "
-    "torch_dtype transformers_version use_cache _name_or_path "
+# Keys that say nothing about the arrays' shapes, the mathematics, or the files.
+NOT_OF_THE_MODEL: Final = frozenset(
+    "auto_map bos_token_id chunk_size_feed_forward eos_token_id id2label "
+    "is_encoder_decoder label2id output_attentions output_hidden_states "
+    "output_router_logits pad_token_id problem_type return_dict router_aux_loss_coef "
+    "router_jitter_noise transformers_version use_cache _name_or_path "
     "_experts_implementation".split()
+)
+_OF_FILES: Final = frozenset(
+    "architectures dtype expert_dtype quantization_config torch_dtype".split()
 )
 _SCHEDULE: Final = frozenset(
     "layer_types compress_ratios compress_rates compress_rate_csa compress_rate_hca "
@@ -81,7 +82,8 @@ def fields_from_hf(
     names = {field.name for field in fields}
     plain = names - _SCHEDULE
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    unknown = sorted(map(str, raw.keys() - names - _SCHEDULE - _IGNORED))
+    known = names | _SCHEDULE | NOT_OF_THE_MODEL | _OF_FILES
+    unknown = sorted(map(str, raw.keys() - known))
     missing = sorted((required & plain) - raw.keys())
     # There is no default schedule: transformers' has the opposite phase of the
     # released models.
@@ -97,8 +99,29 @@ def fields_from_hf(
     return values | _schedule_from_hf(raw) | rotary_from_hf(raw)
 
 
+def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fields_from_hf` reads back, and transformers too; see `Config.to_hf`.
+
+    **Arguments:**
+
+    - `fields`: of `Config`, by name.
+    """
+    kinds, ratios = fields["layer_types"], fields["compress_ratios"]
+    rates = {kind: ratio for kind, ratio in zip(kinds, ratios) if kind != SLIDING}
+    written = {"architectures": ["DeepseekV4ForCausalLM"]} | _FIXED | dict(fields)
+    if all(rates.get(kind, 0) == ratio for kind, ratio in zip(kinds, ratios)):
+        # transformers looks both up, whichever kinds of layers there are.
+        written["compress_rates"] = {CSA: 4, HCA: 128} | rates
+    return written | {
+        "layer_types": list(kinds),
+        "compress_ratios": [*ratios, *[0] * fields["num_nextn_predict_layers"]],
+        "mlp_layer_types": list(fields["mlp_layer_types"]),
+        "rope_scaling": yarn_to_hf(fields["rope_scaling"]),
+    }
+
+
 def _read_json(source: str | os.PathLike) -> dict[str, Any]:
-    path = pathlib.Path(source)
+    path = path_of(_CALL, "source", source)
     path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -153,3 +153,21 @@ def _yarn(name: str, scaling: Mapping[str, Any]) -> YarnScaling | None:
     if not is_int(original_max_position):
         raise refusal(_CALL, _YARN_REQUIRED[1], original_max_position, "an integer")
     return YarnScaling(factor, original_max_position, **found)
+
+
+def yarn_to_hf(yarn: YarnScaling | None) -> dict[str, Any] | None:
+    """What stands under `rope_scaling`.
+
+    **Arguments:**
+
+    - `yarn`: of the layers that compress, if they have it.
+    """
+    if yarn is None:
+        return None
+    return {
+        "type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+    }

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.precision import at_least_float32, wide_einsum
+from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.varying import alike
 
 
@@ -236,7 +237,7 @@ def _project(
     wide = at_least_float32(streams)
     mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1))
     # Tokens first: XLA on CPU would transpose the streams to put them last.
-    mixes = wide_einsum("...jd,mjd->...m", wide, weight.astype(wide.dtype))
+    mixes = project(wide, weight.astype(wide.dtype), over=2, wide=True)
     return jnp.moveaxis(mixes, -1, 0) * lax.rsqrt(mean_square + norm_eps)
 
 

@@ -14,8 +14,17 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dsv4_eqx.attention.cache import AttentionCache
 from dsv4_eqx.block import Block
 from dsv4_eqx.config import Config
+
+
+class LayersCache(eqx.Module):
+    """The state of every layer, stacked as the layers are."""
+
+    first: tuple[AttentionCache, ...]
+    repeated: tuple[AttentionCache, ...]
+    last: tuple[AttentionCache, ...]
 
 
 class Layers(eqx.Module):
@@ -89,6 +98,53 @@ class Layers(eqx.Module):
         for block in self.last:
             streams = run(block, streams)
         return streams
+
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> LayersCache:
+        """The state of all layers before any token.
+
+        **Arguments:** as for `Attention.init_cache`.
+        """
+
+        def state(block: Block) -> AttentionCache:
+            return block.attention.init_cache(batch, capacity, dtype)
+
+        def stacked(block: Block) -> AttentionCache:
+            one = eqx.filter_eval_shape(
+                lambda part: state(jax.tree.map(lambda x: x[0], part)), block
+            )
+            shape = (self.num_repeats,)
+            return jax.tree.map(lambda x: jnp.zeros(shape + x.shape, x.dtype), one)
+
+        return LayersCache(
+            first=tuple(map(state, self.first)),
+            repeated=tuple(map(stacked, self.repeated)),
+            last=tuple(map(state, self.last)),
+        )
+
+    def extend(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: LayersCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq streams dim"], LayersCache]:
+        """**Arguments:** as for `Block.extend`, with the state of all layers."""
+
+        def run(streams: Array, blocks: tuple, caches: tuple) -> tuple[Array, tuple]:
+            after = []
+            for block, before in zip(blocks, caches, strict=True):
+                streams, new = block.extend(streams, token_ids, before, start, lengths)
+                after.append(new)
+            return streams, tuple(after)
+
+        streams, first = run(streams, self.first, cache.first)
+        repeated = ()
+        if self.repeated:
+            units = self.repeated, cache.repeated
+            streams, repeated = lax.scan(lambda x, unit: run(x, *unit), streams, units)
+        streams, last = run(streams, self.last, cache.last)
+        return streams, LayersCache(first, repeated, last)
 
     def __len__(self) -> int:
         return len(self.first) + self.num_repeats * len(self.repeated) + len(self.last)

@@ -4,22 +4,33 @@ Paper section 2 and the released code. The streams start as copies of the embedd
 hyper-head collapses them before the last norm; logits are float32.
 """
 
+from typing import Final
+
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
 from dsv4_eqx.block import Block
+from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
-from dsv4_eqx.layers import Layers
+from dsv4_eqx.inputs import (
+    Lengths,
+    TokenIds,
+    are_known,
+    check_lengths,
+    check_token_ids,
+)
+from dsv4_eqx.layers import Layers, LayersCache
 from dsv4_eqx.primitives.norm import RMSNorm
+from dsv4_eqx.primitives.packed import is_packed, unpacked
 from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.product import project
 
-TokenIds = Int[Array | np.ndarray, "batch seq"]
+_MOST_ROWS: Final = 2**31 - 1
 
 
 class MTP(eqx.Module):
@@ -81,14 +92,19 @@ class MTP(eqx.Module):
         - `token_ids`: those tokens.
         - `positions`: of the streams.
         """
-        embedded = jnp.einsum(
-            "bsd,ed->bse", self.embedding_norm(embedded), self.embedding_in
-        )
-        streams = jnp.einsum(
-            "bsnd,ed->bsne", self.streams_norm(streams), self.streams_in
-        )
+        embedding_in, streams_in = unpacked((self.embedding_in, self.streams_in))
+        embedded = project(self.embedding_norm(embedded), embedding_in)
+        streams = project(self.streams_norm(streams), streams_in)
         streams = self.block(embedded[:, :, None] + streams, token_ids, positions)
         return self.norm(self.head(streams))
+
+
+class Cache(eqx.Module):
+    """The state of the model after some tokens, for `DeepSeekV4.extend`."""
+
+    lengths: Int32[Array, " batch"]  # tokens of each row so far
+    layers: LayersCache
+    capacity: int = eqx.field(static=True)
 
 
 class DeepSeekV4(eqx.Module):
@@ -100,7 +116,7 @@ class DeepSeekV4(eqx.Module):
     norm: RMSNorm
     unembedding: Float[Array, "vocab dim"]
     mtp: tuple[MTP, ...]
-    max_positions: int = eqx.field(static=True)
+    config: Config = eqx.field(static=True)
 
     def __init__(
         self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
@@ -125,7 +141,7 @@ class DeepSeekV4(eqx.Module):
             MTP(config, config.num_hidden_layers + i, key=key, dtype=dtype)
             for i, key in enumerate(keys[4:])
         )
-        self.max_positions = config.max_position_embeddings
+        self.config = config
 
     def __call__(
         self, tokens: TokenIds, *, remat: bool = False
@@ -160,10 +176,71 @@ class DeepSeekV4(eqx.Module):
         **Arguments:** as for calling.
         """
         token_ids = self._checked(tokens)
-        embedded = self.embedding[token_ids]
-        num_streams = self.head.base.shape[0]
-        streams = jnp.repeat(embedded[:, :, None], num_streams, axis=2)
+        streams = self._embed(token_ids)
         return self.layers(streams, token_ids, _positions(token_ids), remat=remat)
+
+    def _embed(
+        self, token_ids: Int[Array, "batch seq"]
+    ) -> Float[Array, "batch seq streams dim"]:
+        """The streams before the first layer: copies of the embedding."""
+        embedded = self.embedding[token_ids]
+        return jnp.repeat(embedded[:, :, None], self.head.base.shape[0], axis=2)
+
+    def init_cache(self, batch: int, capacity: int) -> Cache:
+        """The state before any token, for `extend`.
+
+        **Arguments:**
+
+        - `batch`: rows.
+        - `capacity`: tokens that each row will have room for.
+
+        **Raises:** ValueError if either is no positive integer, or the capacity is
+        above `max_position_embeddings`.
+        """
+        for name, value, most in (
+            ("batch", batch, _MOST_ROWS),
+            ("capacity", capacity, self.config.max_position_embeddings),
+        ):
+            if not is_int(value) or not 1 <= value <= most:
+                allowed = f"an integer in [1, {most}]"
+                raise refusal("init_cache", name, value, allowed)
+        layers = self.layers.init_cache(batch, capacity, self.embedding.dtype)
+        return Cache(jnp.zeros(batch, jnp.int32), layers, capacity)
+
+    def extend(
+        self,
+        tokens: TokenIds,
+        cache: Cache,
+        lengths: Lengths | None = None,
+    ) -> tuple[Float[Array, "batch seq dim"], Cache]:
+        """What the unembedding turns into logits, for tokens after those in the cache.
+
+        One function for a prompt, a part of one, a single new token, or several to
+        verify. Rows may be of different lengths, new and old. The given cache stays as
+        it was: to go back, go on from there.
+
+        **Arguments:**
+
+        - `tokens`: the new token ids of each row, then anything as padding.
+        - `cache`: from `init_cache` or another call.
+        - `lengths`: new tokens of each row, 0 to `seq`; all of them by default.
+
+        **Returns:** the hidden activations, which mean nothing at the padding, and the
+        cache after the new tokens.
+
+        **Raises:** ValueError if the tokens are not as for calling, the cache is of
+        another model or batch, or `lengths` do not fit the tokens; and if a row would
+        have more tokens than the capacity, which is not checked under `jit`.
+        """
+        lengths = check_lengths(lengths, tokens)
+        token_ids = check_token_ids(tokens, self.embedding.shape[0], lengths)
+        self._check_cache(cache, lengths)
+        lengths = jnp.asarray(lengths, jnp.int32)
+        streams, layers = self.layers.extend(
+            self._embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
+        )
+        cache = Cache(cache.lengths + lengths, layers, cache.capacity)
+        return self.norm(self.head(streams)), cache
 
     @jax.named_scope("unembed")
     def unembed(
@@ -214,54 +291,42 @@ class DeepSeekV4(eqx.Module):
         main = (self.embedding, self.layers, self.head, self.norm, self.unembedding)
         return count_params(main)
 
+    def _check_cache(self, cache: Cache, lengths: Lengths) -> None:
+        if not isinstance(cache, Cache):
+            raise ValueError(f"extend: the cache is a {type(cache).__name__}.")
+        batch = lengths.shape[0]
+        wanted = eqx.filter_eval_shape(self.init_cache, batch, cache.capacity)
+        if not eqx.tree_equal(wanted, eqx.filter_eval_shape(lambda: cache)):
+            raise ValueError(
+                f"extend: the cache is for {cache.lengths.shape[0]} rows of its model; "
+                f"this model with {batch} rows needs another, from init_cache({batch}, "
+                f"{cache.capacity})."
+            )
+        if are_known(lengths, cache.lengths):
+            totals = np.asarray(cache.lengths) + np.asarray(lengths)
+            row = int(totals.argmax())
+            if totals[row] > cache.capacity:
+                raise ValueError(
+                    f"extend: row {row} would have {totals[row]} tokens, and the cache "
+                    f"has room for {cache.capacity}; make a larger one with init_cache."
+                )
+
     def _checked(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
         token_ids = check_token_ids(tokens, self.embedding.shape[0])
-        if token_ids.shape[1] > self.max_positions:
+        most = self.config.max_position_embeddings
+        if token_ids.shape[1] > most:
             raise ValueError(
                 f"{token_ids.shape[1]} tokens a row are beyond max_position_embeddings="
-                f"{self.max_positions}: give fewer, or raise it in the configuration."
+                f"{most}: give fewer, or raise it in the configuration."
             )
         return token_ids
 
 
 def count_params(tree: object) -> int:
-    """Elements of all floating-point arrays in `tree`, abstract ones too."""
-    leaves = (x for x in jax.tree.leaves(tree) if hasattr(x, "dtype"))
+    """Elements of all floating-point arrays in `tree`, packed and abstract ones too."""
+    found = jax.tree.leaves(tree, is_leaf=is_packed)
+    leaves = (x for x in found if hasattr(x, "dtype"))
     return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
-
-
-def check_token_ids(tokens: TokenIds, vocab: int) -> Int[Array, "batch seq"]:
-    """`tokens` as an int32 array, checked as far as they are known.
-
-    **Arguments:**
-
-    - `tokens`: token ids.
-    - `vocab`: how many there are.
-
-    **Raises:** ValueError if the tokens are no array of integers of two dimensions, are
-    empty, or, unless traced, one of them is outside `[0, vocab)`.
-    """
-    if not isinstance(tokens, jax.Array | np.ndarray):
-        raise ValueError(
-            f"token ids must be an array of JAX or numpy, not {type(tokens).__name__}: "
-            "give numpy.asarray(tokens)."
-        )
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"token ids must be integers, not {tokens.dtype}.")
-    if tokens.ndim != 2 or tokens.size == 0:
-        raise ValueError(
-            f"token ids must have the shape (batch, seq), neither empty, not "
-            f"{tokens.shape}."
-        )
-    if not isinstance(tokens, jax.core.Tracer):
-        known = np.asarray(tokens)
-        outside = (known < 0) | (known >= vocab)
-        if outside.any():
-            place = [int(i) for i in np.argwhere(outside)[0]]
-            raise ValueError(
-                f"token id {known[tuple(place)]} at {place} is outside [0, {vocab})."
-            )
-    return jnp.asarray(tokens, jnp.int32)
 
 
 def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

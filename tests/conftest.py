@@ -4,15 +4,25 @@ import importlib.util
 import pathlib
 
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Without the oracle, only what does not need it is collected.
-ORACLE = ("torch", "tests.reference", "tests.captured")
+ORACLE = ("torch", "from safetensors", "tests.reference", "tests.captured")
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [
         str(path)
         for path in pathlib.Path(__file__).parent.rglob("test_*.py")
         if any(name in path.read_text() for name in ORACLE)
     ]
+
+
+@pytest.fixture
+def without_shape_checks():
+    """What a user sees who has not asked for the checks of shapes and types."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsv4_eqx import from_state_dict
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.tiny import tiny_config
 

@@ -15,19 +15,36 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.attention.attend import Entries
+from dsv4_eqx.attention.cache import AttentionCache, CompressorState
+from dsv4_eqx.generate import Generated, State
+from dsv4_eqx.model import Cache
+from dsv4_eqx.primitives.packed import PackedWeight
+from dsv4_eqx.sampling import Sampling
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.shard import parallelize
 from dsv4_eqx.sharding.tensor import SummedOver
 from tests.models import QUICKLY, T, random_tensors
 
 # Sizes that belong to activations; modules that hold weights do not have them.
-OF_ACTIVATIONS = {Entries: {"batch", "entries"}}
+OF_ACTIVATIONS = {
+    Entries: {"batch", "entries"},
+    CompressorState: {"batch", "pending", "entries"},
+    AttentionCache: {"batch", "keys"},
+    Cache: {"batch"},
+    Generated: {"batch", "new"},
+    State: {"batch"},
+}
+# What it stands for decides.
+OF_THE_FIELD_THAT_HOLDS_IT = {PackedWeight: {"..."}}
+NAMES_OF_OTHERS = OF_ACTIVATIONS | OF_THE_FIELD_THAT_HOLDS_IT
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 tensors = functools.cache(lambda: random_tensors(T))
@@ -43,6 +60,12 @@ def parallel_model():
     return parallelize(model(), dsv4.make_mesh(expert=2, tensor=4))
 
 
+def packed():
+    """Twelve columns in FP8, four to a scale."""
+    codes, scales = np.zeros((3, 5, 12), np.uint8), np.zeros((3, 5, 3), np.uint8)
+    return PackedWeight(jnp.array(codes), jnp.array(scales), FP8, np.dtype("float32"))
+
+
 @functools.cache
 def entries():
     compressor = model().layers[2].attention.compressor
@@ -52,7 +75,22 @@ def entries():
 
 def trees():
     """Everything that is walked."""
-    return [model(), model(jnp.bfloat16), parallel_model(), entries()]
+    cache = model().init_cache(3, 50)
+    cache = eqx.tree_at(lambda c: c.layers.repeated, cache, ())  # those are stacked
+    ids, numbers = jnp.zeros((3, 5), jnp.int32), jnp.zeros((3, 5))
+    generated = Generated(ids, ids[:, 0], numbers, cache)
+    state = State(cache, ids[:, 0], numbers[:, 0], ids[:, 0] == 1, None)
+    sampling = Sampling(
+        "call", temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, key=None
+    )
+    return [
+        model(),
+        model(jnp.bfloat16),
+        parallel_model(),
+        entries(),
+        packed(),
+        (generated, state, sampling),
+    ]
 
 
 def module_classes():
@@ -127,7 +165,7 @@ def test_the_models_have_an_instance_of_every_module_class():
     assert {cls.__name__ for cls in module_classes() - walked} == set()
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(6))
 def test_every_field_is_what_its_annotation_says(index):
     tree = trees()[index]
     for module in walk(tree):
@@ -155,7 +193,7 @@ def test_annotations_hold_for_the_parts_on_each_device():
 
 @pytest.mark.parametrize("cls", sorted(module_classes(), key=lambda cls: cls.__name__))
 def test_names_of_dimensions_are_in_the_glossary(cls):
-    known = dsv4.DIMENSIONS.keys() | OF_ACTIVATIONS.get(cls, set())
+    known = dsv4.DIMENSIONS.keys() | NAMES_OF_OTHERS.get(cls, set())
     for name, strings in array_fields(cls):
         assert len(strings) == 1, name
         for dimension in strings[0].split():

@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 
 from dsv4_eqx import Block, Config, flops_per_token, num_active_params
-from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, TOPK_MOE
 from tests.tiny import tiny_config
 

@@ -67,6 +67,7 @@ def check(output):
     assert 5 < float(ours) < 7  # log(256) is 5.5: near guessing
 
 
+@pytest.mark.slow
 def test_example_on_eight_devices_splits_everything():
     output = printed()
     check(output)
@@ -92,6 +93,7 @@ def test_example_on_eight_devices_splits_everything():
     }
 
 
+@pytest.mark.slow
 def test_readme_shows_the_collectives_that_the_example_prints():
     shown = collective_lines((ROOT / "README.md").read_text())
     assert len(shown) == 5

@@ -7,7 +7,7 @@ import pytest
 
 from dsv4_eqx import Config
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.model import count_params
 
 CONFIGS = {"flash": Config.flash(), "pro": Config.pro()}

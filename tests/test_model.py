@@ -14,9 +14,9 @@ import torch
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_eqx import DeepSeekV4
-from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.hf_config import CSA
-from dsv4_eqx.model import check_token_ids
+from dsv4_eqx.inputs import check_token_ids
 from tests.models import (
     LENGTH,
     QUICKLY,
@@ -82,6 +82,7 @@ def test_logits_equal_those_of_transformers_where_entries_are_gathered(seed):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_every_layers_output_equals_that_of_transformers():
     reference, model = pair(0)
     tokens = random_tokens(10)
@@ -131,6 +132,7 @@ def test_logits_before_a_changed_token_keep_every_bit(changed):
     assert (before[:, changed:] != after[:, changed:]).any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours():
     _, model = pair(3)
     tokens = random_tokens(6)
@@ -179,6 +181,7 @@ def test_tokens_beyond_the_last_position_are_refused():
             eqx.filter_eval_shape(call, abstract, tokens)
 
 
+@pytest.mark.slow
 def test_a_float32_model_stays_float32_with_x64():
     tokens = jax.ShapeDtypeStruct((1, 100), jnp.int32)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv4_eqx import Config
-from dsv4_eqx.checkpoint.state_dict import abstract_model
+from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, KIND_OF_RATIO, SLIDING, TOPK_MOE
 from dsv4_eqx.primitives.rotary import YarnScaling
 from tests.models import forward, forward_once, random_tokens, streams_by_layer
@@ -121,6 +121,7 @@ def pro_program(num_layers):
     return jax.jit(lambda model, ids: model(ids)).lower(model, ids).as_text()
 
 
+@pytest.mark.slow
 def test_programs_do_not_grow_with_depth():
     short, deep = pro_program(9), pro_program(61)
     assert deep.count("stablehlo.while") == short.count("stablehlo.while") > 0

@@ -52,6 +52,7 @@ def loss_and_grad(model, tokens, weights=None, remat=False):
     return _loss_and_grad(floats, rest, tokens, weights, remat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_gradients_equal_those_of_autograd(seed):
     reference, model = pair(seed)
@@ -112,6 +113,7 @@ def test_gradients_do_not_depend_on_remat(kinds):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
 
 
+@pytest.mark.slow
 def test_later_tokens_embeddings_get_no_gradient_from_earlier_positions():
     _, model = pair(2)
     tokens = np.stack([np.arange(LENGTH), np.arange(LENGTH)]).astype(np.int32)
@@ -145,6 +147,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXTREMES)
 def test_outputs_and_gradients_stay_finite(case):
     _, model = pair(0)
@@ -159,10 +162,8 @@ def test_outputs_and_gradients_stay_finite(case):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize(
-    "length",
-    [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 17, 27, 65))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2, 5, 17, 27, 65])
 def test_gradients_stay_finite_at_odd_lengths(length):
     config = small_config(
         num_hidden_layers=2,
@@ -186,6 +187,7 @@ def _in_bfloat16(reference):
     return reference
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_no_more_than_transformers_does():
     # Every expert and entry is chosen: no choice can flip.
     # Multiples of 8, or torch has no grouped product.

@@ -43,7 +43,7 @@ for node in ast.parse(BLOCK).body:
 
 def test_readme_has_an_example_of_each_primitive():
     names = "RMSNorm UnweightedRMSNorm GroupedLinear RotaryEmbedding".split()
-    assert len(BLOCKS) == len(names) + 1
+    assert len(BLOCKS) == len(names) + 2  # checkpoints, and the shape checks
     for name, block in zip(names, BLOCKS):
         assert f"dsv4.{name}(" in block
 
@@ -53,6 +53,7 @@ def said(block):
     return re.findall(r"^(?![^#]* = )[^#\n]+  # (.+)$", block, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["", BLOCKS[-1]], ids=["plain", "shape checks on"])
 def test_readme_code_runs_as_it_stands_and_gives_what_it_says(first):
     assert all(len(said(block)) >= 2 for block in BLOCKS[:-1])
@@ -61,6 +62,7 @@ def test_readme_code_runs_as_it_stands_and_gives_what_it_says(first):
     assert output.splitlines() == [x for block in BLOCKS[:-1] for x in said(block)]
 
 
+@pytest.mark.slow
 def test_readme_code_switches_the_shape_checks_on():
     # A wrong dtype is refused before the mathematics sees it, and all else is as ever.
     output = run(

@@ -18,7 +18,7 @@ BELOW_BLOCK = ("primitives", *CONFIG)
 BELOW_MODEL = (*BELOW_BLOCK, "hyper_connection", "attention", "moe", "block", "layers")
 MAY_IMPORT = {
     "primitives": (),
-    "checks": (),
+    "checks": ("primitives",),
     "hf_rotary": ("primitives", "checks"),
     "hf_config": ("primitives", "checks", "hf_rotary"),
     "config": ("primitives", "checks", "hf_config"),
@@ -27,15 +27,28 @@ MAY_IMPORT = {
     "attention": BELOW_BLOCK,
     "moe": BELOW_BLOCK,
     "block": (*BELOW_BLOCK, "hyper_connection", "attention", "moe"),
-    "layers": (*BELOW_BLOCK, "block"),
-    "model": BELOW_MODEL,
-    "checkpoint": (*BELOW_MODEL, "model"),
+    "layers": (*BELOW_BLOCK, "attention", "block"),
+    "inputs": (),
+    "sampling": ("checks",),
+    "generate": (*BELOW_MODEL, "inputs", "model", "sampling"),
+    "model": (*BELOW_MODEL, "inputs"),
+    # Each device reads what it needs; a description tells what a token costs.
+    "checkpoint": (*BELOW_MODEL, "model", "costs", "sharding"),
+    "tokenizer": ("checks", "checkpoint"),
     # The root holds the glossary of dimensions, which sharding reads.
     "sharding": (*BELOW_MODEL, "model", "__init__"),
-    "__init__": (*BELOW_MODEL, "costs", "model", "checkpoint", "sharding"),
+    "__init__": (
+        *BELOW_MODEL,
+        "costs",
+        "model",
+        "generate",
+        "checkpoint",
+        "sharding",
+        "tokenizer",
+    ),
 }
 # Everything else is written for one device.
-MAY_NAME_DEVICES = ("sharding",)
+MAY_NAME_DEVICES = ("sharding", "checkpoint")
 OF_DEVICES = set(
     "sharding shard_map Mesh PartitionSpec NamedSharding psum pmean pmax pmin ppermute "
     "psum_scatter all_gather all_to_all ragged_all_to_all axis_index axis_size "
@@ -221,7 +234,8 @@ def test_a_class_without_a_docstring_is_found(base):
         ("moe", "from dsv4_eqx import attention"),
         ("layers", "from dsv4_eqx.model import DeepSeekV4"),
         ("model", "def f():\n    from dsv4_eqx.sharding.rules import partition_specs"),
-        ("checkpoint", "from dsv4_eqx.sharding.mesh import make_mesh"),
+        ("sharding", "from dsv4_eqx.checkpoint.load import from_pretrained"),
+        ("tokenizer", "from dsv4_eqx.model import DeepSeekV4"),
     ],
 )
 def test_import_in_the_wrong_direction_is_found(part, line):

@@ -12,6 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attend import Entries, Selection, attend, map_queries
+from dsv4_eqx.attention.cache import (
+    AttentionCache,
+    CompressorState,
+    positions_after,
+    rows_from,
+)
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.checks import check_activations, check_ids, is_int, refusal
@@ -19,6 +25,8 @@ from dsv4_eqx.config import Config
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
+from dsv4_eqx.primitives.packed import unpacked
+from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 
@@ -118,6 +126,7 @@ class Attention(eqx.Module):
                 "be at least 1."
             )
         positions = positions.astype(jnp.int32)  # as those of compressed entries
+        self = unpacked(self)
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
         entries = None if self.compressor is None else self.compressor(x)
@@ -130,6 +139,68 @@ class Attention(eqx.Module):
         keys = jnp.concatenate([before, keys], axis=1)
         return self.attend(latent, positions, keys, entries, selection)
 
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> AttentionCache:
+        """The state before any token.
+
+        **Arguments:**
+
+        - `batch`: rows.
+        - `capacity`: tokens that there will be room for.
+        - `dtype`: of the activations.
+        """
+
+        def state(compressor: Compressor | None) -> CompressorState | None:
+            if compressor is None:
+                return None
+            return compressor.init_state(batch, capacity, dtype)
+
+        num_before = min(self.window, capacity) - 1
+        head_dim = self.key_value.shape[0]
+        return AttentionCache(
+            window_keys=jnp.zeros((batch, num_before, head_dim), dtype),
+            compressor=state(self.compressor),
+            indexer=state(None if self.indexer is None else self.indexer.compressor),
+        )
+
+    @jax.named_scope("Attention.extend")
+    def extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        cache: AttentionCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq dim"], AttentionCache]:
+        """Attention of new tokens over themselves and all before them.
+
+        **Arguments:**
+
+        - `x`: normalised activations of the new tokens, then padding, whose output
+            means nothing.
+        - `cache`: after `start` tokens.
+        - `start`: tokens that each row has already.
+        - `lengths`: new tokens of each row.
+
+        **Returns:** the output, and the cache after the new tokens.
+        """
+        check_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
+        self = unpacked(self)
+        positions = positions_after(start, lengths, x.shape[1])
+        latent = self.project_latent(x)
+        keys = self.project_keys(x, positions)
+        keys = jnp.concatenate([cache.window_keys, keys], axis=1)
+        window_keys = rows_from(keys, lengths, cache.window_keys.shape[1])
+        entries, selection, compressor, indexer = None, None, None, None
+        if self.compressor is not None and cache.compressor is not None:
+            entries, compressor = self.compressor.extend(
+                x, cache.compressor, start, lengths
+            )
+        if self.indexer is not None and cache.indexer is not None:
+            selection, indexer = self.indexer.extend(
+                x, latent, cache.indexer, start, lengths
+            )
+        out = self.attend(latent, positions, keys, entries, selection)
+        return out, AttentionCache(window_keys, compressor, indexer)
+
     def project_latent(
         self, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq q_rank"]:
@@ -139,7 +210,7 @@ class Attention(eqx.Module):
 
         - `x`: normalised activations.
         """
-        return self.query_norm(jnp.einsum("bsd,rd->bsr", x, self.query_down))
+        return self.query_norm(project(x, self.query_down))
 
     def project_keys(
         self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
@@ -151,7 +222,7 @@ class Attention(eqx.Module):
         - `x`: normalised activations.
         - `positions`: of the tokens.
         """
-        keys = self.key_value_norm(jnp.einsum("bsd,cd->bsc", x, self.key_value))
+        keys = self.key_value_norm(project(x, self.key_value))
         return self.rope(keys, positions)
 
     def attend(
@@ -198,7 +269,7 @@ class Attention(eqx.Module):
         - `latent`: from `project_latent`.
         - `positions`: of the tokens.
         """
-        queries = jnp.einsum("bsr,hcr->bshc", latent, self.query_up)
+        queries = project(latent, self.query_up)
         return self.rope(self.head_norm(queries), positions[..., None])
 
     def project_output(
@@ -216,7 +287,7 @@ class Attention(eqx.Module):
         out = self.rope(out, positions[..., None], inverse=True)
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
-        return jnp.einsum("bsgr,dgr->bsd", latent, self.output_up)
+        return project(latent, self.output_up, over=2)
 
 
 def _check_kind(kind: str, ratio: int) -> None:

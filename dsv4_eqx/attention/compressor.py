@@ -5,7 +5,7 @@ Paper sections 2.3.1 and 2.3.2. The same module serves heavily compressed attent
 the window before its own, through a second series of channels).
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,12 +15,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attend import Entries
+from dsv4_eqx.attention.cache import CompressorState, rows_from
 from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.norm import RMSNorm
-from dsv4_eqx.primitives.precision import wide_einsum
+from dsv4_eqx.primitives.precision import wide_dtype
+from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 from dsv4_eqx.primitives.varying import alike
+
+# Finite, so that a window of nothing else has no NaN.
+_NO_WEIGHT: Final = -1e30
 
 
 class Compressor(eqx.Module):
@@ -101,8 +106,8 @@ class Compressor(eqx.Module):
 
         - `x`: normalised activations.
         """
-        values = wide_einsum("bsd,ncd->bsnc", x, self.value)
-        return values, wide_einsum("bsd,ncd->bsnc", x, self.gate)
+        values = project(x, self.value, wide=True)
+        return values, project(x, self.gate, wide=True)
 
     def pool(
         self,
@@ -118,6 +123,98 @@ class Compressor(eqx.Module):
         """
         gates = gates + self.position_bias.astype(gates.dtype)
         return _pool(*alike(values, gates))
+
+    def init_state(
+        self, batch: int, capacity: int, dtype: DTypeLike
+    ) -> CompressorState:
+        """The state before any token.
+
+        **Arguments:**
+
+        - `batch`: rows.
+        - `capacity`: tokens that there will be room for.
+        - `dtype`: of the entries.
+        """
+        ratio, series, head_dim = self.position_bias.shape
+        pending = (batch, ratio * series - 1, series, head_dim)
+        return CompressorState(
+            values=jnp.zeros(pending, wide_dtype(dtype)),
+            gates=jnp.zeros(pending, wide_dtype(dtype)),
+            entries=jnp.zeros((batch, capacity // ratio, head_dim), dtype),
+        )
+
+    @jax.named_scope("Compressor.extend")
+    def extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        state: CompressorState,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Entries, CompressorState]:
+        """All entries so far, with those of the windows that new tokens complete.
+
+        **Arguments:**
+
+        - `x`: normalised activations of the new tokens, then padding.
+        - `state`: after `start` tokens.
+        - `start`: tokens that each row has already.
+        - `lengths`: new tokens of each row.
+        """
+        ratio, series, _ = self.position_bias.shape
+        seq, pending = x.shape[1], state.values.shape[1]
+        values, gates = self.project(x)
+        values = jnp.concatenate([state.values, values], axis=1)
+        gates = jnp.concatenate([state.gates, gates], axis=1)
+        state = CompressorState(
+            rows_from(values, lengths, pending),
+            rows_from(gates, lengths, pending),
+            state.entries,
+        )
+        most = -(-seq // ratio)  # windows that may become complete
+        window = start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)
+        is_new = (window + 1) * ratio <= (start + lengths)[:, None]
+
+        def write(entries: Array) -> Array:
+            tokens = (most + series - 1) * ratio
+            begin = pending - ratio * (series - 1) - start % ratio
+            position = (start // ratio - (series - 1)) * ratio
+            position = position[:, None] + jnp.arange(tokens, dtype=start.dtype)
+            pooled = self._pool_from(values, gates, begin, position)
+            new = self.finish(pooled.astype(x.dtype), window * ratio).values
+            place = jnp.where(is_new, window, entries.shape[1])
+            put = jax.vmap(lambda row, i, new: row.at[i].set(new, mode="drop"))
+            return put(entries, place, new)
+
+        # A loop of at most one round leaves the entries where they are.
+        rounds = jnp.any(is_new).astype(jnp.int32)
+        entries = lax.fori_loop(0, rounds, lambda _, e: write(e), state.entries)
+        state = eqx.tree_at(lambda state: state.entries, state, entries)
+        index = jnp.arange(1, entries.shape[1] + 1, dtype=jnp.int32)
+        last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
+        return Entries(entries, last_positions), state
+
+    def _pool_from(
+        self,
+        values: Float[Array, "batch seq series head_dim"],
+        gates: Float[Array, "batch seq series head_dim"],
+        begin: Int[Array, " batch"],
+        position: Int[Array, "batch tokens"],
+    ) -> Float[Array, "batch windows head_dim"]:
+        """Windows from `begin` on, without one that only precedes the first.
+
+        Tokens before position 0 weigh nothing.
+        """
+        ratio, series, _ = self.position_bias.shape
+        size = position.shape[1]
+        room = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
+        is_token = (position >= 0)[..., None, None]
+        values = rows_from(jnp.pad(values, room), begin, size)
+        gates = rows_from(jnp.pad(gates, room), begin, size)
+        pooled = self.pool(
+            _windows(jnp.where(is_token, values, 0), ratio),
+            _windows(jnp.where(is_token, gates, _NO_WEIGHT), ratio),
+        )
+        return pooled[:, series - 1 :]
 
     def finish(
         self,

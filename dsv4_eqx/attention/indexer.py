@@ -25,9 +25,11 @@ from dsv4_eqx.attention.attend import (
     split_blocks,
     visible,
 )
+from dsv4_eqx.attention.cache import CompressorState, positions_after
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 # Attending to an entry of one's own costs about this many times one in common.
@@ -112,6 +114,31 @@ class Indexer(eqx.Module):
         weights = self.project_weights(x)
         return self.select(latent, weights, positions, self.compressor(x))
 
+    def extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        latent: Float[Array, "batch seq q_rank"],
+        state: CompressorState,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Selection, CompressorState]:
+        """The selection of new tokens, and the state after them.
+
+        **Arguments:**
+
+        - `x`: normalised activations of the new tokens, then padding.
+        - `latent`: their normalised query latents.
+        - `state`: of the indexer's compressor after `start` tokens.
+        - `start`: tokens that each row has already.
+        - `lengths`: new tokens of each row.
+        """
+        keys, state = self.compressor.extend(x, state, start, lengths)
+        if keys.values.shape[1] <= self.topk:
+            return None, state
+        positions = positions_after(start, lengths, x.shape[1])
+        weights = self.project_weights(x)
+        return self.select(latent, weights, positions, keys), state
+
     def project_weights(
         self, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq index_heads"]:
@@ -122,7 +149,7 @@ class Indexer(eqx.Module):
         - `x`: normalised activations.
         """
         heads, dim, _ = self.query_up.shape
-        weights = jnp.einsum("bsd,hd->bsh", x, self.head_weights)
+        weights = project(x, self.head_weights)
         return at_least_float32(weights) * (dim**-0.5 * heads**-0.5)
 
     def select(
@@ -149,7 +176,7 @@ class Indexer(eqx.Module):
 
         def select_block(operands):
             latent, weights, positions, owners = operands
-            queries = jnp.einsum("bsr,hcr->bshc", latent, query_up)
+            queries = project(latent, query_up)
             queries = self.rope(queries, positions[..., None])
             seen = visible(keys, positions, owners)
             return _select_block(queries, weights, seen, keys, self.topk)

@@ -12,6 +12,8 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
+from dsv4_eqx.primitives.packed import is_packed
+
 
 class _Row(NamedTuple):
     """A leaf's published names; two names fill the two halves of its `2` dimension.
@@ -122,7 +124,15 @@ class Source(NamedTuple):
 
     path: str  # of the leaf in the model
     names: np.ndarray  # of str; its shape is a prefix of the leaf's
-    tensor_shape: tuple[int, ...]  # of each of them, as it is in the file
+    own_shape: tuple[int, ...]  # of what a tensor fills in the leaf
+    merged: tuple[int, int]  # of those, the dimensions that are one in the file
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor in the file."""
+        first, last = self.merged
+        middle = math.prod(self.own_shape[first:last])
+        return (*self.own_shape[:first], middle, *self.own_shape[last:])
 
 
 def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
@@ -130,11 +140,11 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
 
     **Arguments:**
 
-    - `model`: a `DeepSeekV4`, abstract ones too.
+    - `model`: a `DeepSeekV4`, abstract ones too. Packed weights count as one array.
     - `official`: DeepSeek's names rather than Hugging Face's. Prediction blocks have
         DeepSeek's in both.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_packed)
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         prefixes, row, is_stacked = _locate(name, model.layers, official)
@@ -142,10 +152,17 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
         shape = leaf.shape[1:] if is_stacked else leaf.shape
         grid, own_shape = _grid(suffixes, shape)
         names = np.stack([_prefixed(prefix, grid) for prefix in prefixes])
-        first, last = (dim - len(shape) + len(own_shape) for dim in row.merged)
         if not is_stacked:
             names = np.asarray(names[0], dtype=object)
-        yield Source(name, names, _merge(own_shape, first, last)), leaf
+        yield Source(name, names, own_shape, _merged(row, shape, own_shape)), leaf
+
+
+def _merged(
+    row: _Row, shape: tuple[int, ...], own_shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """A row's merged dimensions among those that a tensor fills; (0, 1) if none are."""
+    first, last = (dim - len(shape) + len(own_shape) for dim in row.merged)
+    return (first, last) if first >= 0 and last - first > 1 else (0, 1)
 
 
 def _locate(path: str, layers: Any, official: bool) -> tuple[list[str], _Row, bool]:
@@ -187,9 +204,3 @@ def _grid(
 
 def _prefixed(prefix: str, grid: np.ndarray) -> np.ndarray:
     return np.asarray(prefix + grid, dtype=object)
-
-
-def _merge(shape: tuple[int, ...], first: int, last: int) -> tuple[int, ...]:
-    if last - first < 2 or first < 0:
-        return shape
-    return (*shape[:first], math.prod(shape[first:last]), *shape[last:])

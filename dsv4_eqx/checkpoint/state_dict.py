@@ -1,31 +1,33 @@
 """A model from a mapping of names to arrays, complete or not at all."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dsv4_eqx.checkpoint.names import Source, sources
+from dsv4_eqx.checkpoint.names import Source
+from dsv4_eqx.checkpoint.plan import (
+    FLOATS,
+    Plan,
+    faults_error,
+    make_plan,
+    naming_faults,
+)
 from dsv4_eqx.checks import refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.model import DeepSeekV4
-
-_EMBEDDING: Final = {True: "embed.weight", False: "model.embed_tokens.weight"}
-_OF_HF: Final = ("model.", "lm_head.")
-_OF_BOTH: Final = "mtp."
-# Others, FP8 and FP4, mean nothing without their scales.
-_FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
 def from_state_dict(
     config: Config, tensors: Mapping[str, Any], *, dtype: DTypeLike | None = None
 ) -> DeepSeekV4:
     """Builds a model from arrays under DeepSeek's or Hugging Face's names.
+
+    Also under the mixed ones that transformers writes into its files.
 
     The naming is the one that more of the names belong to. Hugging Face's state dicts
     have no prediction (MTP) blocks: where the names are Hugging Face's and none begins
@@ -41,88 +43,32 @@ def from_state_dict(
     **Raises:** ValueError that lists every tensor that is missing, is not part of the
     model, is given under both namings, cannot be read, has another shape or kind of
     dtype than it should or a finite value that the model's dtype cannot hold, and every
-    routing table that names an expert which there is not; ValueError if `dtype` is none
-    for weights.
+    routing table that names an expert which there is not; ValueError if `config` or
+    `tensors` are something else, or `dtype` is none for weights.
     """
-    official = _is_official(tensors)
-    if dtype is None:
-        found = _dtype_of(tensors.get(_EMBEDDING[official]))
-        # Another is a fault, found below with the rest of them. JAX without x64 has no
-        # float64.
-        is_weight = found is not None and found.name in _FLOATS
-        dtype = jax.dtypes.canonicalize_dtype(found if is_weight else jnp.float32)
-    elif not _is_for_weights(dtype):
-        allowed = f"one of {', '.join(_FLOATS)}"
-        raise refusal("from_state_dict", "dtype", dtype, allowed)
-    model = abstract_model(config, jnp.dtype(dtype))
-    if not official and not any(name.startswith(_OF_BOTH) for name in tensors):
-        model = eqx.tree_at(lambda m: m.mtp, model, ())
-    wanted = list(sources(model, official=official))
-    other = [source for source, _ in sources(model, official=not official)]
-    _check_complete(wanted, other, tensors, config.n_routed_experts)
-    leaves = [_assemble(source, leaf, tensors) for source, leaf in wanted]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+    if not isinstance(config, Config):
+        raise refusal("from_state_dict", "config", config, "a Config")
+    if not isinstance(tensors, Mapping):
+        allowed = "a mapping of names to arrays"
+        raise refusal("from_state_dict", "tensors", type(tensors).__name__, allowed)
+    plan = make_plan("from_state_dict", config, tensors, dtype, _dtype_of)
+    _check_complete(plan)
+    leaves = [_assemble(source, leaf, plan.tensors) for source, leaf in plan.wanted]
+    return jax.tree.unflatten(jax.tree.structure(plan.model), leaves)
 
 
-def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
-    """A model of shapes and dtypes, without a number in it.
-
-    **Arguments:**
-
-    - `config`: of the model.
-    - `dtype`: of the weights that need not stay float32.
-    """
-    return eqx.filter_eval_shape(DeepSeekV4, config, key=jax.random.key(0), dtype=dtype)
-
-
-def _is_official(tensors: Mapping[str, Any]) -> bool:
-    of_one = [name for name in tensors if not name.startswith(_OF_BOTH)]
-    return 2 * sum(name.startswith(_OF_HF) for name in of_one) <= len(of_one)
-
-
-def _is_for_weights(dtype: DTypeLike) -> bool:
-    try:
-        return jnp.dtype(dtype).name in _FLOATS
-    except TypeError:
-        return False
-
-
-def _check_complete(
-    wanted: list[tuple[Source, Any]],
-    other: list[Source],
-    tensors: Mapping[str, Any],
-    num_experts: int,
-) -> None:
-    faults, known = [], set()
-    for source, leaf in wanted:
+def _check_complete(plan: Plan) -> None:
+    faults, known, tensors = [], set(), plan.tensors
+    num_experts = plan.model.config.n_routed_experts
+    for source, leaf in plan.wanted:
         for name in source.names.flat:
-            known.add(name)
             if name in tensors:
+                known.add(name)
                 found = _faults(tensors[name], source.tensor_shape, leaf, num_experts)
                 faults += [f"{name} {fault}" for fault in found]
-            else:
-                faults.append(f"{name} is missing (shape {source.tensor_shape})")
-    twins = _twins([source for source, _ in wanted], other)
-    for name in tensors.keys() - known:
-        given = [twin for twin in twins.get(name, ()) if twin in tensors]
-        fault = f"is {given[0]}, given twice" if given else "is not part of the model"
-        faults.append(f"{name} {fault}")
+    faults += naming_faults(plan, known)
     if faults:
-        raise ValueError(
-            f"from_state_dict: {len(faults)} faults:\n  " + "\n  ".join(sorted(faults))
-        )
-
-
-def _twins(wanted: list[Source], other: list[Source]) -> dict[str, list[str]]:
-    """For each name under the other naming, what the same numbers are called here."""
-    twins = {}
-    for here, there in zip(wanted, other):
-        # One naming may have a tensor for each expert where the other has one for all.
-        shared = here.names.shape[: there.names.ndim]
-        for index in np.ndindex(shared):
-            names = list(np.ravel(here.names[index]))
-            twins |= dict.fromkeys(np.ravel(there.names[index]), names)
-    return twins
+        raise faults_error("from_state_dict", faults)
 
 
 def _faults(
@@ -136,28 +82,45 @@ def _faults(
     if tuple(tensor.shape) != shape:
         yield f"has the shape {tuple(tensor.shape)}, not {shape}"
     is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if is_float and jnp.issubdtype(dtype, jnp.floating) and dtype.name not in _FLOATS:
+    if is_float and jnp.issubdtype(dtype, jnp.floating) and dtype.name not in FLOATS:
         yield f"has the dtype {dtype}, for {leaf.dtype}: multiply it by its scales"
-    elif not (dtype.name in _FLOATS if is_float else np.issubdtype(dtype, np.integer)):
+    elif not (dtype.name in FLOATS if is_float else np.issubdtype(dtype, np.integer)):
         yield f"has the dtype {dtype}, for {leaf.dtype}"
     elif not is_float:
-        yield from _table_faults(np.asarray(tensor), leaf.dtype, num_experts)
+        yield from table_faults(np.asarray(tensor), leaf.dtype, num_experts)
     elif float(jnp.finfo(dtype).max) > float(jnp.finfo(leaf.dtype).max):
-        yield from _range_faults(np.asarray(tensor), leaf.dtype)
+        yield from range_faults(np.asarray(tensor), leaf.dtype)
 
 
-def _table_faults(table: np.ndarray, dtype: Any, num_experts: int) -> Iterator[str]:
-    """The first entry that is no expert; JAX would clamp it in silence."""
+def table_faults(
+    table: np.ndarray, dtype: Any, num_experts: int, first_row: int = 0
+) -> Iterator[str]:
+    """The first entry that is no expert; JAX would clamp it in silence.
+
+    **Arguments:**
+
+    - `table`: rows of a hash router's.
+    - `dtype`: that it will have.
+    - `num_experts`: how many experts there are.
+    - `first_row`: what row of the whole the first one is.
+    """
     outside = np.argwhere((table < 0) | (table >= num_experts))
     if len(outside) > 0:
         place = [int(i) for i in outside[0]]
         value, limits = int(table[tuple(place)]), np.iinfo(dtype)
+        place[0] += first_row
         beyond = "" if limits.min <= value <= limits.max else f", beyond {dtype}"
         yield f"names the expert {value} at {place}{beyond}; there are {num_experts}"
 
 
-def _range_faults(values: np.ndarray, dtype: Any) -> Iterator[str]:
-    """The first finite number that would become infinite."""
+def range_faults(values: np.ndarray, dtype: Any) -> Iterator[str]:
+    """The first finite number that would become infinite.
+
+    **Arguments:**
+
+    - `values`: of a weight.
+    - `dtype`: that they will have.
+    """
     limit = float(jnp.finfo(dtype).max)
     with np.errstate(over="ignore", invalid="ignore"):
         # Nearly always enough, and it makes no array; NaN is never within.

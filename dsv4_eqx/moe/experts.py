@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_eqx.checks import check_activations
 from dsv4_eqx.config import Config
 from dsv4_eqx.moe.grouped import clamped_swiglu, grouped_swiglu
+from dsv4_eqx.primitives.packed import unpacked
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
@@ -73,7 +74,11 @@ class Experts(eqx.Module):
         """
         check_activations("Experts", x, self.gate_up, ("tokens", "dim"))
         check_routing(x, chosen, weights)
-        num_experts, _, hidden, dim = self.gate_up.shape
+        num_experts = self.gate_up.shape[0]
+        # Gate and up in one matrix; a packed weight's two arrays join alike.
+        gate_up = jax.tree.map(
+            lambda x: x.reshape(num_experts, -1, x.shape[-1]), self.gate_up
+        )
         slots = chosen.shape[1]
         x, chosen = alike(x, chosen)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
@@ -82,7 +87,7 @@ class Experts(eqx.Module):
         out = grouped_swiglu(
             _dispatch(x, order, inverse, slots),
             weights.reshape(-1)[order],
-            self.gate_up.reshape(num_experts, 2 * hidden, dim),
+            gate_up,
             self.down,
             group_sizes.astype(jnp.int32),
             self.limit,
@@ -142,10 +147,11 @@ class SharedExpert(eqx.Module):
         expert's weights.
         """
         check_activations("SharedExpert", x, self.gate_up)
-        _, hidden, dim = self.gate_up.shape
-        gate_up = jnp.einsum("...d,hd->...h", x, self.gate_up.reshape(2 * hidden, dim))
-        activated = clamped_swiglu(gate_up, self.limit).astype(x.dtype)
-        return at_least_float32(jnp.einsum("...h,dh->...d", activated, self.down))
+        gate_up, down = unpacked((self.gate_up, self.down))
+        _, hidden, dim = gate_up.shape
+        before = jnp.einsum("...d,hd->...h", x, gate_up.reshape(2 * hidden, dim))
+        activated = clamped_swiglu(before, self.limit).astype(x.dtype)
+        return at_least_float32(jnp.einsum("...h,dh->...d", activated, down))
 
 
 # Dispatch and combine are each other's transpose. Left alone, JAX would differentiate

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from dsv4_eqx.primitives.packed import PackedWeight, is_packed, unpacked
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
@@ -26,8 +27,8 @@ _BLOCKS: Final = (128, 32)
 def grouped_swiglu(
     rows: Float[Array, "rows dim"],
     weights: Float[Array, " rows"],
-    gate_up: Float[Array, "groups both_hidden dim"],
-    down: Float[Array, "groups dim hidden"],
+    gate_up: Float[Array, "groups both_hidden dim"] | PackedWeight,
+    down: Float[Array, "groups dim hidden"] | PackedWeight,
     group_sizes: Int[Array, " groups"],
     limit: float,
 ) -> Float[Array, "rows dim"]:
@@ -40,13 +41,16 @@ def grouped_swiglu(
 
     - `rows`: sorted by group; what lies past the last group gives finite values.
     - `weights`: of the rows.
-    - `gate_up`, `down`: matrices of each group, the gate in the first half.
+    - `gate_up`, `down`: matrices of each group, the gate in the first half. Packed ones
+        are unpacked a group at a time and get no gradient.
     - `group_sizes`: rows of each group.
     - `limit`: as for `clamped_swiglu`.
     """
     if rows.shape[0] == 0:
         return rows
-    operands = alike(rows, weights, gate_up, down, group_sizes)
+    operands = rows, weights, gate_up, down, group_sizes
+    leaves, structure = jax.tree.flatten(operands)
+    operands = jax.tree.unflatten(structure, alike(*leaves))
     return _grouped_swiglu(*operands, limit)
 
 
@@ -106,12 +110,15 @@ def _activate(before, weights, limit):
 
 
 def _ragged_forward(rows, weights, gate_up, down, group_sizes, limit):
+    gate_up, down = unpacked((gate_up, down))
     before = lax.ragged_dot(rows, jnp.swapaxes(gate_up, 1, 2), group_sizes)
     hidden = _activate(before, weights, limit).astype(rows.dtype)
     return lax.ragged_dot(hidden, jnp.swapaxes(down, 1, 2), group_sizes), before
 
 
 def _ragged_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
+    trained = not is_packed(gate_up), not is_packed(down)
+    gate_up, down = unpacked((gate_up, down))
     past_end = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)
     cotangent = jnp.where(past_end[:, None], 0, cotangent)
     activate = functools.partial(_activate, limit=limit)
@@ -119,8 +126,9 @@ def _ragged_backward(rows, weights, gate_up, down, sizes, before, cotangent, lim
     d_hidden = lax.ragged_dot(cotangent, down, sizes)
     d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
     d_rows = lax.ragged_dot(d_before, gate_up, sizes)
-    d_gate_up = _ragged_outer(d_before, rows, sizes)
-    d_down = _ragged_outer(cotangent, hidden.astype(rows.dtype), sizes)
+    d_gate_up = _ragged_outer(d_before, rows, sizes) if trained[0] else None
+    hidden = hidden.astype(rows.dtype)
+    d_down = _ragged_outer(cotangent, hidden, sizes) if trained[1] else None
     return d_rows, d_weights, d_gate_up, d_down
 
 
@@ -162,7 +170,7 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True
 
     widths = (rows.shape[1], gate_up.shape[1]) if keep else (rows.shape[1],)
     outputs = tuple(jnp.zeros_like(rows, shape=(len(rows), n)) for n in widths)
-    return _over_groups(run_block, (gate_up, down), group_sizes, outputs, ())[0]
+    return _over_filled_groups(run_block, (gate_up, down), group_sizes, outputs)
 
 
 def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
@@ -176,61 +184,95 @@ def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, li
         d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
         d_rows = jnp.einsum("rh,hi->ri", d_before, gate_up)
         hidden = hidden.astype(rows.dtype)
-        products = (
-            jnp.einsum("rh,ri->hi", d_before, block.take(rows)),
-            jnp.einsum("ro,rh->oh", d_out, hidden),
-        )
+        d_gate_up, d_down = sums
+        if d_gate_up is not None:
+            d_gate_up += jnp.einsum("rh,ri->hi", d_before, block.take(rows))
+        if d_down is not None:
+            d_down += jnp.einsum("ro,rh->oh", d_out, hidden)
         outputs = tuple(map(block.put, outputs, (d_rows, d_weights)))
-        return outputs, jax.tree.map(jnp.add, sums, products)
+        return outputs, (d_gate_up, d_down)
+
+    def zeros(matrices):
+        return None if is_packed(matrices) else jnp.zeros_like(matrices[0])
 
     outputs = jnp.zeros_like(rows), jnp.zeros_like(weights)
-    sums = jnp.zeros_like(gate_up[0]), jnp.zeros_like(down[0])
-    outputs, sums = _over_groups(run_block, (gate_up, down), sizes, outputs, sums)
+    sums = zeros(gate_up), zeros(down)
+
+    def run_group(outputs, group):
+        matrices, start, end = group
+        return _over_blocks(run_block, matrices, start, end, outputs, sums)
+
+    groups = (gate_up, down), *_bounds(sizes)
+    outputs, sums = lax.scan(run_group, outputs, groups)
     return *outputs, *sums
 
 
-def _over_groups(
+def _bounds(
+    group_sizes: Int[Array, " groups"],
+) -> tuple[Int[Array, " groups"], Int[Array, " groups"]]:
+    """Where each group's rows start and end."""
+    ends = jnp.cumsum(group_sizes)
+    return ends - group_sizes, ends
+
+
+def _over_filled_groups(
     run_block: Callable[..., tuple[PyTree, PyTree]],
     matrices: PyTree[Shaped[Array, "groups ..."]],
     group_sizes: Int[Array, " groups"],
     outputs: PyTree[Shaped[Array, "rows ..."]],
+) -> PyTree[Shaped[Array, "rows ..."]]:
+    """Runs over the groups that have rows: a decoded token reads no other matrices.
+
+    **Arguments:** as for `_over_blocks`, of all groups; `group_sizes`: rows of each.
+    """
+    filled = jnp.argsort(group_sizes == 0, stable=True)
+    groups = matrices, *_bounds(group_sizes)
+
+    def run_group(i, outputs):
+        own, start, end = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, filled[i], keepdims=False), groups
+        )
+        return _over_blocks(run_block, own, start, end, outputs, ())[0]
+
+    return lax.fori_loop(0, jnp.sum(group_sizes > 0), run_group, outputs)
+
+
+def _over_blocks(
+    run_block: Callable[..., tuple[PyTree, PyTree]],
+    matrices: PyTree[Array],
+    start: Int[Array, ""],
+    end: Int[Array, ""],
+    outputs: PyTree[Shaped[Array, "rows ..."]],
     sums: PyTree[Array],
-) -> tuple[PyTree[Array], PyTree[Shaped[Array, "groups ..."]]]:
-    """Runs over all blocks of rows, group by group.
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """Runs over one group's rows, a block at a time.
 
     **Arguments:**
 
     - `run_block`: takes a block, its group's matrices, the outputs and the group's
         sums, and returns the last two.
-    - `matrices`: of each group.
-    - `group_sizes`: rows of each group.
+    - `matrices`: of the group.
+    - `start`, `end`: its rows.
     - `outputs`: what the blocks write their rows to.
-    - `sums`: what each group starts from.
+    - `sums`: what the group starts from.
 
-    **Returns:** the outputs, and every group's sums.
+    **Returns:** the outputs and the group's sums.
     """
+    matrices = unpacked(matrices)
+    state = outputs, sums
     num_rows = jax.tree.leaves(outputs)[0].shape[0]
     *large, small = sorted({min(n, num_rows) for n in _BLOCKS}, reverse=True)
+    for size in (*large, small):
+        count = -(-(end - start) // size) if size == small else (end - start) // size
 
-    def run_group(outputs, group):
-        matrices, start, end = group
-        state = outputs, sums
-        for size in (*large, small):
-            count = (
-                -(-(end - start) // size) if size == small else (end - start) // size
-            )
+        def run(i, state, first=start, size=size):
+            first = first + i * size
+            # The last block may reach back into rows that are done.
+            begin = jnp.minimum(first, num_rows - size)
+            index = begin + jnp.arange(size, dtype=begin.dtype)
+            block = _Block(begin, (index >= first) & (index < end))
+            return run_block(block, matrices, *state)
 
-            def run(i, state, first=start, size=size):
-                first = first + i * size
-                # The last block may reach back into rows that are done.
-                begin = jnp.minimum(first, num_rows - size)
-                index = begin + jnp.arange(size, dtype=begin.dtype)
-                block = _Block(begin, (index >= first) & (index < end))
-                return run_block(block, matrices, *state)
-
-            state = lax.fori_loop(0, count, run, state)
-            start = start + count * size
-        return state
-
-    ends = jnp.cumsum(group_sizes)
-    return lax.scan(run_group, outputs, (matrices, ends - group_sizes, ends))
+        state = lax.fori_loop(0, count, run, state)
+        start = start + count * size
+    return state

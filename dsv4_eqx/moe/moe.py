@@ -72,10 +72,12 @@ class MoE(eqx.Module):
     def _check_experts(self) -> None:
         # Wrapped experts send the tokens to where their expert is; bare ones would
         # silently leave out what is on other devices.
-        routes = self.router.weight.shape[0]
-        if isinstance(self.experts, Experts) and len(self.experts.down) != routes:
+        if not isinstance(self.experts, Experts):
+            return
+        routes, own = self.router.weight.shape[0], self.experts.down.shape[0]
+        if own != routes:
             raise ValueError(
-                f"MoE has {len(self.experts.down)} experts and its router {routes}: "
-                "where shard_map splits the experts, give it the module from "
+                f"MoE has {own} experts and its router {routes}: where shard_map "
+                "splits the experts, give it the module from "
                 "dsv4_eqx.sharding.shard.parallelize."
             )

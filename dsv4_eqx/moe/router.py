@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
 from dsv4_eqx.config import Config
-from dsv4_eqx.primitives.precision import wide_einsum
+from dsv4_eqx.primitives.product import project
 
 
 class Routing(NamedTuple):
@@ -128,7 +128,7 @@ def _spread_table(
 def _logits(
     x: Float[Array, "tokens dim"], weight: Float[Array, "routes dim"]
 ) -> Float[Array, "tokens experts"]:
-    return wide_einsum("td,ed->te", x, weight)
+    return project(x, weight, wide=True)
 
 
 def _weigh(

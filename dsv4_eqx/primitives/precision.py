@@ -8,12 +8,13 @@ check the whole model.
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` in float32, or in its own dtype where that is wider."""
-    return x.astype(_wide(x.dtype))
+    return x.astype(wide_dtype(x.dtype))
 
 
 def wide_einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -21,7 +22,7 @@ def wide_einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "
 
     bfloat16 operands need no cast first: their products are exact in float32.
     """
-    dtype = _wide(operands[0].dtype)
+    dtype = wide_dtype(operands[0].dtype)
     return jnp.einsum(
         equation,
         *operands,
@@ -30,5 +31,7 @@ def wide_einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "
     )
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float32, or `dtype` where that is wider."""
+    dtype = jnp.dtype(dtype)
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype

@@ -78,7 +78,7 @@ class ExpertParallel(eqx.Module):
         num_rounds = _rounds_needed(everyones, room)
         most = -(-order.size // room)
         out = jnp.zeros_like(x, shape=(order.size, x.shape[1]))
-        out, *_ = alike(out, sorted_weights, self.experts.down)
+        out, *_ = alike(out, sorted_weights, *jax.tree.leaves(self.experts.down))
         out, _ = lax.scan(run_round, out, jnp.arange(most))
         out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
         return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])

@@ -53,3 +53,28 @@ def make_mesh(
     # Auto: under Explicit axes, equinox's filters and indexing of sharded arrays fail.
     grid = np.asarray(devices, dtype=object).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The size of every axis, from text like `data=8,expert=64`; 1 where none is given.
+
+    **Arguments:**
+
+    - `text`: axes and sizes.
+
+    **Raises:** ValueError if it has another form, there is no such axis, or it is given
+    twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        axis, size = axis.strip(), size.strip()
+        if axis not in AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"mesh {text!r}: {part!r} is no axis and size; write data=8,expert=64 "
+                f"with axes among {', '.join(AXES)}."
+            )
+        if axis in sizes:
+            raise ValueError(f"mesh {text!r}: {axis} is given twice; give it once.")
+        sizes[axis] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in AXES}

@@ -2,7 +2,8 @@
 
 `weight: Float[Array, "groups out_per_group in_per_group"]` names the weight's
 dimensions. A table of rules gives some of those names a mesh axis; that is all there is
-to say about how a module is sharded.
+to say about how a module is sharded. What is annotated `...` is part of a module that
+stands for an array, and has the dimensions of the field that holds that module.
 """
 
 import collections
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx
@@ -37,7 +38,10 @@ DEFAULT_RULES: Final[Rules] = types.MappingProxyType(
 
 
 def partition_specs(
-    module: Any, rules: Rules = DEFAULT_RULES, *, mesh: Mesh | None = None
+    module: Any,
+    rules: Rules = DEFAULT_RULES,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Any:
     """The PartitionSpec of every array in a module, read off the fields' annotations.
 
@@ -102,7 +106,9 @@ def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
     node, annotation = module, None
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            annotation = _field_types(node).get(key.name)
+            own = _field_types(node).get(key.name)
+            stands_for_outer = getattr(own, "dim_str", None) == "..."
+            annotation = annotation if stands_for_outer else own
             node = getattr(node, key.name)
         else:
             node = node[getattr(key, "idx", getattr(key, "key", None))]
@@ -184,7 +190,7 @@ def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
     return P(*([None] * unnamed + axes))
 
 
-def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh) -> None:
+def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh | AbstractMesh) -> None:
     name, shape = leaf.name, leaf.array.shape
     unnamed = len(shape) - len(leaf.dims or ())
     for dim_name, size, entry in zip(
@@ -205,7 +211,7 @@ def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh) -> None:
             )
 
 
-def _without_unit_axes(spec: P, mesh: Mesh) -> P:
+def _without_unit_axes(spec: P, mesh: Mesh | AbstractMesh) -> P:
     def split(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         axes = tuple(axis for axis in _as_tuple(entry) if mesh.shape[axis] > 1)
         return axes if len(axes) > 1 else axes[0] if axes else None

@@ -334,9 +334,8 @@ def temporaries(kind, seq, backward):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "backward", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_memory_is_linear_in_the_sequence(kind, backward):
     # 64 heads x 4,096 x 4,096 in float32 alone would be 4.3 GB, with a quarter of the

@@ -186,6 +186,17 @@ def test_a_tensor_under_both_namings_is_a_fault(official, name, twin):
     assert faults == [f"{name} is {twin}, given twice"]
 
 
+def test_norms_under_the_names_that_transformers_writes():
+    config = _without_mtp(small_config())
+    model = random_model(config)
+    tensors = tensors_of(model, False)
+    renamed = {name.replace("kv_norm", "norm"): x for name, x in tensors.items()}
+    assert len(renamed.keys() - tensors.keys()) == 6
+    assert_same(from_state_dict(config, renamed), model)
+    with pytest.raises(ValueError, match="are the same tensor, model.layers.*kv_norm"):
+        from_state_dict(config, tensors | renamed)
+
+
 def test_a_scalar_is_a_fault_like_others():
     tensors = random_tensors(small_config())
     tensors["norm.weight"] = np.float32(1).reshape(())
@@ -278,11 +289,14 @@ def test_dtypes_that_are_none_for_weights_are_refused(dtype):
         from_state_dict(config, random_tensors(config), dtype=dtype)
 
 
-def test_float64_becomes_float32_where_jax_has_no_float64():
+def test_float64_becomes_float32_only_when_told_to():
     config = small_config()
     tensors = random_tensors(config)
     tensors["embed.weight"] = tensors["embed.weight"].astype(np.float64)
-    assert from_state_dict(config, tensors).embedding.dtype == jnp.float32
+    with pytest.raises(ValueError, match="float64.*jax_enable_x64.*another dtype"):
+        from_state_dict(config, tensors)
+    model = from_state_dict(config, tensors, dtype=jnp.float32)
+    assert model.embedding.dtype == jnp.float32
 
 
 def dequantise(weight, scale):
@@ -319,6 +333,7 @@ def nano_release():
     return from_state_dict(Config.from_hf(NANO), tensors), expected
 
 
+@pytest.mark.slow
 def test_nano_release_gives_the_official_codes_logits():
     model, expected = nano_release()
     assert model.embedding.dtype == jnp.float32
@@ -328,6 +343,7 @@ def test_nano_release_gives_the_official_codes_logits():
     np.testing.assert_allclose(ahead, expected["mtp_logits"], rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_nano_release_gives_the_official_codes_streams():
     model, expected = nano_release()
 

@@ -1,0 +1,90 @@
+"""One checkpoint to another, tensor by tensor: other names, another dtype."""
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from dsv4_eqx.checkpoint.contents import Contents, open_checkpoint
+from dsv4_eqx.checkpoint.directory import other_files, read_config
+from dsv4_eqx.checkpoint.hub import local_directory
+from dsv4_eqx.checkpoint.load import Loader
+from dsv4_eqx.checkpoint.names import sources
+from dsv4_eqx.checkpoint.plan import checked_dtype
+from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, array_tensors, check_for_hf
+from dsv4_eqx.checkpoint.target import checked_target
+from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
+from dsv4_eqx.checks import check_flag
+from dsv4_eqx.hf_config import NOT_OF_THE_MODEL
+
+_CALL: Final = "convert"
+_DTYPES: Final = ("dtype", "torch_dtype")  # of the weights, as transformers writes it
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    official: bool = False,
+    overwrite: bool = False,
+    most_file_bytes: int = MOST_FILE_BYTES,
+    revision: str | None = None,
+) -> None:
+    """Writes a checkpoint's weights under Hugging Face's or the official names.
+
+    Quantised weights become arrays. A few megabytes are in memory at a time, whatever
+    the model's size.
+
+    What is beside the weights comes with them, as a tokenizer and a licence: regular
+    files of at most 64 MiB, but for hidden ones, weights in other formats, indices, and
+    links that lead out of the directory; no directories. Of the configuration,
+    everything is kept that says nothing of the sizes and of how weights are stored, as
+    special tokens.
+
+    **Arguments:**
+
+    - `source`, `revision`: as for `from_pretrained`.
+    - `target`: as `directory` for `save_pretrained`.
+    - `dtype`: of the weights that need not stay float32; the embedding's by default.
+    - `official`, `most_file_bytes`: as for `save_pretrained`.
+    - `overwrite`: as for `save_pretrained`; files that come from the source replace
+        those of the same name.
+
+    **Raises:** ValueError, ImportError and OSError as `from_pretrained` and
+    `save_pretrained` do.
+    """
+    check_flag(_CALL, "official", official)
+    if dtype is not None:
+        dtype = checked_dtype(_CALL, dtype)
+    where = checked_target(
+        _CALL, "target", target, overwrite=overwrite, most_file_bytes=most_file_bytes
+    )
+    contents = open_checkpoint(_CALL, local_directory(_CALL, source, revision), dtype)
+    model = contents.plan.model
+    if not official:
+        check_for_hf(_CALL, model.config)
+    raw, new_dtype = read_config(contents.directory), model.embedding.dtype.name
+    kept = {key: raw[key] for key in raw if key in NOT_OF_THE_MODEL}
+    kept |= {key: new_dtype for key in _DTYPES if key in raw}
+    with Loader(contents, keep_quantized=False) as loader:
+        write_checkpoint(
+            where,
+            model.config,
+            _new_tensors(contents, loader, official),
+            more_config=kept,
+            more_files=other_files(contents.directory),
+        )
+
+
+def _new_tensors(
+    contents: Contents, loader: Loader, official: bool
+) -> Iterator[NewTensor]:
+    new = sources(contents.plan.model, official=official)
+    for (target, leaf), (source, _) in zip(new, contents.plan.wanted, strict=True):
+        dtype = np.dtype(leaf.dtype)
+        read = functools.partial(loader.read_region, source, dtype)
+        yield from array_tensors(target, dtype, read)

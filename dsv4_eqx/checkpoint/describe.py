@@ -1,0 +1,169 @@
+"""A checkpoint in words and numbers, from its configuration and headers alone."""
+
+import collections
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import jax
+from jax.sharding import AbstractMesh
+
+from dsv4_eqx.checkpoint.contents import Contents, judge_checkpoint
+from dsv4_eqx.checkpoint.hub import local_directory
+from dsv4_eqx.checkpoint.names import Source
+from dsv4_eqx.checkpoint.quantized import PackedTensor
+from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE, whole
+from dsv4_eqx.config import Config
+from dsv4_eqx.costs import num_active_params
+from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING
+from dsv4_eqx.primitives.packed import codes_per_byte
+from dsv4_eqx.sharding.rules import partition_specs
+
+# The first that is in a leaf's path says which part it is.
+_PARTS: Final = (
+    ("mtp.", "prediction block"),
+    ("indexer.", "indexers"),
+    ("compressor.", "compressors"),
+    ("attention.", "attention"),
+    ("experts.", "routed experts"),
+    ("shared.", "shared experts"),
+    ("router.", "routers"),
+    ("_connection.", "hyper-connections"),
+    ("embedding", "embedding, unembedding"),
+    ("", "norms and head"),
+)
+_MOST_FAULTS: Final = 50
+
+
+def describe(
+    directory: str | os.PathLike,
+    mesh_sizes: Mapping[str, int] | None = None,
+    revision: str | None = None,
+) -> tuple[str, bool]:
+    """The description, and whether the checkpoint is complete and fits the mesh.
+
+    **Arguments:**
+
+    - `directory`, `revision`: as for `from_pretrained`.
+    - `mesh_sizes`: size of each axis of a mesh that it might be loaded onto.
+
+    **Raises:** ValueError if configuration or headers cannot be read at all;
+    ImportError and OSError as `from_pretrained`.
+    """
+    directory = local_directory("inspect", directory, revision)
+    contents, faults = judge_checkpoint("inspect", directory, None)
+    lines = [*_config_in_words(contents.plan.model.config), ""]
+    lines += [*_parts_table(contents), "", *_dtypes_table(contents), ""]
+    lines.append(
+        f"{len(faults)} faults" if faults else "nothing missing, nothing extra"
+    )
+    lines += [f"  {fault}" for fault in sorted(faults)[:_MOST_FAULTS]]
+    if len(faults) > _MOST_FAULTS:
+        lines.append(f"  and {len(faults) - _MOST_FAULTS} more")
+    fits = True
+    if mesh_sizes is not None:
+        line, fits = _over_mesh(contents, mesh_sizes)
+        lines += ["", line]
+    return "\n".join(lines), fits and not faults
+
+
+def _config_in_words(config: Config) -> Iterator[str]:
+    kinds = collections.Counter(zip(config.layer_types, config.compress_ratios))
+    words = {SLIDING: "sliding", CSA: "compressed sparse", HCA: "heavily compressed"}
+    layers = ", ".join(
+        f"{count} {words[kind]}" + (f" (1 entry for {ratio} tokens)" if ratio else "")
+        for (kind, ratio), count in kinds.items()
+    )
+    hashed = config.mlp_layer_types.count(HASH_MOE)
+    num_layers = config.num_hidden_layers
+    yield f"DeepSeek-V4 of width {config.hidden_size:,}, {num_layers} layers"
+    yield f"  attention: {layers}"
+    yield (
+        f"    {config.num_attention_heads} heads of {config.head_dim}, "
+        f"{config.qk_rope_head_dim} of them rotary; query rank {config.q_lora_rank}; "
+        f"{config.o_groups} output groups of {config.o_lora_rank}; window "
+        f"{config.sliding_window}"
+    )
+    if CSA in config.layer_types:
+        yield (
+            f"    indexer: {config.index_n_heads} heads of {config.index_head_dim}, "
+            f"the best {config.index_topk} entries"
+        )
+    yield (
+        f"  experts: {config.n_routed_experts} of {config.moe_intermediate_size}, "
+        f"{config.num_experts_per_tok} a token and a shared one; {hashed} layers route "
+        "by token id"
+    )
+    yield (
+        f"  vocabulary {config.vocab_size:,}; up to {config.max_position_embeddings:,} "
+        f"positions; prediction blocks: {config.num_nextn_predict_layers}"
+    )
+    yield f"  active parameters per token: {num_active_params(config):,}"
+
+
+def _parts_table(contents: Contents) -> Iterator[str]:
+    parameters, num_bytes = collections.Counter(), collections.Counter()
+    for source, leaf in contents.plan.wanted:
+        part = next(label for piece, label in _PARTS if piece in source.path)
+        parameters[part] += leaf.size
+        num_bytes[part] += sum(t.num_bytes for t in contents.stored(source))
+    parameters["total"] = parameters.total()
+    num_bytes["total"] = num_bytes.total()
+    yield f"{'part':24}{'numbers':>22}{'bytes':>22}"
+    for part in parameters:
+        yield f"{part:24}{parameters[part]:>22,}{num_bytes[part]:>22,}"
+
+
+def _dtypes_table(contents: Contents) -> Iterator[str]:
+    tensors, num_bytes = collections.Counter(), collections.Counter()
+    for tensor in contents.tensors.values():
+        tensors[tensor.dtype] += 1
+        num_bytes[tensor.dtype] += tensor.num_bytes
+    yield f"{'dtype':24}{'tensors':>22}{'bytes':>22}"
+    for dtype in sorted(tensors, key=lambda dtype: -num_bytes[dtype]):
+        name = NAME_OF_DTYPE[dtype]
+        yield f"{name:24}{tensors[dtype]:>22,}{num_bytes[dtype]:>22,}"
+
+
+def _over_mesh(contents: Contents, sizes: Mapping[str, int]) -> tuple[str, bool]:
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    model = contents.plan.model
+    try:
+        specs = partition_specs(model, mesh=mesh)
+    except ValueError as error:
+        return f"mesh {shown}: does not fit: {error}", False
+    arrays, packed = 0, 0.0
+    specs = jax.tree.structure(model).flatten_up_to(specs)
+    for (source, leaf), spec in zip(contents.plan.wanted, specs):
+        parts = [_parts_of(entry, sizes) for entry in spec]
+        parts += [1] * (len(leaf.shape) - len(parts))
+        here, columns = leaf.size // math.prod(parts), leaf.shape[-1] // parts[-1]
+        arrays += here * leaf.dtype.itemsize
+        packed += here * _bytes_of_number(contents, source, leaf, columns)
+    dtype = model.embedding.dtype
+    return (
+        f"mesh {shown}: fits; bytes per device {arrays:,} as {dtype}, {packed:,.0f} "
+        "with keep_quantized"
+    ), True
+
+
+def _bytes_of_number(
+    contents: Contents, source: Source, leaf: Any, columns: int
+) -> float:
+    """What a number takes with `keep_quantized`, its share of the scales included."""
+    weights = [contents.weights.get(name) for name in source.names.flat]
+    packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
+    if len(packed) < len(weights):
+        return leaf.dtype.itemsize
+    region = (*whole(source.own_shape)[:-1], slice(0, columns))
+    block = packed[0].block_of(source, region)
+    return 1 / codes_per_byte(packed[0].code_dtype) + 1 / block
+
+
+def _parts_of(entry: Any, sizes: Mapping[str, int]) -> int:
+    if entry is None:
+        return 1
+    axes = (entry,) if isinstance(entry, str) else entry
+    return math.prod(sizes[axis] for axis in axes)

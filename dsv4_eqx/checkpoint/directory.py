@@ -1,0 +1,209 @@
+"""What a checkpoint's directory holds: its configuration and its tensors, by name.
+
+Nothing outside the directory is opened, whatever its files say. The names of shards in
+an index are plain file names; a link may lead to another file of the directory, or to
+the blobs of the Hugging Face hub's cache that the directory is a snapshot in.
+"""
+
+import contextlib
+import os
+import pathlib
+from typing import Any, Final
+
+from dsv4_eqx.checkpoint.tensors import (
+    StoredTensor,
+    check_plausible,
+    open_regular,
+    parse_json,
+    read_header,
+)
+from dsv4_eqx.checks import shown
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+_MOST_JSON_BYTES: Final = {CONFIG: 1 << 20, INDEX: 24 << 20}
+_ENTRY_BYTES: Final = 30  # of the shortest likely entry of an index
+_SUFFIX: Final = ".safetensors"
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS: Final = (*_PICKLES, _SUFFIX, ".gguf", ".index.json")
+_MOST_OTHER_BYTES: Final = 64 << 20
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    **Arguments:**
+
+    - `directory`: of the checkpoint.
+
+    **Raises:** ValueError that names the file if it is missing or no JSON object.
+    """
+    return _read_json(directory, CONFIG)
+
+
+def read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, from the headers alone.
+
+    **Arguments:**
+
+    - `directory`: of the checkpoint.
+
+    **Raises:** ValueError that names the file, and the tensor where there is one: files
+    are missing, lead out of the directory, are cut short or no safetensors; index and
+    files do not name the same tensors in the same places.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: there is no such directory")
+    index = read_index(directory) if _exists(directory / INDEX) else None
+    if index is None:
+        if not _exists(directory / SINGLE):
+            raise ValueError(f"{directory}: {_why_no_weights(directory)}")
+        return read_header(_inside(directory, SINGLE))
+    if _exists(directory / SINGLE) and SINGLE not in index.values():
+        raise ValueError(
+            f"{directory}: has both {SINGLE} and {INDEX}, which does not name it; take "
+            "one of them away"
+        )
+    return _read_shards(directory, index)
+
+
+def other_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Small files beside the weights and the configuration, as those of a tokenizer.
+
+    Neither hidden ones, nor what leads out of the directory.
+
+    **Arguments:**
+
+    - `directory`: of the checkpoint.
+    """
+    found = []
+    for name in _names(directory):
+        if name == CONFIG or name.startswith(".") or name.endswith(_WEIGHTS):
+            continue
+        with contextlib.suppress(ValueError):
+            path = _inside(directory, name)
+            if path.is_file() and path.stat().st_size <= _MOST_OTHER_BYTES:
+                found.append(directory / name)
+    return found
+
+
+def _exists(path: pathlib.Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _names(directory: pathlib.Path) -> list[str]:
+    """Of all that is in a directory."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be listed: {error.strerror}") from error
+
+
+def _why_no_weights(directory: pathlib.Path) -> str:
+    missing = f"has neither {SINGLE} nor {INDEX}"
+    pickles = [name for name in _names(directory) if name.endswith(_PICKLES)]
+    if pickles:
+        return (
+            f"{missing}, only {shown(pickles)}: pickles may run code when they are "
+            "opened and are not read; convert them to safetensors"
+        )
+    return missing
+
+
+def read_index(directory: pathlib.Path) -> dict[str, str]:
+    """The file of each tensor.
+
+    **Arguments:**
+
+    - `directory`: of a checkpoint with an index.
+
+    **Raises:** ValueError if the index is none, or names a file that is not beside it.
+    """
+    index = _read_json(directory, INDEX)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{directory / INDEX}: has no weight_map of names to files")
+    for name, file in names.items():
+        if not _is_plain_name(file):
+            raise ValueError(
+                f"{directory / INDEX}: {shown(name)} is in {shown(file)}, which is not "
+                f"the name of a {_SUFFIX} file in the same directory"
+            )
+    return names
+
+
+def _is_plain_name(file: Any) -> bool:
+    return (
+        isinstance(file, str)
+        and file.endswith(_SUFFIX)
+        and len(file) < 256
+        and file.isprintable()
+        and not set(file) & set("/\\\0")
+    )
+
+
+def _read_shards(
+    directory: pathlib.Path, index: dict[str, str]
+) -> dict[str, StoredTensor]:
+    files = sorted(set(index.values()))
+    missing = set(files) - set(_names(directory))
+    if missing:
+        lost = sorted(name for name, file in index.items() if file in missing)
+        listed = ", ".join(sorted(missing))
+        raise ValueError(
+            f"{directory}: {len(missing)} of {len(files)} files that {INDEX} names are "
+            f"missing, {listed}, and with them {len(lost)} tensors:\n  "
+            + "\n  ".join(lost)
+        )
+    found, faults = {}, []
+    for file in files:
+        for name, tensor in read_header(_inside(directory, file)).items():
+            if index.get(name) != file:
+                where = f"is in {file}, and in {INDEX} " + (
+                    f"in {index[name]}" if name in index else "not at all"
+                )
+                faults.append(f"{shown(name)} {where}")
+            else:
+                found[name] = tensor
+    for name in index.keys() - found.keys():
+        faults.append(f"{shown(name)} is not in {index[name]}, where {INDEX} has it")
+    if faults:
+        raise ValueError(
+            f"{directory}: {len(faults)} faults:\n  " + "\n  ".join(sorted(faults))
+        )
+    return found
+
+
+def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: there is no such directory")
+    path, most = _inside(directory, name), _MOST_JSON_BYTES[name]
+    with open_regular(path) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"{path}: has more than {most} bytes")
+    try:
+        if name == INDEX:
+            check_plausible(raw, _ENTRY_BYTES, brackets=0, quotes=4, commas=1)
+        found = parse_json(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is {shown(found)}, not a JSON object")
+    return found
+
+
+def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of a file, if following links keeps it where it belongs."""
+    path = directory / name
+    try:
+        real = pathlib.Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
+    allowed = [pathlib.Path(os.path.realpath(directory))]
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
+    if not any(real.is_relative_to(parent) for parent in allowed):
+        raise ValueError(f"{path}: leads out of the directory, to {real}")
+    return real

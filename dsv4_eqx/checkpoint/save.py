@@ -1,0 +1,245 @@
+"""From a model to a checkpoint, under Hugging Face's names or DeepSeek's."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import jax
+import jax.core
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from dsv4_eqx.checkpoint.names import Source, sources
+from dsv4_eqx.checkpoint.plan import abstract_model, checked_dtype
+from dsv4_eqx.checkpoint.quantized import (
+    BLOCKS,
+    FP4,
+    FP8,
+    KNOWN_QUANTIZATION,
+    packed_tensors,
+    unpack_on_cpu,
+)
+from dsv4_eqx.checkpoint.target import checked_target
+from dsv4_eqx.checkpoint.tensors import Region, sizes_of
+from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
+from dsv4_eqx.checks import check_flag, refusal
+from dsv4_eqx.config import Config
+from dsv4_eqx.hf_config import SLIDING
+from dsv4_eqx.model import DeepSeekV4
+from dsv4_eqx.primitives.packed import PackedWeight, is_packed
+
+_CALL: Final = "save_pretrained"
+MOST_FILE_BYTES: Final = 5 * 10**9
+
+
+def save_pretrained(
+    model: DeepSeekV4,
+    directory: str | os.PathLike,
+    *,
+    official: bool = False,
+    overwrite: bool = False,
+    most_file_bytes: int = MOST_FILE_BYTES,
+) -> None:
+    """Writes a model with its configuration, as safetensors.
+
+    Every array is written in the dtype that it has, so that `from_pretrained` gives the
+    same bits. The directory appears under its name when everything is on the disk, and
+    not at all if anything stops it before.
+
+    **Arguments:**
+
+    - `model`: on any devices of this process.
+    - `directory`: missing or empty; neither a link nor the working directory.
+    - `official`: DeepSeek's names rather than Hugging Face's. Packed weights are then
+        written as they are, and as arrays otherwise.
+    - `overwrite`: replaces a checkpoint that is there, in one step. Other files, links
+        and directories in its directory are kept, and so is its mode.
+    - `most_file_bytes`: the weights are split over files of this size.
+
+    **Raises:** ValueError if there is something in the directory, and it is no
+    checkpoint or may not be replaced, or what is beside it cannot be kept; if another
+    argument is out of its range; if the model is not as its configuration says, has no
+    numbers (under `jit`, say), is wrapped for a mesh, or has parts on other processes'
+    devices; or if the configuration cannot express its schedule or quantisation. All of
+    that before anything is written.
+    """
+    check_flag(_CALL, "official", official)
+    target = checked_target(
+        _CALL,
+        "directory",
+        directory,
+        overwrite=overwrite,
+        most_file_bytes=most_file_bytes,
+    )
+    _check_model(model)
+    if not official:
+        check_for_hf(_CALL, model.config)
+    tensors = (
+        tensor
+        for source, leaf in sources(model, official=official)
+        for tensor in _tensors_of(source, leaf, official)
+    )
+    more_config = _quantization(model) if official else {}
+    write_checkpoint(target, model.config, tensors, more_config=more_config)
+
+
+def check_for_hf(call: str, config: Config) -> None:
+    """Refuses a schedule that transformers would read as another one.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `config`: of the model.
+
+    **Raises:** ValueError if layers of one kind have different ratios.
+    """
+    ratios = {}
+    for kind, ratio in zip(config.layer_types, config.compress_ratios):
+        if kind != SLIDING and ratios.setdefault(kind, ratio) != ratio:
+            raise ValueError(
+                f"{call}: layers of {kind!r} have the ratios {ratios[kind]} and "
+                f"{ratio}, and Hugging Face's configuration has one for all of them; "
+                "save under the official names."
+            )
+
+
+def _quantization(model: DeepSeekV4) -> dict[str, Any]:
+    """What a release's configuration says of its packed weights."""
+    leaves = jax.tree.leaves(model, is_leaf=is_packed)
+    if not any(map(is_packed, leaves)):
+        return {}
+    experts = {
+        leaf.code_dtype
+        for source, leaf in sources(model, official=True)
+        if is_packed(leaf) and ".experts." in source.path
+    }
+    if len(experts) > 1:
+        raise ValueError(
+            f"{_CALL}: some experts are packed as FP4 and others as FP8, and a "
+            "configuration has one of them for all; save unpacked(model)."
+        )
+    quantization = KNOWN_QUANTIZATION | {
+        "scale_fmt": "ue8m0",
+        "weight_block_size": list(BLOCKS[FP8]),
+    }
+    expert_dtype = "fp4" if FP4 in experts else "fp8"
+    return {"expert_dtype": expert_dtype, "quantization_config": quantization}
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, DeepSeekV4):
+        raise refusal(_CALL, "model", type(model).__name__, "a DeepSeekV4")
+    dtype = checked_dtype(_CALL, getattr(model.embedding, "dtype", None))
+    wanted = abstract_model(model.config, dtype)
+    found, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_packed)
+    if structure != jax.tree.structure(wanted):
+        raise ValueError(
+            f"{_CALL}: the model's parts are not those of its configuration; give it "
+            "the model without wrappers, and with all of its layers and blocks."
+        )
+    for (path, leaf), expected in zip(found, jax.tree.leaves(wanted)):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+            raise ValueError(
+                f"{_CALL}: {name} is {leaf.dtype} of the shape {leaf.shape}; the "
+                f"configuration says {expected.dtype} and {expected.shape}."
+            )
+        arrays = jax.tree.leaves(leaf)
+        if not all(map(_has_numbers, arrays)):
+            raise ValueError(
+                f"{_CALL}: {name} has no numbers; give it a model of arrays, outside "
+                "of jit and not donated."
+            )
+        if not all(getattr(x, "is_fully_addressable", True) for x in arrays):
+            raise ValueError(
+                f"{_CALL}: {name} has parts on other processes' devices; gather the "
+                "model in one process first."
+            )
+
+
+def _has_numbers(array: Any) -> bool:
+    if isinstance(array, jax.Array):
+        return not isinstance(array, jax.core.Tracer) and not array.is_deleted()
+    return isinstance(array, np.ndarray)
+
+
+def _tensors_of(source: Source, leaf: Any, official: bool) -> Iterator[NewTensor]:
+    if not (is_packed(leaf) and official):
+        read = functools.partial(_host_part, leaf)
+        yield from array_tensors(source, np.dtype(leaf.dtype), read)
+        return
+    for index in np.ndindex(source.names.shape):
+
+        def part(array: Array, region: Region, index: tuple[int, ...] = index):
+            return _read_at(functools.partial(_host_part, array), index, region)
+
+        yield from packed_tensors(str(source.names[index]), source, leaf, part)
+
+
+def array_tensors(
+    source: Source, dtype: np.dtype, read: Callable[[Region], np.ndarray]
+) -> Iterator[NewTensor]:
+    """A leaf as the tensors that it is published as.
+
+    **Arguments:**
+
+    - `source`: the leaf.
+    - `dtype`: that it has; tables become int64, as the release and torch have them.
+    - `read`: gives a region of the leaf.
+    """
+    is_table = np.issubdtype(dtype, np.integer)
+    for index in np.ndindex(source.names.shape):
+        yield NewTensor(
+            str(source.names[index]),
+            np.dtype(np.int64) if is_table else dtype,
+            source.tensor_shape,
+            source.own_shape,
+            functools.partial(_read_at, read, index),
+        )
+
+
+def _read_at(
+    read: Callable[[Region], np.ndarray], index: tuple[int, ...], region: Region
+) -> np.ndarray:
+    """A region of what one tensor fills in a leaf."""
+    place = tuple(slice(i, i + 1) for i in index)
+    return read((*place, *region)).reshape(sizes_of(region))
+
+
+def _host_part(leaf: Array | PackedWeight, region: Region) -> np.ndarray:
+    """A region of a leaf, whichever devices hold it; all of what is not said."""
+    if isinstance(leaf, PackedWeight):
+        codes, scales = (_host_part(x, region[:-1]) for x in (leaf.codes, leaf.scales))
+        values = unpack_on_cpu(codes, scales, leaf.code_dtype, np.dtype(leaf.dtype))
+        return values.reshape(*codes.shape[:-1], -1)[..., region[-1]]
+    region = (*region, *(slice(0, n) for n in leaf.shape[len(region) :]))
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)[region]
+    out = np.empty(sizes_of(region), leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            _copy_overlap(shard, region, out)
+    return out
+
+
+def _copy_overlap(shard: Any, region: Region, out: np.ndarray) -> None:
+    held = [
+        (s.start or 0, (s.start or 0) + n)
+        for s, n in zip(shard.index, shard.data.shape)
+    ]
+    common = [
+        (max(first, s.start), min(last, s.stop))
+        for (first, last), s in zip(held, region)
+    ]
+    if any(first >= last for first, last in common):
+        return
+    sizes = [last - first for first, last in common]
+    starts = [first - begin for (first, _), (begin, _) in zip(common, held)]
+    target = tuple(
+        slice(first - s.start, last - s.start)
+        for (first, last), s in zip(common, region)
+    )
+    # A slice on the device: the host need not hold the whole shard.
+    out[target] = np.asarray(lax.dynamic_slice(shard.data, starts, sizes))

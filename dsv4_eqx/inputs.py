@@ -1,0 +1,108 @@
+"""Judging what a user gives a model: token ids, and how many of them are meant.
+
+What is known is judged on the host, before anything is compiled; under `jit` values are
+not known, only shapes and dtypes.
+"""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+TokenIds = Int[Array | np.ndarray, "batch seq"]
+Lengths = Int[Array | np.ndarray, " batch"]
+
+
+def are_known(*arrays: Any) -> bool:
+    """Whether all the values are there to be looked at, and not only traced.
+
+    **Arguments:**
+
+    - `arrays`: of JAX or numpy.
+    """
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def check_token_ids(
+    tokens: TokenIds, vocab: int, lengths: Lengths | None = None
+) -> Int[Array, "batch seq"]:
+    """`tokens` as an int32 array, checked as far as they are known.
+
+    **Arguments:**
+
+    - `tokens`: token ids.
+    - `vocab`: how many there are.
+    - `lengths`: ids of each row that are meant, from the first one on; the others,
+        which may be anything, become 0.
+
+    **Raises:** ValueError if the tokens are no array of integers of two dimensions, are
+    empty, or, unless traced, one of them is outside `[0, vocab)`.
+    """
+    _check_array(tokens)
+    if lengths is not None:
+        # Not even how experts are grouped may depend on the padding.
+        where = np.where if are_known(tokens, lengths) else jnp.where
+        is_meant = np.arange(tokens.shape[1]) < lengths[:, None]
+        tokens = where(is_meant, tokens, tokens.dtype.type(0))
+    if are_known(tokens):
+        known = np.asarray(tokens)
+        outside = (known < 0) | (known >= vocab)
+        if outside.any():
+            place = [int(i) for i in np.argwhere(outside)[0]]
+            raise ValueError(
+                f"token id {known[tuple(place)]} at {place} is outside [0, {vocab})."
+            )
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def _check_array(tokens: Any) -> None:
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        raise ValueError(
+            f"token ids must be an array of JAX or numpy, not {type(tokens).__name__}: "
+            "give numpy.asarray(tokens)."
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"token ids must be integers, not {tokens.dtype}.")
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(
+            f"token ids must have the shape (batch, seq), neither empty, not "
+            f"{tokens.shape}."
+        )
+
+
+def check_lengths(lengths: Lengths | None, tokens: TokenIds) -> Lengths:
+    """`lengths` as int32, checked as far as they are known; whole rows for None.
+
+    **Arguments:**
+
+    - `lengths`: tokens of each row that are meant.
+    - `tokens`: token ids, and padding after them.
+
+    **Raises:** ValueError if the tokens are no such array, there is not an integer for
+    each row, or, unless traced, one of them is outside `[0, seq]`.
+    """
+    _check_array(tokens)
+    batch, seq = tokens.shape
+    if lengths is None:
+        return np.full(batch, seq, np.int32)
+    is_array = isinstance(lengths, jax.Array | np.ndarray)
+    if not is_array or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        found = lengths.dtype if is_array else type(lengths).__name__
+        raise ValueError(f"lengths must be an array of integers, not {found}.")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"lengths must be one for each of the {batch} rows, not of the shape "
+            f"{lengths.shape}."
+        )
+    if are_known(lengths):
+        known = np.asarray(lengths)
+        outside = np.flatnonzero((known < 0) | (known > seq))
+        if len(outside) > 0:
+            row = int(outside[0])
+            raise ValueError(
+                f"lengths[{row}] is {known[row]}: the row has 0 to {seq} tokens."
+            )
+    return lengths.astype(jnp.int32)

@@ -1,0 +1,69 @@
+"""The examples that load a checkpoint and continue a text, as a user runs them."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dsv4_eqx as dsv4
+from tests.checkpoint.saving import one_layer
+from tests.models import random_tensors
+from tests.official import write_release
+
+ROOT = pathlib.Path(__file__).parent.parent
+NANO = ROOT / "tests" / "data" / "nano-release"
+
+
+def run(example, *args):
+    """Warnings are errors there too."""
+    path = ROOT / "examples" / example
+    command = [sys.executable, "-W", "error", str(path), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_example_predicts_over_a_mesh_from_packed_weights():
+    mesh = "expert=2,tensor=2"
+    done = run("load_checkpoint.py", NANO, "--mesh", mesh, "--keep-quantized")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "2,571,976 bytes on each of 4 devices" in done.stdout
+    shown = re.findall(r"^ +([\d.]+)%  '", done.stdout, re.MULTILINE)
+    assert len(shown) == 5
+    assert [float(x) for x in shown] == sorted(map(float, shown), reverse=True)
+
+
+@pytest.mark.parametrize("example", ["load_checkpoint.py", "generate.py"])
+def test_example_says_what_is_wrong_without_a_traceback(example, tmp_path):
+    done = run(example, tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.match(rf"{example}: .*config.json", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text, wrong",
+    [("Größe", r"token id 195 at \[0, 2\]"), ("", "neither empty")],
+)
+def test_example_refuses_texts_that_are_no_tokens_of_the_model(text, wrong, tmp_path):
+    config = one_layer(vocab_size=150)
+    write_release(tmp_path, config, random_tensors(config))
+    done = run("load_checkpoint.py", tmp_path, "--text", text)
+    assert done.returncode == 1
+    assert re.match(f"load_checkpoint.py: .*{wrong}", done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_example_continues_a_text():
+    arguments = ["--dtype", "float32", "--prompt", "One, two,", "--max-new-tokens", 5]
+    done = run("generate.py", NANO, *arguments)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    model = dsv4.from_pretrained(NANO, dtype=np.float32)
+    tokenizer = dsv4.load_tokenizer(NANO)
+    prompt = tokenizer.encode("One, two,")[None]
+    out = dsv4.generate(model, prompt, max_new_tokens=5)
+    assert done.stdout.startswith("One, two," + tokenizer.decode(out.tokens[0]))
+    assert "5 tokens, " in done.stdout

@@ -1,0 +1,88 @@
+"""How the next token is chosen, against the distributions that arguments describe."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_eqx.sampling import Sampling, stop_ids
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
+NUM_DRAWS = 40_000
+
+
+def sampling(**changes):
+    fields = dict(
+        temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, key=jax.random.key(0)
+    )
+    return Sampling("call", **(fields | changes))
+
+
+def frequencies(**changes):
+    logits = jnp.asarray(np.tile(LOGITS, (NUM_DRAWS, 1)))
+    drawn = jax.jit(lambda s, x, key: s(x, key))(
+        sampling(**changes), logits, jax.random.key(7)
+    )
+    return np.bincount(drawn, minlength=5) / NUM_DRAWS
+
+
+CASES = {
+    "everything": ({}, [0.05, 0.4, 0.1, 0.25, 0.2]),
+    "temperature": ({"temperature": 0.5}, [0.0025, 0.16, 0.01, 0.0625, 0.04]),
+    "top-k": ({"top_k": 2}, [0, 0.4, 0, 0.25, 0]),
+    "top-k above the vocabulary": ({"top_k": 9}, [0.05, 0.4, 0.1, 0.25, 0.2]),
+    # 0.4 + 0.25 are less than 0.7, with 0.2 they are more.
+    "top-p": ({"top_p": 0.7}, [0, 0.4, 0, 0.25, 0.2]),
+    "top-p takes no more than it needs": ({"top_p": 0.64}, [0, 0.4, 0, 0.25, 0]),
+    "tiny top-p": ({"top_p": 1e-6}, [0, 1, 0, 0, 0]),
+    "min-p": ({"min_p": 0.45}, [0, 0.4, 0, 0.25, 0.2]),
+    "min-p of 1": ({"min_p": 1.0}, [0, 1, 0, 0, 0]),
+    # Of the three likeliest: 0.47, 0.29 and 0.24.
+    "top-k, then top-p": ({"top_k": 3, "top_p": 0.7}, [0, 0.4, 0, 0.25, 0]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_have_the_distribution_that_is_left(case):
+    changes, weights = CASES[case]
+    expected = np.array(weights) / np.sum(weights)
+    found = frequencies(**changes)
+    assert (found[expected == 0] == 0).all()
+    # Four standard deviations of a mean over the draws.
+    bound = 4 * np.sqrt(expected * (1 - expected) / NUM_DRAWS) + 1e-12
+    assert (np.abs(found - expected) <= bound).all(), found
+
+
+def test_temperature_zero_takes_the_likeliest_and_the_first_of_equal_ones():
+    greedy = sampling(temperature=0.0, key=None)
+    logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 1.0, 3.0]])
+    assert greedy(logits, None).tolist() == [1, 0]
+
+
+BAD = [
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_k": 0}, "top_k"),
+    ({"top_k": 2.0}, "top_k"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"min_p": -0.1}, "min_p"),
+    ({"min_p": float("nan")}, "min_p"),
+    ({"key": None}, "key"),
+]
+
+
+@pytest.mark.parametrize("changes, name", BAD)
+def test_values_out_of_range_are_refused(changes, name, without_shape_checks):
+    with pytest.raises(ValueError, match=rf"call\({name}="):
+        sampling(**changes)
+
+
+def test_stop_ids_are_one_several_or_none():
+    assert stop_ids("call", None, 5).shape == (0,)
+    assert stop_ids("call", 3, 5).tolist() == [3]
+    assert stop_ids("call", (3, 0), 5).tolist() == [3, 0]
+    for bad in (5, -1, [1, 7], 2.0, True):
+        with pytest.raises(ValueError, match=r"call\(eos_id="):
+            stop_ids("call", bad, 5)
