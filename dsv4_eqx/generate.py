@@ -1,27 +1,26 @@
-"""Generation: a prompt through the cache in parts, then token by token.
+"""Generation: prompts through the cache, then token by token.
 
-A prompt of any length is read in parts of few sizes, so that memory is bounded and
-another prompt compiles nothing again. All new tokens come from one compiled loop
-(`generate`), or one by one as they are ready (`generate_stream`).
+All new tokens come from one compiled loop (`generate`), or as soon as they are ready
+(`generate_stream`).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from dsv4_eqx.checks import is_int, refusal
+from dsv4_eqx.checks import check_flag, is_int, refusal
 from dsv4_eqx.inputs import Lengths, TokenIds, check_lengths, check_token_ids
 from dsv4_eqx.model import Cache, DeepSeekV4
+from dsv4_eqx.prompt import Caches, parts, read_prompt
 from dsv4_eqx.sampling import Sampling, stop_ids
-
-_SMALLEST_PART: Final = 16
-_LARGEST_PART: Final = 512
+from dsv4_eqx.steps import Chosen, Draft, Rules, State, start, step
 
 
 class Generated(eqx.Module):
@@ -31,16 +30,8 @@ class Generated(eqx.Module):
     lengths: Int32[Array, " batch"]  # with the token that ended the row
     log_probabilities: Float32[Array, "batch new"]  # natural, at temperature 1
     cache: Cache  # after all tokens but the last
-
-
-class State(eqx.Module):
-    """A generation under way, of which each row has a next token or is done."""
-
-    cache: Cache
-    token: Int32[Array, " batch"]
-    log_probability: Float32[Array, " batch"]
-    is_done: Bool[Array, " batch"]
-    key: Key[Array, ""] | None
+    num_drafted: Int32[Array, " batch"]  # 0 without speculation
+    num_accepted: Int32[Array, " batch"]  # of the drafts
 
 
 class _Asked(NamedTuple):
@@ -48,9 +39,10 @@ class _Asked(NamedTuple):
 
     tokens: np.ndarray
     lengths: np.ndarray
-    sampling: Sampling
-    stops: Array
     capacity: int
+    key: PRNGKeyArray | None
+    rules: Rules
+    speculative: bool
 
 
 def generate(
@@ -65,6 +57,7 @@ def generate(
     min_p: float = 0.0,
     eos_id: int | Sequence[int] | None = None,
     key: PRNGKeyArray | None = None,
+    speculative: bool = False,
 ) -> Generated:
     """Continues each row's prompt.
 
@@ -78,18 +71,32 @@ def generate(
     - `top_k`, `top_p`, `min_p`: cut the distribution, see `Sampling`.
     - `eos_id`: a token id, or some, after which a row ends.
     - `key`: randomness, needed unless the temperature is 0.
+    - `speculative`: the model's prediction block drafts tokens, of which those stay
+        that the model would have chosen. The likeliest tokens are the same; drawn ones
+        are others, of the same distribution.
 
     **Raises:** ValueError before anything is compiled if the prompts are no token ids
-    or empty, prompt and new tokens are beyond `max_position_embeddings`, or another
-    argument is out of its range or missing.
+    or empty, prompt and new tokens are beyond `max_position_embeddings`, the model has
+    no prediction block for speculation, or another argument is out of its range or
+    missing.
     """
-    call = "generate"
-    sampling = Sampling(
-        call, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, key=key
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    asked = _checked(
+        "generate",
+        model,
+        tokens,
+        lengths,
+        max_new_tokens,
+        sampling,
+        eos_id,
+        key,
+        speculative,
     )
-    asked = _checked(call, model, tokens, lengths, max_new_tokens, sampling, eos_id)
-    state = _read_prompt(model, asked, key)
-    return _generate(model, state, asked.sampling, asked.stops, max_new_tokens)
+    caches, streams = _read(model, asked)
+    generated, _ = _generate(
+        model, caches, streams, asked.key, asked.rules, max_new_tokens
+    )
+    return generated
 
 
 def generate_stream(
@@ -104,30 +111,39 @@ def generate_stream(
     min_p: float = 0.0,
     eos_id: int | Sequence[int] | None = None,
     key: PRNGKeyArray | None = None,
+    speculative: bool = False,
 ) -> Iterator[np.ndarray]:
     """The tokens that `generate` gives, for all rows as soon as they are there.
 
     **Arguments:** as for `generate`.
 
-    **Returns:** one array `[batch]` after the other, -1 for a row that has ended, until
-    all have.
+    **Returns:** one array `[batch]` after the other, -1 for a row that has ended, or
+    whose draft was wrong, until all have ended.
 
     **Raises:** ValueError as `generate` does, when the first token is asked for.
     """
-    call = "generate_stream"
-    sampling = Sampling(
-        call, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, key=key
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    asked = _checked(
+        "generate_stream",
+        model,
+        tokens,
+        lengths,
+        max_new_tokens,
+        sampling,
+        eos_id,
+        key,
+        speculative,
     )
-    asked = _checked(call, model, tokens, lengths, max_new_tokens, sampling, eos_id)
-    state = _read_prompt(model, asked, key)
-    is_done = np.zeros(len(asked.tokens), bool)
-    for count in range(max_new_tokens):
-        if count > 0:
-            state = _next_state(model, state, asked.sampling, asked.stops)
-        yield np.where(is_done, -1, state.token)
-        is_done = np.asarray(state.is_done)
-        if is_done.all():
+    caches, streams = _read(model, asked)
+    state, chosen = _first(model, caches, streams, asked.key, asked.rules)
+    while True:
+        is_done = np.asarray(state.is_done).all()
+        counts = np.asarray(chosen.counts)
+        for i, tokens in enumerate(np.asarray(chosen.tokens).T[: counts.max()]):
+            yield np.where(i < counts, tokens, -1)
+        if is_done:
             return
+        state, chosen = _next(model, state, asked.rules)
 
 
 def _checked(
@@ -136,13 +152,22 @@ def _checked(
     tokens: TokenIds,
     lengths: Lengths | None,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: dict[str, Any],
     eos_id: int | Sequence[int] | None,
+    key: PRNGKeyArray | None,
+    speculative: bool,
 ) -> _Asked:
+    chosen_by = Sampling(call, **sampling, key=key)
     vocab, most = model.embedding.shape[0], model.config.max_position_embeddings
     if not is_int(max_new_tokens) or max_new_tokens < 1:
         allowed = "an integer of at least 1"
         raise refusal(call, "max_new_tokens", max_new_tokens, allowed)
+    check_flag(call, "speculative", speculative)
+    if speculative and len(model.mtp) != 1:
+        raise ValueError(
+            f"{call}: the model has {len(model.mtp)} prediction blocks "
+            "(num_nextn_predict_layers); speculative=True needs one."
+        )
     lengths = np.asarray(check_lengths(lengths, tokens))
     if lengths.min() < 1:
         row = int(lengths.argmin())
@@ -154,129 +179,63 @@ def _checked(
             f"{call}: a prompt of {longest} tokens and max_new_tokens="
             f"{max_new_tokens} are beyond max_position_embeddings={most}; give fewer."
         )
-    stops = stop_ids(call, eos_id, vocab)
     # Read in whole parts, but for what is beyond the last position.
-    room = sum(_parts(longest)) + max_new_tokens
-    return _Asked(tokens[:, :longest], lengths, sampling, stops, min(room, most))
+    capacity = min(sum(parts(longest)) + max_new_tokens, most)
+    rules = Rules(chosen_by, stop_ids(call, eos_id, vocab), max_new_tokens)
+    key = None if chosen_by.is_greedy else key
+    return _Asked(tokens[:, :longest], lengths, capacity, key, rules, speculative)
 
 
-def _parts(longest: int) -> list[int]:
-    """Sizes of the parts that a prompt is read in."""
-    size = _SMALLEST_PART
-    while size < min(longest, _LARGEST_PART):
-        size *= 2
-    return [size] * -(-longest // size)
-
-
-def _read_prompt(model: DeepSeekV4, asked: _Asked, key: PRNGKeyArray | None) -> State:
-    batch, first = len(asked.tokens), 0
-    cache = model.init_cache(batch, asked.capacity)
-    hidden = jnp.zeros((batch, model.embedding.shape[1]), model.embedding.dtype)
-    for size in _parts(asked.tokens.shape[1]):
-        part = np.zeros((batch, size), np.int32)
-        given = asked.tokens[:, first : first + size]
-        part[:, : given.shape[1]] = given
-        lengths = np.clip(asked.lengths - first, 0, size).astype(np.int32)
-        cache, hidden = _read_part(model, part, lengths, cache, hidden)
-        first += size
-    return _first_state(model, cache, hidden, key, asked.sampling, asked.stops)
-
-
-@jax.jit
-def _read_part(
-    model: DeepSeekV4,
-    tokens: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"],
-    cache: Cache,
-    last: Float[Array, "batch dim"],
-) -> tuple[Cache, Float[Array, "batch dim"]]:
-    """The cache after a part, and the hidden activations of each row's last token."""
-    hidden, cache = model.extend(tokens, cache, lengths)
-    index = jnp.maximum(lengths - 1, 0)[:, None, None]
-    newest = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    return cache, jnp.where(lengths[:, None] > 0, newest, last)
-
-
-@jax.jit
-def _first_state(
-    model: DeepSeekV4,
-    cache: Cache,
-    hidden: Float[Array, "batch dim"],
-    key: PRNGKeyArray | None,
-    sampling: Sampling,
-    stops: Int[Array, " ids"],
-) -> State:
-    no_row_is_done = jnp.zeros(hidden.shape[0], bool)
-    return _choose(model, cache, hidden, no_row_is_done, key, sampling, stops)
-
-
-def _choose(
-    model: DeepSeekV4,
-    cache: Cache,
-    hidden: Float[Array, "batch dim"],
-    is_done: Bool[Array, " batch"],
-    key: PRNGKeyArray | None,
-    sampling: Sampling,
-    stops: Int[Array, " ids"],
-) -> State:
-    """The next token of each row that goes on."""
-    now = None
-    if key is not None:
-        key, now = jax.random.split(key)
-    logits = model.unembed(hidden)
-    token = jnp.where(is_done, 0, sampling(logits, now))
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)
-    return State(
-        cache,
-        token,
-        jnp.where(is_done, 0, chosen[:, 0]).astype(jnp.float32),
-        is_done | jnp.any(token[:, None] == stops, axis=1),
-        key,
+def _read(
+    model: DeepSeekV4, asked: _Asked
+) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    return read_prompt(
+        model, asked.tokens, asked.lengths, asked.capacity, asked.speculative
     )
 
 
-def _next(
-    model: DeepSeekV4, state: State, sampling: Sampling, stops: Int[Array, " ids"]
-) -> State:
-    goes_on = (~state.is_done).astype(jnp.int32)
-    hidden, cache = model.extend(state.token[:, None], state.cache, goes_on)
-    return _choose(
-        model, cache, hidden[:, 0], state.is_done, state.key, sampling, stops
-    )
+_first = jax.jit(start, donate_argnames="caches")
+_next = jax.jit(step, donate_argnames="state")
 
 
-_next_state = jax.jit(_next)
-
-
-@eqx.filter_jit
+@functools.partial(jax.jit, static_argnames="new", donate_argnames="caches")
 def _generate(
     model: DeepSeekV4,
-    state: State,
-    sampling: Sampling,
-    stops: Int[Array, " ids"],
-    max_new_tokens: int,
-) -> Generated:
-    batch = state.token.shape[0]
-    tokens = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    log_probabilities = jnp.zeros((batch, max_new_tokens), jnp.float32)
+    caches: Caches,
+    streams: Float[Array, "batch streams dim"],
+    key: PRNGKeyArray | None,
+    rules: Rules,
+    new: int,
+) -> tuple[Generated, Draft | None]:
+    """All new tokens; with the drafts' cache, so that there is no copy of it."""
 
-    def note(count: Array, state: State, tokens: Array, log_probabilities: Array):
-        tokens = tokens.at[:, count].set(state.token)
-        log_probabilities = log_probabilities.at[:, count].set(state.log_probability)
-        return tokens, log_probabilities
+    def note(noted: tuple[Array, Array], state: State, chosen: Chosen):
+        index = jnp.arange(chosen.tokens.shape[1])
+        place = (state.lengths - chosen.counts)[:, None] + index
+        place = jnp.where(index < chosen.counts[:, None], place, new)
+        put = jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop"))
+        return put(noted[0], place, chosen.tokens), put(
+            noted[1], place, chosen.log_probabilities
+        )
 
-    def goes_on(carry):
-        count, state, *_ = carry
-        return (count < max_new_tokens) & ~jnp.all(state.is_done)
+    def run(carry):
+        state, *noted = carry
+        state, chosen = step(model, state, rules)
+        return state, *note(tuple(noted), state, chosen)
 
-    def step(carry):
-        count, state, lengths, *noted = carry
-        lengths = lengths + (~state.is_done).astype(jnp.int32)
-        state = _next(model, state, sampling, stops)
-        return count + 1, state, lengths, *note(count, state, *noted)
-
-    noted = note(jnp.array(0), state, tokens, log_probabilities)
-    lengths = jnp.ones(batch, jnp.int32)
-    carry = jnp.array(1, jnp.int32), state, lengths, *noted
-    _, state, lengths, *noted = lax.while_loop(goes_on, step, carry)
-    return Generated(noted[0], lengths, noted[1], state.cache)
+    batch = len(streams)
+    noted = jnp.zeros((batch, new), jnp.int32), jnp.zeros((batch, new), jnp.float32)
+    state, chosen = start(model, caches, streams, key, rules)
+    carry = state, *note(noted, state, chosen)
+    carry = lax.while_loop(lambda carry: ~jnp.all(carry[0].is_done), run, carry)
+    state, tokens, log_probabilities = carry
+    none, draft = jnp.zeros_like(state.lengths), state.draft
+    generated = Generated(
+        tokens,
+        state.lengths,
+        log_probabilities,
+        state.cache,
+        num_drafted=none if draft is None else draft.num_drafted,
+        num_accepted=none if draft is None else draft.num_accepted,
+    )
+    return generated, draft

@@ -26,6 +26,18 @@ class LayersCache(eqx.Module):
     repeated: tuple[AttentionCache, ...]
     last: tuple[AttentionCache, ...]
 
+    def keep(self, lengths: Int[Array, " batch"], seq: int) -> "LayersCache":
+        """**Arguments:** as for `AttentionCache.keep`."""
+
+        def one(cache: AttentionCache) -> AttentionCache:
+            return cache.keep(lengths, seq)
+
+        return LayersCache(
+            first=tuple(map(one, self.first)),
+            repeated=tuple(map(jax.vmap(one), self.repeated)),
+            last=tuple(map(one, self.last)),
+        )
+
 
 class Layers(eqx.Module):
     """All layers: `first`, then `repeated` as often as it is stacked, then `last`.
@@ -128,14 +140,20 @@ class Layers(eqx.Module):
         cache: LayersCache,
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
+        *,
+        keep: bool = True,
     ) -> tuple[Float[Array, "batch seq streams dim"], LayersCache]:
-        """**Arguments:** as for `Block.extend`, with the state of all layers."""
+        """**Arguments:** as for `Block.extend`, with the state of all layers.
+
+        - `keep`: False leaves it to `LayersCache.keep` which new tokens stay.
+        """
+        seq = token_ids.shape[1]
 
         def run(streams: Array, blocks: tuple, caches: tuple) -> tuple[Array, tuple]:
             after = []
             for block, before in zip(blocks, caches, strict=True):
                 streams, new = block.extend(streams, token_ids, before, start, lengths)
-                after.append(new)
+                after.append(new.keep(lengths, seq) if keep else new)
             return streams, tuple(after)
 
         streams, first = run(streams, self.first, cache.first)

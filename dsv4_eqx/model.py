@@ -1,4 +1,4 @@
-"""DeepSeek-V4: embedding, layers, the head, and the multi-token-prediction block.
+"""DeepSeek-V4: embedding, layers, the head, and multi-token prediction.
 
 Paper section 2 and the released code. The streams start as copies of the embedding; a
 hyper-head collapses them before the last norm; logits are float32.
@@ -13,7 +13,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
-from dsv4_eqx.block import Block
 from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
@@ -25,78 +24,12 @@ from dsv4_eqx.inputs import (
     check_token_ids,
 )
 from dsv4_eqx.layers import Layers, LayersCache
+from dsv4_eqx.mtp import MTP
 from dsv4_eqx.primitives.norm import RMSNorm
-from dsv4_eqx.primitives.packed import is_packed, unpacked
+from dsv4_eqx.primitives.packed import is_packed
 from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.product import project
 
 _MOST_ROWS: Final = 2**31 - 1
-
-
-class MTP(eqx.Module):
-    r"""Multi-token prediction: one more block that looks one token further ahead.
-
-    From the streams at position $i$ and the embedding of token $i+1$ it predicts token
-    $i+2$: $X' = \mathrm{Block}(W_e\,\mathrm{norm}(e_{i+1}) + W_h\,\mathrm{norm}(X_i))$,
-    stream by stream. Embedding and unembedding are the main model's.
-    """
-
-    embedding_norm: RMSNorm
-    embedding_in: Float[Array, "dim dim"]
-    streams_norm: RMSNorm
-    streams_in: Float[Array, "dim dim"]
-    block: Block
-    head: HyperHead
-    norm: RMSNorm
-
-    def __init__(
-        self,
-        config: Config,
-        layer: int,
-        *,
-        key: PRNGKeyArray,
-        dtype: DTypeLike = jnp.float32,
-    ):
-        """**Arguments:**
-
-        - `config`: the sizes.
-        - `layer`: the block's number, counted on from the main layers.
-        - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights, but for those that stay float32.
-        """
-        keys = jax.random.split(key, 4)
-        dim, eps = config.hidden_size, config.rms_norm_eps
-        std = config.initializer_range
-        self.embedding_norm = RMSNorm(dim, eps=eps)
-        self.embedding_in = std * jax.random.normal(keys[0], (dim, dim), dtype)
-        self.streams_norm = RMSNorm(dim, eps=eps)
-        self.streams_in = std * jax.random.normal(keys[1], (dim, dim), dtype)
-        self.block = Block(config, layer, key=keys[2], dtype=dtype)
-        self.head = HyperHead(config, key=keys[3])
-        self.norm = RMSNorm(dim, eps=eps)
-
-    @jax.named_scope("MTP")
-    def __call__(
-        self,
-        streams: Float[Array, "batch seq streams dim"],
-        embedded: Float[Array, "batch seq dim"],
-        token_ids: Int[Array, "batch seq"],
-        positions: Int[Array, "batch seq"],
-    ) -> Float[Array, "batch seq dim"]:
-        """What the unembedding turns into logits of the token after next.
-
-        **Arguments:**
-
-        - `streams`: of the main model after its last layer.
-        - `embedded`: embedding of the token after each position.
-        - `token_ids`: those tokens.
-        - `positions`: of the streams.
-        """
-        embedding_in, streams_in = unpacked((self.embedding_in, self.streams_in))
-        embedded = project(self.embedding_norm(embedded), embedding_in)
-        streams = project(self.streams_norm(streams), streams_in)
-        streams = self.block(embedded[:, :, None] + streams, token_ids, positions)
-        return self.norm(self.head(streams))
 
 
 class Cache(eqx.Module):
@@ -105,6 +38,27 @@ class Cache(eqx.Module):
     lengths: Int32[Array, " batch"]  # tokens of each row so far
     layers: LayersCache
     capacity: int = eqx.field(static=True)
+
+
+class Lookahead(eqx.Module):
+    """The state of the model with new tokens of which only the first may stay."""
+
+    before: Int32[Array, " batch"]  # tokens of each row without the new ones
+    layers: LayersCache
+    seq: int = eqx.field(static=True)  # new tokens
+    capacity: int = eqx.field(static=True)
+
+    def keep(self, lengths: Lengths) -> Cache:
+        """The cache after the tokens that stay: no copy of more than their windows.
+
+        **Arguments:**
+
+        - `lengths`: of each row's new tokens, those that stay: 0 to as many as
+            `lookahead` was told of.
+        """
+        lengths = jnp.asarray(lengths, jnp.int32)
+        layers = self.layers.keep(lengths, self.seq)
+        return Cache(self.before + lengths, layers, self.capacity)
 
 
 class DeepSeekV4(eqx.Module):
@@ -232,15 +186,47 @@ class DeepSeekV4(eqx.Module):
         another model or batch, or `lengths` do not fit the tokens; and if a row would
         have more tokens than the capacity, which is not checked under `jit`.
         """
-        lengths = check_lengths(lengths, tokens)
-        token_ids = check_token_ids(tokens, self.embedding.shape[0], lengths)
-        self._check_cache(cache, lengths)
-        lengths = jnp.asarray(lengths, jnp.int32)
+        streams, cache = self.extend_streams(tokens, cache, lengths)
+        return self.norm(self.head(streams)), cache
+
+    def extend_streams(
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
+    ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
+        """The residual streams after the last layer, and the cache.
+
+        **Arguments:** as for `extend`.
+
+        **Raises:** ValueError as `extend` does.
+        """
+        token_ids, lengths = self._checked_new(tokens, cache, lengths)
         streams, layers = self.layers.extend(
             self._embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
         )
-        cache = Cache(cache.lengths + lengths, layers, cache.capacity)
-        return self.norm(self.head(streams)), cache
+        return streams, Cache(cache.lengths + lengths, layers, cache.capacity)
+
+    def lookahead(
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
+    ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
+        """As `extend_streams`, where what is seen decides which tokens stay.
+
+        **Arguments:** as for `extend`.
+
+        **Returns:** the streams, and what gives the cache after as many of each row's
+        new tokens as its method `keep` is told.
+
+        **Raises:** ValueError as `extend` does.
+        """
+        token_ids, lengths = self._checked_new(tokens, cache, lengths)
+        streams, layers = self.layers.extend(
+            self._embed(token_ids),
+            token_ids,
+            cache.layers,
+            cache.lengths,
+            lengths,
+            keep=False,
+        )
+        seq = token_ids.shape[1]
+        return streams, Lookahead(cache.lengths, layers, seq, cache.capacity)
 
     @jax.named_scope("unembed")
     def unembed(
@@ -290,6 +276,14 @@ class DeepSeekV4(eqx.Module):
         """Parameters of the main model: without prediction blocks and hash tables."""
         main = (self.embedding, self.layers, self.head, self.norm, self.unembedding)
         return count_params(main)
+
+    def _checked_new(
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
+    ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
+        lengths = check_lengths(lengths, tokens)
+        token_ids = check_token_ids(tokens, self.embedding.shape[0], lengths)
+        self._check_cache(cache, lengths)
+        return token_ids, jnp.asarray(lengths, jnp.int32)
 
     def _check_cache(self, cache: Cache, lengths: Lengths) -> None:
         if not isinstance(cache, Cache):

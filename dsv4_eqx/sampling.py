@@ -77,14 +77,65 @@ class Sampling(eqx.Module):
         """
         if self.is_greedy or key is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, self.cut(logits)).astype(jnp.int32)
+
+    def cut(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Over the temperature; minus infinity for the tokens that are cut away.
+
+        **Arguments:**
+
+        - `logits`: of the next token.
+        """
         order = jnp.argsort(-logits, axis=-1, stable=True)
-        in_order = jnp.take_along_axis(logits, order, axis=-1) / self.temperature
-        rank = jax.random.categorical(
-            key, jnp.where(self._kept(in_order), in_order, -math.inf)
+        logits = logits / self.temperature
+        kept = self._kept(jnp.take_along_axis(logits, order, axis=-1))
+        kept = jax.vmap(lambda kept, order: jnp.zeros_like(kept).at[order].set(kept))(
+            kept, order
         )
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(
-            jnp.int32
+        return jnp.where(kept, logits, -math.inf)
+
+    @jax.named_scope("Sampling.verify")
+    def verify(
+        self,
+        logits: Float[Array, "batch 2 vocab"],
+        draft: Int[Array, " batch"],
+        draft_logits: Float[Array, "batch vocab"] | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Bool[Array, " batch"], Int[Array, " batch"]]:
+        """Speculative sampling (Leviathan et al. 2023, algorithm 1).
+
+        A draft stays with the probability of the model over that of the draft, at most
+        1; in the place of another comes one drawn from what the model's probabilities
+        exceed the draft's by. So what comes is distributed as without drafts.
+
+        **Arguments:**
+
+        - `logits`: of the token that was guessed, and of the one after the guess.
+        - `draft`: the guess.
+        - `draft_logits`: what it was drawn from, as `cut` gave it; not used where the
+            likeliest token is taken.
+        - `key`: randomness.
+
+        **Returns:** whether the draft stays, and the token after it, or instead of it.
+        """
+        if self.is_greedy or key is None or draft_logits is None:
+            likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            stays = likeliest[:, 0] == draft
+            return stays, jnp.where(stays, likeliest[:, 1], likeliest[:, 0])
+        accept_key, next_key = jax.random.split(key)
+        now, after = (jax.nn.softmax(self.cut(logits[:, i])) for i in range(2))
+        guessed = jax.nn.softmax(draft_logits)
+        of_model, of_draft = (
+            jnp.take_along_axis(x, draft[:, None], axis=-1)[:, 0]
+            for x in (now, guessed)
         )
+        stays = jax.random.uniform(accept_key, draft.shape) * of_draft < of_model
+        excess = jnp.maximum(now - guessed, 0)
+        # Rounding may leave nothing of two that are the same.
+        excess = jnp.where(jnp.any(excess > 0, axis=-1, keepdims=True), excess, now)
+        weights = jnp.where(stays[:, None], after, excess)
+        following = jax.random.categorical(next_key, jnp.log(weights))
+        return stays, following.astype(jnp.int32)
 
     def _kept(
         self, in_order: Float[Array, "batch vocab"]

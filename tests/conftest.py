@@ -20,6 +20,13 @@ if importlib.util.find_spec("torch") is None:
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Programs on CPU hold memory maps, of which Linux allows a process 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def without_shape_checks():
     """What a user sees who has not asked for the checks of shapes and types."""

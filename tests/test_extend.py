@@ -152,6 +152,31 @@ def test_a_row_that_does_not_advance_keeps_its_state():
         np.testing.assert_array_equal(now, before)
 
 
+@pytest.mark.parametrize("stay", [(0, 5), (2, 4), (3, 0), (1, 1)])
+def test_a_lookahead_keeps_what_it_is_told(stay):
+    seq, lengths = PARTS["by five"]
+    out, caches = in_parts(fresh(), seq, lengths)
+    ahead = np.array(TOKENS[:, 20:25])
+    for row, count in enumerate(stay):
+        ahead[row, count:] = 7  # complete entries that are not to be
+    look = quick_jit(lambda model, *args: model.lookahead(*args))
+    _, lookahead = look(model(), ahead, caches[3])
+    cache = lookahead.keep(np.array(stay))
+    np.testing.assert_array_equal(cache.lengths, np.add(20, stay))
+    for row, count in enumerate(stay):
+        first = 20 + count
+        rest = np.array([TOKENS[row, first : first + seq]] * 2)
+        hidden, _ = extend(model(), rest, cache, np.full(2, seq, np.int32))
+        assert_close(hidden[row], whole()[row, first : first + seq])
+    expected = extend(model(), ahead, caches[3], np.array(stay, np.int32))[1]
+    for kept, other in zip(
+        (*cache.layers.first, *cache.layers.repeated, *cache.layers.last),
+        (*expected.layers.first, *expected.layers.repeated, *expected.layers.last),
+        strict=True,
+    ):
+        assert_close(kept.window_keys, other.window_keys)
+
+
 def test_cache_has_what_is_needed_and_no_more():
     cache = eqx.filter_eval_shape(model().init_cache, 3, CAPACITY)
     entries = pending = keys = 0

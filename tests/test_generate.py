@@ -1,9 +1,11 @@
 """Generation against the whole forward pass and transformers' own."""
 
+import contextlib
 import functools
-import importlib
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from tests.models import pair, random_model, random_tokens, small_config
 
 SMALL = functools.cache(lambda: random_model(small_config()))
 NEW = 7
-module = importlib.import_module("dsv4_eqx.generate")  # the function has its name
 
 
 @functools.cache
@@ -75,20 +76,99 @@ def test_stream_gives_the_same_tokens_one_by_one():
         assert (stopped.tokens[row, count:] == 0).all()
 
 
+@contextlib.contextmanager
+def compilations():
+    """Counts what XLA compiles, of any size."""
+    found, is_on = [], [True]
+
+    def note(event, duration, **_):
+        if is_on[0] and event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    is_on[0] = False
+
+
 @pytest.mark.slow
-def test_other_prompts_and_numbers_compile_nothing_again():
-    greedy((13, 1, 6))
-    prompts = random_tokens(8, 16, 3)
+@pytest.mark.parametrize("speculative", [False, True])
+def test_two_programs_and_none_for_another_prompt(speculative):
+    arguments = dict(max_new_tokens=NEW + speculative, speculative=speculative)
+    model, prompts = SMALL(), random_tokens(8, 16, 4)
+    with compilations() as first:
+        dsv4.generate(model, prompts[:, :13], **arguments)
+    with compilations() as second:
+        dsv4.generate(model, prompts[:, :2], **arguments)
+        dsv4.generate(model, prompts, lengths=np.array([3, 1, 16, 2]), **arguments)
+    assert len(first) == 2
+    assert len(second) == 0
 
-    def compiled():
-        return [
-            function._cache_size()
-            for function in (module._read_part, module._first_state)
-        ]
 
-    before = compiled()
-    dsv4.generate(SMALL(), prompts[:, :14], max_new_tokens=NEW)
-    assert compiled() == before
+@functools.cache
+def two_words():
+    """A model of which a draft is right about as often as not."""
+    up = np.random.default_rng(4).normal(size=SMALL().unembedding.shape[1])
+    weight = np.zeros_like(SMALL().unembedding)
+    weight[3], weight[5] = up, -up
+    return eqx.tree_at(lambda model: model.unembedding, SMALL(), jnp.asarray(weight))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eos", [None, 5])
+@pytest.mark.parametrize("new", [16, 17])
+def test_speculation_gives_the_same_tokens(new, eos):
+    lengths = np.array([13, 1, 6, 2, 9])
+    prompts = random_tokens(5, 13, 5)
+    call = functools.partial(
+        dsv4.generate,
+        two_words(),
+        prompts,
+        max_new_tokens=new,
+        lengths=lengths,
+        eos_id=eos,
+    )
+    plain, out = call(), call(speculative=True)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.lengths, plain.lengths)
+    np.testing.assert_allclose(out.log_probabilities, plain.log_probabilities, 0, 5e-5)
+    assert (np.asarray(out.num_accepted) <= out.num_drafted).all()
+    assert (np.asarray(plain.num_drafted) == 0).all()
+    if eos is None:
+        # Each step gives a token, and another one where the draft was right.
+        accepted, drafted = np.asarray(out.num_accepted), np.asarray(out.num_drafted)
+        assert 0.2 < accepted.sum() / drafted.sum() < 0.9
+        assert ((1 + drafted + accepted == new) | (2 + drafted + accepted == new)).all()
+    # Both go on alike from what they keep.
+    np.testing.assert_array_equal(out.cache.lengths, plain.cache.lengths)
+    last = jnp.stack([row[n - 1] for row, n in zip(plain.tokens, plain.lengths)])
+    hidden = [two_words().extend(last[:, None], x.cache)[0] for x in (plain, out)]
+    np.testing.assert_allclose(*hidden, rtol=0, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_speculation_streams_the_same_tokens():
+    prompts = random_tokens(5, 13, 5)
+    arguments = dict(max_new_tokens=17, speculative=True)
+    out = dsv4.generate(two_words(), prompts, **arguments)
+    stream = np.stack(list(dsv4.generate_stream(two_words(), prompts, **arguments)), 1)
+    for row, tokens in zip(stream, out.tokens):
+        np.testing.assert_array_equal(row[row >= 0], tokens)
+    assert (stream >= 0).any(axis=0).all()
+
+
+@pytest.mark.slow
+def test_a_long_prompt_is_read_in_parts_by_both_blocks(monkeypatch):
+    lengths = np.array([41, 17, 33, 3, 40])
+    prompts = random_tokens(5, 41, 5)
+    call = functools.partial(
+        dsv4.generate, two_words(), prompts, max_new_tokens=16, lengths=lengths
+    )
+    at_once = call(speculative=True)
+    monkeypatch.setattr("dsv4_eqx.prompt._LARGEST_PART", 16)
+    in_parts = call(speculative=True)
+    np.testing.assert_array_equal(in_parts.tokens, at_once.tokens)
+    np.testing.assert_array_equal(in_parts.num_accepted, at_once.num_accepted)
+    np.testing.assert_array_equal(call().tokens, at_once.tokens)
 
 
 @pytest.mark.slow
@@ -118,10 +198,15 @@ def test_bad_input_is_refused_before_anything_is_compiled(what):
     changes, message = REFUSALS[what]
     prompts = random_tokens(9, 5, 2)
     arguments = dict(max_new_tokens=NEW) | changes
-    before = module._read_part._cache_size()
-    with pytest.raises(ValueError, match=message):
+    with compilations() as found, pytest.raises(ValueError, match=message):
         dsv4.generate(SMALL(), prompts, **arguments)
-    assert module._read_part._cache_size() == before
+    assert not found
+
+
+def test_speculation_needs_a_prediction_block():
+    model = eqx.tree_at(lambda model: model.mtp, SMALL(), ())
+    with pytest.raises(ValueError, match="has 0 prediction blocks"):
+        dsv4.generate(model, random_tokens(9), max_new_tokens=3, speculative=True)
 
 
 @pytest.mark.slow

@@ -53,6 +53,50 @@ def test_tokens_have_the_distribution_that_is_left(case):
     assert (np.abs(found - expected) <= bound).all(), found
 
 
+DRAFT_LOGITS = np.log(np.array([0.3, 0.1, 0.1, 0.45, 0.05], np.float32))
+NEXT_LOGITS = np.log(np.array([0.1, 0.1, 0.6, 0.1, 0.1], np.float32))
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"temperature": 0.7}])
+def test_speculation_does_not_change_the_distribution(changes):
+    rules = sampling(**changes)
+    rows = [
+        jnp.asarray(np.tile(x, (NUM_DRAWS, 1)))
+        for x in (LOGITS, NEXT_LOGITS, DRAFT_LOGITS)
+    ]
+
+    @jax.jit
+    def draw(rules, now, after, guess, key):
+        draft_key, verify_key = jax.random.split(key)
+        draft = rules(guess, draft_key)
+        logits = jnp.stack([now, after], axis=1)
+        stays, following = rules.verify(logits, draft, rules.cut(guess), verify_key)
+        left = [jax.nn.softmax(rules.cut(x[:1]))[0] for x in (now, after, guess)]
+        return draft, stays, following, left
+
+    draft, stays, following, left = draw(rules, *rows, jax.random.key(3))
+    now, after, guess = np.asarray(left, "f8")
+
+    def assert_drawn_from(tokens, expected):
+        found = np.bincount(tokens, minlength=5) / len(tokens)
+        bound = 4 * np.sqrt(expected * (1 - expected) / len(tokens)) + 1e-6
+        assert (np.abs(found - expected) <= bound).all(), (found, expected)
+
+    assert_drawn_from(np.where(stays, draft, following), now)
+    assert_drawn_from(following[stays], after)
+    # As often as the two distributions overlap.
+    overlap = np.minimum(now, guess).sum()
+    assert abs(np.mean(stays) - overlap) < 4 / np.sqrt(NUM_DRAWS)
+
+
+def test_greedy_speculation_keeps_a_draft_that_is_the_likeliest():
+    greedy = sampling(temperature=0.0, key=None)
+    logits = jnp.array([[[0.0, 2, 1], [5, 1, 3]], [[0.0, 2, 1], [5, 1, 3]]])
+    stays, following = greedy.verify(logits, jnp.array([1, 2]), None, None)
+    assert stays.tolist() == [True, False]
+    assert following.tolist() == [0, 1]
+
+
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equal_ones():
     greedy = sampling(temperature=0.0, key=None)
     logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 1.0, 3.0]])

@@ -16,7 +16,6 @@ from dsv4_eqx.attention.cache import (
     AttentionCache,
     CompressorState,
     positions_after,
-    rows_from,
 )
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.indexer import Indexer
@@ -180,7 +179,7 @@ class Attention(eqx.Module):
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
 
-        **Returns:** the output, and the cache after the new tokens.
+        **Returns:** the output, and the cache with all new tokens; `keep` shortens it.
         """
         check_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
         self = unpacked(self)
@@ -188,7 +187,6 @@ class Attention(eqx.Module):
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
         keys = jnp.concatenate([cache.window_keys, keys], axis=1)
-        window_keys = rows_from(keys, lengths, cache.window_keys.shape[1])
         entries, selection, compressor, indexer = None, None, None, None
         if self.compressor is not None and cache.compressor is not None:
             entries, compressor = self.compressor.extend(
@@ -199,7 +197,7 @@ class Attention(eqx.Module):
                 x, latent, cache.indexer, start, lengths
             )
         out = self.attend(latent, positions, keys, entries, selection)
-        return out, AttentionCache(window_keys, compressor, indexer)
+        return out, AttentionCache(keys, compressor, indexer)
 
     def project_latent(
         self, x: Float[Array, "batch seq dim"]

@@ -3,6 +3,10 @@
 A state is a value: extending it gives another one and leaves the first as it was. Its
 shapes are fixed by a capacity in tokens; each row of a batch is as far as it is. What
 has not been written yet is never looked at, whatever it holds.
+
+Extending first gives a longer state, with the keys and leftovers of all new tokens, of
+which `keep` takes those that stay. Entries need no going back: one that a token too
+many completed is written again before any token can see it.
 """
 
 import equinox as eqx
@@ -23,6 +27,14 @@ class CompressorState(eqx.Module):
     gates: Float[Array, "batch pending series head_dim"]
     entries: Float[Array, "batch entries head_dim"]
 
+    def keep(self, lengths: Int[Array, " batch"], seq: int) -> "CompressorState":
+        """**Arguments:** as for `AttentionCache.keep`."""
+        size = self.values.shape[1] - seq
+        values = rows_from(self.values, lengths, size)
+        return CompressorState(
+            values, rows_from(self.gates, lengths, size), self.entries
+        )
+
 
 class AttentionCache(eqx.Module):
     """The state of one attention layer; the latest key comes last."""
@@ -30,6 +42,23 @@ class AttentionCache(eqx.Module):
     window_keys: Float[Array, "batch keys head_dim"]
     compressor: CompressorState | None
     indexer: CompressorState | None
+
+    def keep(self, lengths: Int[Array, " batch"], seq: int) -> "AttentionCache":
+        """The state after the first of the new tokens.
+
+        **Arguments:**
+
+        - `lengths`: of each row's new tokens, those that stay.
+        - `seq`: new tokens that the state was extended by.
+        """
+        size = self.window_keys.shape[1] - seq
+        compressor, indexer = (
+            None if state is None else state.keep(lengths, seq)
+            for state in (self.compressor, self.indexer)
+        )
+        return AttentionCache(
+            rows_from(self.window_keys, lengths, size), compressor, indexer
+        )
 
 
 def positions_after(

@@ -153,6 +153,8 @@ class Compressor(eqx.Module):
     ) -> tuple[Entries, CompressorState]:
         """All entries so far, with those of the windows that new tokens complete.
 
+        The state that it gives has all new tokens; `keep` shortens it.
+
         **Arguments:**
 
         - `x`: normalised activations of the new tokens, then padding.
@@ -161,16 +163,11 @@ class Compressor(eqx.Module):
         - `lengths`: new tokens of each row.
         """
         ratio, series, _ = self.position_bias.shape
-        seq, pending = x.shape[1], state.values.shape[1]
+        pending = state.values.shape[1]
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
         gates = jnp.concatenate([state.gates, gates], axis=1)
-        state = CompressorState(
-            rows_from(values, lengths, pending),
-            rows_from(gates, lengths, pending),
-            state.entries,
-        )
-        most = -(-seq // ratio)  # windows that may become complete
+        most = -(-x.shape[1] // ratio)  # windows that may become complete
         window = start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
@@ -188,10 +185,9 @@ class Compressor(eqx.Module):
         # A loop of at most one round leaves the entries where they are.
         rounds = jnp.any(is_new).astype(jnp.int32)
         entries = lax.fori_loop(0, rounds, lambda _, e: write(e), state.entries)
-        state = eqx.tree_at(lambda state: state.entries, state, entries)
         index = jnp.arange(1, entries.shape[1] + 1, dtype=jnp.int32)
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
-        return Entries(entries, last_positions), state
+        return Entries(entries, last_positions), CompressorState(values, gates, entries)
 
     def _pool_from(
         self,

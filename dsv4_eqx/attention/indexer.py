@@ -122,7 +122,7 @@ class Indexer(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Selection, CompressorState]:
-        """The selection of new tokens, and the state after them.
+        """The selection of new tokens, and the state with all of them.
 
         **Arguments:**
 

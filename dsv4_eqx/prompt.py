@@ -1,0 +1,138 @@
+"""A prompt through the cache, in parts of few sizes.
+
+So memory is bounded at any length, and another prompt compiles nothing again.
+"""
+
+import functools
+from typing import Final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv4_eqx.model import Cache, DeepSeekV4
+from dsv4_eqx.mtp import MTPCache
+
+_SMALLEST_PART: Final = 16
+_LARGEST_PART: Final = 512
+
+
+class Caches(eqx.Module):
+    """What the model keeps, and the prediction block where it drafts tokens.
+
+    The latter is a token behind: it needs the next one too.
+    """
+
+    model: Cache
+    mtp: MTPCache | None
+
+
+def parts(longest: int) -> list[int]:
+    """Sizes of the parts that a prompt is read in.
+
+    **Arguments:**
+
+    - `longest`: tokens in the longest row.
+    """
+    size = _SMALLEST_PART
+    while size < min(longest, _LARGEST_PART):
+        size *= 2
+    return [size] * -(-longest // size)
+
+
+def read_prompt(
+    model: DeepSeekV4,
+    tokens: Int[np.ndarray, "batch seq"],
+    lengths: Int[np.ndarray, " batch"],
+    capacity: int,
+    drafts: bool,
+) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    """The caches after the prompts, and the streams of each row's last token.
+
+    **Arguments:**
+
+    - `model`: the model.
+    - `tokens`: the prompts' ids, then padding.
+    - `lengths`: ids in each prompt, at least 1.
+    - `capacity`: tokens that there will be room for.
+    - `drafts`: whether the prediction block reads the prompt too.
+    """
+    after, first = None, 0
+    for size in parts(tokens.shape[1]):
+        # One more, which is the last one's next.
+        part = np.zeros((len(tokens), size + 1), np.int32)
+        given = tokens[:, first : first + size + 1]
+        part[:, : given.shape[1]] = given
+        left = lengths - first
+        counts = np.stack([np.clip(n, 0, size) for n in (left, left - 1)])
+        if after is None:
+            after = _read_first(model, part, counts, capacity=capacity, drafts=drafts)
+        else:
+            after = _read_next(model, *after, part, counts)
+        first += size
+    assert after is not None  # a prompt has a token
+    return after
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "drafts"))
+def _read_first(
+    model: DeepSeekV4,
+    part: Int[Array, "batch tokens"],
+    counts: Int[Array, "2 batch"],
+    *,
+    capacity: int,
+    drafts: bool,
+) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    batch, dtype = len(part), model.embedding.dtype
+    mtp = model.mtp[0].init_cache(batch, capacity, dtype) if drafts else None
+    caches = Caches(model.init_cache(batch, capacity), mtp)
+    streams = jnp.zeros((batch, *model.head.base.shape, model.embedding.shape[1]))
+    return _read(model, caches, streams.astype(dtype), part, counts)
+
+
+@functools.partial(jax.jit, donate_argnames=("caches", "last"))
+def _read_next(model, caches, last, part, counts):
+    return _read(model, caches, last, part, counts)
+
+
+def _read(
+    model: DeepSeekV4,
+    caches: Caches,
+    last: Float[Array, "batch streams dim"],
+    part: Int[Array, "batch tokens"],
+    counts: Int[Array, "2 batch"],
+) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    """**Arguments:**
+
+    - `model`, `caches`: before the part.
+    - `last`: the streams of each row's last token so far.
+    - `part`: the tokens, and one more.
+    - `counts`: of each row's tokens here, how many the model reads and, of their
+        successors, how many the prediction block.
+    """
+    streams, cache = model.extend_streams(part[:, :-1], caches.model, counts[0])
+    mtp = caches.mtp
+    if mtp is not None:
+        following = jnp.where(
+            jnp.arange(part.shape[1] - 1) < counts[1][:, None], part[:, 1:], 0
+        )
+        embedded = model.embedding[following]
+        _, mtp = model.mtp[0].extend(streams, embedded, following, mtp, counts[1])
+    has_new = (counts[0] > 0)[:, None, None]
+    return Caches(cache, mtp), jnp.where(has_new, last_of(streams, counts[0]), last)
+
+
+def last_of(
+    x: Float[Array, "batch seq *channels"], lengths: Int[Array, " batch"]
+) -> Float[Array, "batch ..."]:
+    """Each row's last token.
+
+    **Arguments:**
+
+    - `x`: of tokens, then padding.
+    - `lengths`: tokens of each row; of none, the first is taken.
+    """
+    index = jnp.maximum(lengths - 1, 0)
+    return jax.vmap(lambda row, i: row[i])(x, index)

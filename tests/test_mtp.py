@@ -1,0 +1,44 @@
+"""The prediction block on its own cache, against the whole sequence at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
+
+quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+
+
+def test_any_parts_give_what_the_whole_gives():
+    model, tokens = random_model(small_config()), random_tokens(3)
+
+    @quick_jit
+    def whole(model, tokens):
+        return model.streams(tokens)[:, :-1], model.multi_token_logits(tokens)[1]
+
+    @quick_jit
+    def extend(model, streams, tokens, cache, lengths):
+        mtp, embedded = model.mtp[0], model.embedding[tokens]
+        hidden, cache = mtp.extend(streams, embedded, tokens, cache, lengths)
+        return model.unembed(hidden), cache
+
+    streams, expected = map(np.asarray, whole(model, tokens))
+    following = tokens[:, 1:]
+    cache = model.mtp[0].init_cache(2, LENGTH, jnp.float32)
+    found, done = np.full_like(expected, np.nan), np.zeros(2, int)
+    for counts in [(5, 3), (0, 7), (4, 4), (7, 0)] + [(7, 7)] * 6:
+        lengths = np.minimum(counts, LENGTH - 1 - done)
+        part = np.zeros((2, 7), np.int32)
+        padded = np.full((2, 7, *streams.shape[2:]), 1e3, np.float32)
+        for row, (first, count) in enumerate(zip(done, lengths)):
+            part[row, :count] = following[row, first : first + count]
+            padded[row, :count] = streams[row, first : first + count]
+        logits, cache = extend(model, padded, part, cache, lengths.astype(np.int32))
+        for row, (first, count) in enumerate(zip(done, lengths)):
+            found[row, first : first + count] = logits[row, :count]
+        done += lengths
+    assert (done == LENGTH - 1).all()
+    np.testing.assert_array_equal(cache.lengths, done)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
