@@ -41,13 +41,12 @@ from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
 from dsv4_eqx.config import Config as Config
 from dsv4_eqx.costs import flops_per_token as flops_per_token
 from dsv4_eqx.costs import num_active_params as num_active_params
-from dsv4_eqx.generate import Generated as Generated
-from dsv4_eqx.generate import generate as generate
-from dsv4_eqx.generate import generate_stream as generate_stream
+from dsv4_eqx.generation.generate import Generated as Generated
+from dsv4_eqx.generation.generate import generate as generate
+from dsv4_eqx.generation.generate import generate_stream as generate_stream
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead
 from dsv4_eqx.layers import Layers as Layers
-from dsv4_eqx.model import MTP as MTP
 from dsv4_eqx.model import Cache as Cache
 from dsv4_eqx.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.moe.experts import Experts as Experts
@@ -55,6 +54,7 @@ from dsv4_eqx.moe.experts import SharedExpert as SharedExpert
 from dsv4_eqx.moe.moe import MoE as MoE
 from dsv4_eqx.moe.router import HashRouter as HashRouter
 from dsv4_eqx.moe.router import TopKRouter as TopKRouter
+from dsv4_eqx.mtp import MTP as MTP
 from dsv4_eqx.primitives.linear import GroupedLinear as GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm as RMSNorm
 from dsv4_eqx.primitives.norm import UnweightedRMSNorm as UnweightedRMSNorm

@@ -4,8 +4,8 @@
         [--learning-rate 3e-3] [--new-tokens 256] [--plot LOSS.png]
 
 Without a file it learns this package's own source, byte by byte. The prediction block
-learns the token after next; afterwards it drafts tokens, and what part of them stays and
-how much faster that makes decoding is told for text that was not trained on.
+learns the token after next; then it drafts tokens, and what part of them stays and how
+much faster that makes decoding is told for text that was not trained on.
 
 It needs optax, which the extra `train` installs; `--plot` needs matplotlib.
 """

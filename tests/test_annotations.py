@@ -23,10 +23,13 @@ from jax.sharding import PartitionSpec as P
 import dsv4_eqx as dsv4
 from dsv4_eqx.attention.attend import Entries
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState
-from dsv4_eqx.generate import Generated, State
-from dsv4_eqx.model import Cache
+from dsv4_eqx.generation.generate import Generated
+from dsv4_eqx.generation.prompt import Caches
+from dsv4_eqx.generation.sampling import Sampling
+from dsv4_eqx.generation.steps import Draft, State
+from dsv4_eqx.model import Cache, Lookahead
+from dsv4_eqx.mtp import MTPCache
 from dsv4_eqx.primitives.packed import PackedWeight
-from dsv4_eqx.sampling import Sampling
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.shard import parallelize
 from dsv4_eqx.sharding.tensor import SummedOver
@@ -40,6 +43,9 @@ OF_ACTIVATIONS = {
     Cache: {"batch"},
     Generated: {"batch", "new"},
     State: {"batch"},
+    Draft: {"batch"},
+    Lookahead: {"batch"},
+    MTPCache: {"batch"},
 }
 # What it stands for decides.
 OF_THE_FIELD_THAT_HOLDS_IT = {PackedWeight: {"..."}}
@@ -78,8 +84,13 @@ def trees():
     cache = model().init_cache(3, 50)
     cache = eqx.tree_at(lambda c: c.layers.repeated, cache, ())  # those are stacked
     ids, numbers = jnp.zeros((3, 5), jnp.int32), jnp.zeros((3, 5))
-    generated = Generated(ids, ids[:, 0], numbers, cache)
-    state = State(cache, ids[:, 0], numbers[:, 0], ids[:, 0] == 1, None)
+    one = ids[:, 0]
+    generated = Generated(ids, one, numbers, cache, one, one)
+    mtp = model().mtp[0].init_cache(3, 50, jnp.float32)
+    draft = Draft(mtp, one, jnp.zeros((3, T.vocab_size)), one, one)
+    lookahead = Lookahead(one, cache.layers, 2, cache.capacity)
+    state = State(cache, one, one, one == 1, jax.random.key(0), draft)
+    caches = Caches(cache, mtp)
     sampling = Sampling(
         "call", temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, key=None
     )
@@ -89,7 +100,7 @@ def trees():
         parallel_model(),
         entries(),
         packed(),
-        (generated, state, sampling),
+        (generated, state, sampling, lookahead, caches),
     ]
 
 

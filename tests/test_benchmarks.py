@@ -1,18 +1,14 @@
 """The benchmarks run and find that both sides compute the same."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
+from tests.commands import ROOT, run_python
+
 pytest.importorskip("torch")
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 def last_row(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python(ROOT / "benchmarks" / script, *arguments, warnings="default")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

@@ -2,21 +2,17 @@
 
 import functools
 import math
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.commands import ROOT, run_python
+
 EXAMPLE = ROOT / "examples" / "sharded_block.py"
 
 
 def run(*args):
-    """Warnings are errors there too."""
-    command = [sys.executable, "-W", "error", str(EXAMPLE), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run_python(EXAMPLE, *args)
 
 
 @functools.cache

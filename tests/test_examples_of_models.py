@@ -1,27 +1,21 @@
 """The examples that load a checkpoint and continue a text, as a user runs them."""
 
-import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import dsv4_eqx as dsv4
 from tests.checkpoint.saving import one_layer
+from tests.commands import ROOT, run_python
 from tests.models import random_tensors
 from tests.official import write_release
 
-ROOT = pathlib.Path(__file__).parent.parent
 NANO = ROOT / "tests" / "data" / "nano-release"
 
 
 def run(example, *args):
-    """Warnings are errors there too."""
-    path = ROOT / "examples" / example
-    command = [sys.executable, "-W", "error", str(path), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return run_python(ROOT / "examples" / example, *args)
 
 
 @pytest.mark.slow
@@ -67,3 +61,18 @@ def test_example_continues_a_text():
     out = dsv4.generate(model, prompt, max_new_tokens=5)
     assert done.stdout.startswith("One, two," + tokenizer.decode(out.tokens[0]))
     assert "5 tokens, " in done.stdout
+
+
+@pytest.mark.slow
+def test_example_trains_and_speculates(tmp_path):
+    pytest.importorskip("optax")
+    text = tmp_path / "text"
+    text.write_text("to be or not to be, that is the question. " * 40)
+    sizes = "--steps 3 --batch 2 --length 24 --new-tokens 9".split()
+    done = run("train.py", "--text", text, *sizes)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    losses = re.findall(r"next ([\d.]+), after next ([\d.]+)", done.stdout)
+    assert [len(losses), float(losses[-1][0]) < float(losses[0][0])] == [2, True]
+    assert re.search(
+        r"\d+% of the drafts stayed; the tokens are the same: True", done.stdout
+    )

@@ -1,15 +1,13 @@
 """The package as installed: what the README says, what it ships and what it imports."""
 
 import importlib.resources
-import pathlib
 import re
-import subprocess
-import sys
 import tomllib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.commands import ROOT, run_python
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -25,9 +23,8 @@ FOR_TESTS = names_of(EXTRAS["test"] + EXTRAS["check"]) - {"dsv4_eqx"}
 
 
 def run(script):
-    """A script in a fresh interpreter; warnings are errors."""
-    command = [sys.executable, "-W", "error", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """What a program prints that must succeed."""
+    done = run_python("-c", script)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -29,9 +29,9 @@ MAY_IMPORT = {
     "block": (*BELOW_BLOCK, "hyper_connection", "attention", "moe"),
     "layers": (*BELOW_BLOCK, "attention", "block"),
     "inputs": (),
-    "sampling": ("checks",),
-    "generate": (*BELOW_MODEL, "inputs", "model", "sampling"),
-    "model": (*BELOW_MODEL, "inputs"),
+    "mtp": (*BELOW_BLOCK, "hyper_connection", "attention", "block"),
+    "model": (*BELOW_MODEL, "inputs", "mtp"),
+    "generation": (*BELOW_MODEL, "inputs", "mtp", "model"),
     # Each device reads what it needs; a description tells what a token costs.
     "checkpoint": (*BELOW_MODEL, "model", "costs", "sharding"),
     "tokenizer": ("checks", "checkpoint"),
@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "__init__": (
         *BELOW_MODEL,
         "costs",
+        "mtp",
         "model",
-        "generate",
+        "generation",
         "checkpoint",
         "sharding",
         "tokenizer",

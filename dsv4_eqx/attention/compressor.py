@@ -171,9 +171,10 @@ class Compressor(eqx.Module):
         window = start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
-        def write(entries: Array) -> Array:
+        def write(i: Array, entries: Array) -> Array:
             tokens = (most + series - 1) * ratio
-            begin = pending - ratio * (series - 1) - start % ratio
+            # With i, which is 0, XLA does not pool before it knows whether to.
+            begin = pending - ratio * (series - 1) - start % ratio + i
             position = (start // ratio - (series - 1)) * ratio
             position = position[:, None] + jnp.arange(tokens, dtype=start.dtype)
             pooled = self._pool_from(values, gates, begin, position)
@@ -184,7 +185,7 @@ class Compressor(eqx.Module):
 
         # A loop of at most one round leaves the entries where they are.
         rounds = jnp.any(is_new).astype(jnp.int32)
-        entries = lax.fori_loop(0, rounds, lambda _, e: write(e), state.entries)
+        entries = lax.fori_loop(0, rounds, write, state.entries)
         index = jnp.arange(1, entries.shape[1] + 1, dtype=jnp.int32)
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
         return Entries(entries, last_positions), CompressorState(values, gates, entries)

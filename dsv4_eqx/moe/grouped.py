@@ -22,6 +22,10 @@ from dsv4_eqx.primitives.varying import alike
 # Rows in a block, as many large ones as fit first. Small blocks waste fewer rows at a
 # group's end, large ones multiply faster and add to the weights' gradient less often.
 _BLOCKS: Final = (128, 32)
+# Where groups have hardly more on average, as in decoding. A product with a vector
+# reads the matrix as it lies; with more of them, XLA on CPU rearranges it first.
+_FEW: Final = 8
+_BLOCKS_OF_FEW: Final = (_FEW, 1)
 
 
 def grouped_swiglu(
@@ -163,14 +167,20 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True
 
     def run_block(block, matrices, outputs, sums):
         gate_up, down = matrices
-        before = jnp.einsum("ri,hi->rh", block.take(rows), gate_up)
+        before = _multiply(block.take(rows), gate_up)
         hidden = _activate(before, block.take(weights), limit).astype(rows.dtype)
-        out = jnp.einsum("rh,oh->ro", hidden, down)
+        out = _multiply(hidden, down)
         return tuple(map(block.put, outputs, (out, before))), sums
 
     widths = (rows.shape[1], gate_up.shape[1]) if keep else (rows.shape[1],)
     outputs = tuple(jnp.zeros_like(rows, shape=(len(rows), n)) for n in widths)
     return _over_filled_groups(run_block, (gate_up, down), group_sizes, outputs)
+
+
+def _multiply(rows: Array, matrix: Array) -> Array:
+    if len(rows) == 1:
+        return (matrix @ rows[0])[None]
+    return jnp.einsum("ri,oi->ro", rows, matrix)
 
 
 def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
@@ -199,9 +209,10 @@ def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, li
     sums = zeros(gate_up), zeros(down)
 
     def run_group(outputs, group):
-        matrices, start, end = group
-        return _over_blocks(run_block, matrices, start, end, outputs, sums)
+        own, start, end = group
+        return _over_blocks(run_block, own, start, end, outputs, sums, blocks)
 
+    blocks = _block_sizes(len(rows), len(sizes))
     groups = (gate_up, down), *_bounds(sizes)
     outputs, sums = lax.scan(run_group, outputs, groups)
     return *outputs, *sums
@@ -226,15 +237,24 @@ def _over_filled_groups(
     **Arguments:** as for `_over_blocks`, of all groups; `group_sizes`: rows of each.
     """
     filled = jnp.argsort(group_sizes == 0, stable=True)
+    num_rows = len(jax.tree.leaves(outputs)[0])
+    blocks = _block_sizes(num_rows, len(group_sizes))
     groups = matrices, *_bounds(group_sizes)
 
     def run_group(i, outputs):
         own, start, end = jax.tree.map(
             lambda x: lax.dynamic_index_in_dim(x, filled[i], keepdims=False), groups
         )
-        return _over_blocks(run_block, own, start, end, outputs, ())[0]
+        return _over_blocks(run_block, own, start, end, outputs, (), blocks)[0]
 
     return lax.fori_loop(0, jnp.sum(group_sizes > 0), run_group, outputs)
+
+
+def _block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
+    """Rows in the blocks that run one after another, the largest first."""
+    *large, small = _BLOCKS_OF_FEW if num_rows <= _FEW * num_groups else _BLOCKS
+    # A block of all rows is the same in every round: XLA would always run it once.
+    return *(n for n in large if n < num_rows), min(small, num_rows)
 
 
 def _over_blocks(
@@ -244,6 +264,7 @@ def _over_blocks(
     end: Int[Array, ""],
     outputs: PyTree[Shaped[Array, "rows ..."]],
     sums: PyTree[Array],
+    blocks: tuple[int, ...],
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """Runs over one group's rows, a block at a time.
 
@@ -255,15 +276,17 @@ def _over_blocks(
     - `start`, `end`: its rows.
     - `outputs`: what the blocks write their rows to.
     - `sums`: what the group starts from.
+    - `blocks`: rows in each; as many large ones as fit, then smaller ones, of which
+        the last may have rows that are not the group's.
 
     **Returns:** the outputs and the group's sums.
     """
     matrices = unpacked(matrices)
     state = outputs, sums
     num_rows = jax.tree.leaves(outputs)[0].shape[0]
-    *large, small = sorted({min(n, num_rows) for n in _BLOCKS}, reverse=True)
-    for size in (*large, small):
-        count = -(-(end - start) // size) if size == small else (end - start) // size
+    for size in blocks:
+        left = end - start
+        count = -(-left // size) if size == blocks[-1] else left // size
 
         def run(i, state, first=start, size=size):
             first = first + i * size

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx.sampling import Sampling, stop_ids
+from dsv4_eqx.generation.sampling import Sampling, stop_ids
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 NUM_DRAWS = 40_000

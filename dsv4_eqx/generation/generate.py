@@ -16,11 +16,11 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from dsv4_eqx.checks import check_flag, is_int, refusal
+from dsv4_eqx.generation.prompt import Caches, parts, read_prompt
+from dsv4_eqx.generation.sampling import Sampling, stop_ids
+from dsv4_eqx.generation.steps import Chosen, Draft, Rules, State, start, step
 from dsv4_eqx.inputs import Lengths, TokenIds, check_lengths, check_token_ids
 from dsv4_eqx.model import Cache, DeepSeekV4
-from dsv4_eqx.prompt import Caches, parts, read_prompt
-from dsv4_eqx.sampling import Sampling, stop_ids
-from dsv4_eqx.steps import Chosen, Draft, Rules, State, start, step
 
 
 class Generated(eqx.Module):
