@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from dsv4_eqx.primitives.packed import PackedWeight, is_packed, unpacked
-from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.precision import at_least_float32, wide_dtype
 from dsv4_eqx.primitives.varying import alike
 
 # Rows in a block, as many large ones as fit first. Small blocks waste fewer rows at a
@@ -169,8 +169,8 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True
         gate_up, down = matrices
         before = _multiply(block.take(rows), gate_up)
         hidden = _activate(before, block.take(weights), limit).astype(rows.dtype)
-        out = _multiply(hidden, down)
-        return tuple(map(block.put, outputs, (out, before))), sums
+        new = (x.astype(rows.dtype) for x in (_multiply(hidden, down), before))
+        return tuple(map(block.put, outputs, new)), sums
 
     widths = (rows.shape[1], gate_up.shape[1]) if keep else (rows.shape[1],)
     outputs = tuple(jnp.zeros_like(rows, shape=(len(rows), n)) for n in widths)
@@ -178,9 +178,13 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True
 
 
 def _multiply(rows: Array, matrix: Array) -> Array:
+    """Each row through the matrix; at least float32, whatever the block's size."""
+    product = functools.partial(
+        jnp.einsum, preferred_element_type=wide_dtype(rows.dtype)
+    )
     if len(rows) == 1:
-        return (matrix @ rows[0])[None]
-    return jnp.einsum("ri,oi->ro", rows, matrix)
+        return product("oi,i->o", matrix, rows[0])[None]
+    return product("ri,oi->ro", rows, matrix)
 
 
 def _blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
