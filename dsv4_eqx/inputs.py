@@ -73,36 +73,53 @@ def _check_array(tokens: Any) -> None:
         )
 
 
-def check_lengths(lengths: Lengths | None, tokens: TokenIds) -> Lengths:
+def check_lengths(
+    lengths: Lengths | None, tokens: TokenIds, call: str = "extend"
+) -> Lengths:
     """`lengths` as int32, checked as far as they are known; whole rows for None.
 
     **Arguments:**
 
     - `lengths`: tokens of each row that are meant.
     - `tokens`: token ids, and padding after them.
+    - `call`: what the user called.
 
     **Raises:** ValueError if the tokens are no such array, there is not an integer for
     each row, or, unless traced, one of them is outside `[0, seq]`.
     """
     _check_array(tokens)
-    batch, seq = tokens.shape
-    if lengths is None:
-        return np.full(batch, seq, np.int32)
+    whole = np.full(tokens.shape[0], tokens.shape[1], np.int32)
+    return whole if lengths is None else check_counts(call, lengths, whole)
+
+
+def check_counts(call: str, lengths: Lengths, most: Lengths) -> Lengths:
+    """`lengths` as int32, checked as far as they are known.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `lengths`: tokens of each row that are meant.
+    - `most`: tokens that each row has.
+
+    **Raises:** ValueError if there is not an integer for each row, or, unless traced,
+    one of them is outside `[0, most]`.
+    """
     is_array = isinstance(lengths, jax.Array | np.ndarray)
     if not is_array or not jnp.issubdtype(lengths.dtype, jnp.integer):
         found = lengths.dtype if is_array else type(lengths).__name__
-        raise ValueError(f"lengths must be an array of integers, not {found}.")
-    if lengths.shape != (batch,):
+        raise ValueError(f"{call}: lengths must be an array of integers, not {found}.")
+    if lengths.shape != most.shape:
         raise ValueError(
-            f"lengths must be one for each of the {batch} rows, not of the shape "
-            f"{lengths.shape}."
+            f"{call}: lengths must be one for each of the {len(most)} rows, not of the "
+            f"shape {lengths.shape}."
         )
-    if are_known(lengths):
-        known = np.asarray(lengths)
-        outside = np.flatnonzero((known < 0) | (known > seq))
+    if are_known(lengths, most):
+        known, limits = np.asarray(lengths), np.asarray(most)
+        outside = np.flatnonzero((known < 0) | (known > limits))
         if len(outside) > 0:
             row = int(outside[0])
             raise ValueError(
-                f"lengths[{row}] is {known[row]}: the row has 0 to {seq} tokens."
+                f"{call}: lengths[{row}] is {known[row]}: the row has 0 to "
+                f"{limits[row]} tokens."
             )
     return lengths.astype(jnp.int32)

@@ -20,6 +20,7 @@ from dsv4_eqx.inputs import (
     Lengths,
     TokenIds,
     are_known,
+    check_counts,
     check_lengths,
     check_token_ids,
 )
@@ -44,8 +45,9 @@ class Lookahead(eqx.Module):
     """The state of the model with new tokens of which only the first may stay."""
 
     before: Int32[Array, " batch"]  # tokens of each row without the new ones
+    lengths: Int32[Array, " batch"]  # new tokens of each row
     layers: LayersCache
-    seq: int = eqx.field(static=True)  # new tokens
+    seq: int = eqx.field(static=True)  # room for new tokens
     capacity: int = eqx.field(static=True)
 
     def keep(self, lengths: Lengths) -> Cache:
@@ -55,7 +57,11 @@ class Lookahead(eqx.Module):
 
         - `lengths`: of each row's new tokens, those that stay: 0 to as many as
             `lookahead` was told of.
+
+        **Raises:** ValueError if there is not an integer for each row, or one of them
+        is out of its range, which is not checked under `jit`.
         """
+        lengths = check_counts("Lookahead.keep", lengths, self.lengths)
         lengths = jnp.asarray(lengths, jnp.int32)
         layers = self.layers.keep(lengths, self.seq)
         return Cache(self.before + lengths, layers, self.capacity)
@@ -226,7 +232,7 @@ class DeepSeekV4(eqx.Module):
             keep=False,
         )
         seq = token_ids.shape[1]
-        return streams, Lookahead(cache.lengths, layers, seq, cache.capacity)
+        return streams, Lookahead(cache.lengths, lengths, layers, seq, cache.capacity)
 
     @jax.named_scope("unembed")
     def unembed(

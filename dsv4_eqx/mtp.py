@@ -7,6 +7,7 @@ tokens for speculative decoding.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
@@ -14,6 +15,7 @@ from dsv4_eqx.attention.cache import AttentionCache
 from dsv4_eqx.block import Block
 from dsv4_eqx.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
+from dsv4_eqx.inputs import check_counts
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.packed import unpacked
 from dsv4_eqx.primitives.product import project
@@ -112,7 +114,13 @@ class MTP(eqx.Module):
         - `streams`, `embedded`, `token_ids`: as for calling, then padding.
         - `cache`: from `init_cache` or another call.
         - `lengths`: new tokens of each row.
+
+        **Raises:** ValueError if there is not an integer for each row, or one of them
+        is outside `[0, seq]`, which is not checked under `jit`.
         """
+        batch, seq = token_ids.shape
+        counts = check_counts("MTP.extend", lengths, np.full(batch, seq))
+        lengths = jnp.asarray(counts)
         streams, attention = self.block.extend(
             self._join(streams, embedded),
             token_ids,
@@ -120,7 +128,7 @@ class MTP(eqx.Module):
             cache.lengths,
             lengths,
         )
-        attention = attention.keep(lengths, token_ids.shape[1])
+        attention = attention.keep(lengths, seq)
         cache = MTPCache(cache.lengths + lengths, attention)
         return self.norm(self.head(streams)), cache
 

@@ -244,6 +244,34 @@ def test_bad_input_is_refused_before_anything_is_compiled(what, without_shape_ch
         model().extend(*arguments(fresh()))
 
 
+BAD_COUNTS = {
+    "more than there are": (np.array([1, 4]), r"lengths\[1\] is 4: .* 0 to 3 tokens"),
+    "more than were meant": (np.array([3, 0]), r"lengths\[0\] is 3: .* 0 to 2 tokens"),
+    "fewer than none": (np.array([0, -1]), r"lengths\[1\] is -1"),
+    "of another batch": (np.array([1]), "each of the 2 rows"),
+    "of two dimensions": (np.array([[1, 1]]), "each of the 2 rows"),
+    "floats": (np.ones(2, np.float32), "integers, not float32"),
+    "booleans": (np.ones(2, bool), "integers, not bool"),
+    "a list": ([1, 1], "integers, not list"),
+    "a number": (1, "integers, not int"),
+}
+
+
+@functools.cache
+def lookahead():
+    """With two new tokens in row 0, and three in row 1."""
+    look = quick_jit(lambda model, *args: model.lookahead(*args)[1])
+    return look(model(), SOME, fresh(), np.array([2, 3], np.int32))
+
+
+@pytest.mark.parametrize("what", BAD_COUNTS)
+def test_a_lookahead_keeps_no_tokens_that_there_are_not(what, without_shape_checks):
+    counts, message = BAD_COUNTS[what]
+    with pytest.raises(ValueError, match="Lookahead.keep: .*" + message):
+        lookahead().keep(counts)
+    np.testing.assert_array_equal(lookahead().keep(np.array([2, 3])).lengths, [2, 3])
+
+
 @pytest.mark.parametrize(
     "batch, capacity", [(0, 5), (2, 0), (2, 1025), (2.0, 5), (True, 5), (2, -1)]
 )

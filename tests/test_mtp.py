@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
 
@@ -42,3 +43,16 @@ def test_any_parts_give_what_the_whole_gives():
     assert (done == LENGTH - 1).all()
     np.testing.assert_array_equal(cache.lengths, done)
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+
+
+def test_counts_that_cannot_be_are_refused(without_shape_checks):
+    model = random_model(small_config())
+    streams = np.zeros((2, 3, *model.head.base.shape, 60), np.float32)
+    tokens, cache = np.zeros((2, 3), np.int32), model.mtp[0].init_cache(2, 9, "float32")
+    for counts, message in (
+        (np.array([3, 4]), r"lengths\[1\] is 4: the row has 0 to 3 tokens"),
+        (np.array([1, 2, 3]), "each of the 2 rows"),
+        (None, "integers, not NoneType"),
+    ):
+        with pytest.raises(ValueError, match="MTP.extend: .*" + message):
+            model.mtp[0].extend(streams, streams[:, :, 0], tokens, cache, counts)

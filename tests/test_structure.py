@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "block": (*BELOW_BLOCK, "hyper_connection", "attention", "moe"),
     "layers": (*BELOW_BLOCK, "attention", "block"),
     "inputs": (),
-    "mtp": (*BELOW_BLOCK, "hyper_connection", "attention", "block"),
+    "mtp": (*BELOW_BLOCK, "hyper_connection", "attention", "block", "inputs"),
     "model": (*BELOW_MODEL, "inputs", "mtp"),
     "generation": (*BELOW_MODEL, "inputs", "mtp", "model"),
     # Each device reads what it needs; a description tells what a token costs.
