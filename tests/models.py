@@ -10,10 +10,25 @@ from dsv4_eqx import from_state_dict
 from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.primitives.rotary import YarnScaling
 from tests.tiny import tiny_config
 
 T = tiny_config()
 LENGTH = 41  # ten CSA entries for an index_topk of 5, two HCA entries and a rest
+# Configuration M, the real rates, window and index_topk at tiny widths: from token
+# 2,052 on, CSA sees more entries than it selects.
+M = tiny_config(
+    num_hidden_layers=4,
+    sliding_window=128,
+    layer_types=(SLIDING, HCA, CSA, CSA),
+    compress_ratios=(0, 128, 4, 4),
+    mlp_layer_types=(HASH_MOE, TOPK_MOE, TOPK_MOE, TOPK_MOE),
+    index_n_heads=32,
+    index_topk=512,
+    rope_scaling=YarnScaling(16.0, 256),
+    max_position_embeddings=4096,
+    num_nextn_predict_layers=0,
+)
 # Compiles in a quarter of the time; LLVM's optimisation changes nothing tested with it.
 QUICKLY = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 12):
@@ -24,12 +39,12 @@ forward_once = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUI
 
 
 @functools.cache
-def pair(seed):
+def pair(seed, config=T):
     """transformers' model and ours with the same weights."""
     from tests.reference import ours, reference_model  # needs torch
 
-    reference = reference_model(T, seed)
-    return reference, ours(T, reference)
+    reference = reference_model(config, seed)
+    return reference, ours(config, reference)
 
 
 def small_config(**changes):

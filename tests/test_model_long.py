@@ -10,25 +10,10 @@ import torch
 
 from dsv4_eqx import Config
 from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, KIND_OF_RATIO, SLIDING, TOPK_MOE
-from dsv4_eqx.primitives.rotary import YarnScaling
-from tests.models import forward, forward_once, random_tokens, streams_by_layer
-from tests.reference import ours, reference_model
+from dsv4_eqx.hf_config import KIND_OF_RATIO
+from tests.models import M, forward, forward_once, pair, random_tokens, streams_by_layer
 from tests.tiny import tiny_config
 
-# Configuration M: from token 2,052 on, CSA sees more entries than it selects.
-M = tiny_config(
-    num_hidden_layers=4,
-    sliding_window=128,
-    layer_types=(SLIDING, HCA, CSA, CSA),
-    compress_ratios=(0, 128, 4, 4),
-    mlp_layer_types=(HASH_MOE, TOPK_MOE, TOPK_MOE, TOPK_MOE),
-    index_n_heads=32,
-    index_topk=512,
-    rope_scaling=YarnScaling(16.0, 256),
-    max_position_embeddings=4096,
-    num_nextn_predict_layers=0,
-)
 LENGTH = 2304
 BOUNDARIES = (1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 131, 132, 133, 255, 256, 257)
 BOUNDARIES += (511, 512, 513, 2047, 2048, 2049, 2052)
@@ -36,12 +21,7 @@ SEEDS = (0, 1, 2, 3, 5)  # without close choices, as the first test checks
 
 
 by_layer = jax.jit(streams_by_layer)
-
-
-@functools.cache
-def pair(seed=0):
-    reference = reference_model(M, seed)
-    return reference, ours(M, reference)
+extend = jax.jit(lambda model, *args: model.extend(*args), donate_argnums=2)
 
 
 @functools.cache
@@ -51,13 +31,13 @@ def tokens(seed=0):
 
 @functools.cache
 def whole(seed=0):
-    return np.asarray(forward(pair(seed)[1], tokens(seed)))
+    return np.asarray(forward(pair(seed, M)[1], tokens(seed)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_long_logits_and_layers_equal_those_of_transformers(seed):
-    reference, model = pair(seed)
+    reference, model = pair(seed, M)
     gaps, layers = [], []
     handles = [
         layer.register_forward_hook(lambda module, inputs, out: layers.append(out))
@@ -93,7 +73,7 @@ def selection_gap(scores):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", BOUNDARIES)
 def test_truncating_long_tokens_truncates_the_logits(length):
-    part = np.asarray(forward_once(pair()[1], tokens()[:, :length]))
+    part = np.asarray(forward_once(pair(0, M)[1], tokens()[:, :length]))
     np.testing.assert_allclose(part, whole()[:, :length], rtol=0, atol=5e-5)
 
 
@@ -102,9 +82,37 @@ def test_truncating_long_tokens_truncates_the_logits(length):
 def test_long_logits_before_a_changed_token_keep_every_bit(changed):
     other = tokens().copy()
     other[:, changed] = (other[:, changed] + 1) % M.vocab_size
-    after = np.asarray(forward(pair()[1], other))
+    after = np.asarray(forward(pair(0, M)[1], other))
     np.testing.assert_array_equal(after[:, :changed], whole()[:, :changed])
     assert (after[:, changed] != whole()[:, changed]).any()
+
+
+def parts_of(length, most):
+    """A prompt of this length, two tokens alone and the rest, by at most some."""
+    sizes = length, 1, 1, LENGTH - length - 2
+    return [min(most, size - i) for size in sizes for i in range(0, size, most)]
+
+
+@pytest.mark.slow
+def test_long_prompts_and_what_follows_give_what_the_whole_gives():
+    """One row for each length of prompt: the rows are never in phase."""
+    model, most, batch = pair(0, M)[1], 288, len(BOUNDARIES)
+    parts = [parts_of(length, most) for length in BOUNDARIES]
+    assert {len(part) for part in parts} == {11}
+    cache, done = model.init_cache(batch, LENGTH), np.zeros(batch, int)
+    hidden = np.full((batch, LENGTH, M.hidden_size), np.nan, np.float32)
+    for counts in np.array(parts).T:
+        padded = np.full((batch, most), -1, np.int32)
+        for row, (first, count) in enumerate(zip(done, counts)):
+            padded[row, :count] = tokens()[0, first : first + count]
+        out, cache = extend(model, padded, cache, counts.astype(np.int32))
+        for row, (first, count) in enumerate(zip(done, counts)):
+            hidden[row, first : first + count] = out[row, :count]
+        done += counts
+    np.testing.assert_array_equal(done, LENGTH)
+    logits = np.asarray(jax.jit(lambda model, x: model.unembed(x))(model, hidden))
+    expected = np.broadcast_to(whole(), logits.shape)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5)
 
 
 def pro_program(num_layers):
