@@ -12,7 +12,7 @@ import torch
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.hf_config import CSA, TOPK_MOE
-from tests.models import QUICKLY, pair, random_model, random_tokens, small_config
+from tests.models import QUICKLY, M, pair, random_model, random_tokens, small_config
 
 SMALL = functools.cache(lambda: random_model(small_config()))
 NEW = 7
@@ -217,6 +217,23 @@ def test_speculation_needs_a_prediction_block():
         dsv4.generate(model, random_tokens(9), max_new_tokens=3, speculative=True)
 
 
+def of_transformers(reference, prompts, new=64):
+    """Greedy tokens after prompts of one length."""
+    ids, threads = torch.tensor(prompts).long(), torch.get_num_threads()
+    torch.set_num_threads(1)  # so small sums wait for one another's threads
+    with torch.no_grad():
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),  # or it takes 0 for padding
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    torch.set_num_threads(threads)
+    return out[:, prompts.shape[1] :].numpy()
+
+
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers():
     reference, model = pair(0)
@@ -224,14 +241,18 @@ def test_greedy_tokens_are_those_of_transformers():
     prompts = random_tokens(0, max(lengths), len(lengths))
     out = dsv4.generate(model, prompts, max_new_tokens=64, lengths=lengths)
     for row, length in enumerate(lengths):
-        ids = torch.tensor(prompts[row : row + 1, :length]).long()
-        with torch.no_grad():
-            expected = reference.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),  # or it takes 0 for padding
-                max_new_tokens=64,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        np.testing.assert_array_equal(out.tokens[row], expected[0, length:])
+        expected = of_transformers(reference, prompts[row : row + 1, :length])
+        np.testing.assert_array_equal(out.tokens[row], expected[0])
+
+
+@pytest.mark.slow
+def test_greedy_tokens_after_long_prompts_are_those_of_transformers():
+    """Past a window that fills, and past as many entries as are selected."""
+    reference, model = pair(0, M)
+    lengths = np.array([500] * 8 + [2030] * 2)
+    assert 500 < 4 * M.sliding_window < 564 and 2030 < 4 * M.index_topk < 2090
+    prompts = random_tokens(0, max(lengths), len(lengths))
+    out = dsv4.generate(model, prompts, max_new_tokens=64, lengths=lengths)
+    for rows in (slice(0, 8), slice(8, 10)):
+        expected = of_transformers(reference, prompts[rows, : lengths[rows][0]])
+        np.testing.assert_array_equal(out.tokens[rows], expected)
