@@ -1,5 +1,6 @@
 """The model's gradients, extremes and bfloat16."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -187,22 +188,37 @@ def _in_bfloat16(reference):
     return reference
 
 
-@pytest.mark.slow
-def test_bfloat16_errs_no_more_than_transformers_does():
-    # Every expert and entry is chosen: no choice can flip.
-    # Multiples of 8, or torch has no grouped product.
-    config = small_config(
+def forced_config():
+    """Every expert and entry is chosen: no choice can flip."""
+    return small_config(
         num_experts_per_tok=7,
         index_topk=64,
+        # Multiples of 8, or torch has no grouped product.
         hidden_size=64,
         moe_intermediate_size=32,
         hc_sinkhorn_iters=20,
     )
+
+
+def narrow_model(config, reference):
+    """Ours in bfloat16, with the reference's weights."""
+    tensors = {k: v.numpy() for k, v in reference.state_dict().items()}
+    return from_state_dict(config, tensors, dtype=jnp.bfloat16)
+
+
+def divergence(exact, found):
+    """Kullback-Leibler, nats a token."""
+    log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(found)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.slow
+def test_bfloat16_errs_no_more_than_transformers_does():
+    config = forced_config()
     own_errors, reference_errors, divergences = [], [], []
     for seed in range(3):
         reference = reference_model(config, seed)
-        tensors = {k: v.numpy() for k, v in reference.state_dict().items()}
-        narrow = from_state_dict(config, tensors, dtype=jnp.bfloat16)
+        narrow = narrow_model(config, reference)
         tokens = random_tokens(seed, config=config)
         own = np.asarray(forward_once(narrow, tokens))
         assert own.dtype == np.float32
@@ -215,10 +231,35 @@ def test_bfloat16_errs_no_more_than_transformers_does():
             )
         own_errors.append(np.linalg.norm(own - exact) / np.linalg.norm(exact))
         reference_errors.append(np.linalg.norm(theirs - exact) / np.linalg.norm(exact))
-        log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(own)
-        divergences.append(float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()))
+        divergences.append(divergence(exact, own))
     assert np.median(own_errors) <= 1.5 * np.median(reference_errors)
     assert np.median(divergences) <= 2e-3
+
+
+@pytest.mark.slow
+def test_bfloat16_prompts_and_single_tokens_stay_near_the_whole_in_float32():
+    config, prompt, divergences = forced_config(), 22, []
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def extend(model, tokens, cache):
+        hidden, cache = model.extend(tokens, cache)
+        return model.unembed(hidden), cache
+
+    for seed in range(3):
+        reference = reference_model(config, seed)
+        model, tokens = narrow_model(config, reference), random_tokens(seed)
+        cache, found = model.init_cache(*tokens.shape), []
+        for part in np.split(tokens, range(prompt, LENGTH), axis=1):
+            logits, cache = extend(model, part, cache)
+            found.append(logits)
+        assert cache.layers.first[0].window_keys.dtype == jnp.bfloat16
+        with torch.no_grad():
+            exact = reference(torch.tensor(tokens).long()).logits.numpy()
+        found = np.concatenate(found, axis=1)
+        whole = np.asarray(forward_once(model, tokens))
+        divergences.append([divergence(exact, x) for x in (found, whole)])
+    in_parts, at_once = np.median(divergences, axis=0)
+    assert in_parts <= min(2e-3, 1.5 * at_once), divergences
 
 
 _FINITE_DIFFERENCES = """
