@@ -2,6 +2,8 @@
 
 import functools
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -139,3 +141,24 @@ def test_first_layers_kind_is_that_of_the_release(name):
     for layer in (0, 1):
         compressor = shapes.get(f"layers.{layer}.attn.compressor.ape")
         assert compressor == {"flash": None, "pro": (128, 512)}[name]
+
+
+@both
+def test_a_cache_takes_the_bytes_that_decoding_needs(name):
+    # The entries of a token; the rest of the released code's state; all there may be.
+    a_token, states, most = {
+        "flash": (6880, 12.2e6, 7.3e9),
+        "pro": (9848, 18.7e6, 10.4e9),
+    }[name]
+    config, tokens = CONFIGS[name], 2**20
+
+    def num_bytes(capacity):
+        model = released(name)
+        cache = eqx.filter_eval_shape(lambda x: x.init_cache(1, capacity), model)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+    total = num_bytes(tokens)
+    assert total - num_bytes(tokens // 2) == a_token * tokens // 2
+    windows = config.num_hidden_layers * config.sliding_window * config.head_dim * 2
+    assert 0 < total - a_token * tokens <= windows + states
+    assert total <= most
