@@ -73,22 +73,21 @@ def _check_array(tokens: Any) -> None:
         )
 
 
-def check_lengths(
-    lengths: Lengths | None, tokens: TokenIds, call: str = "extend"
-) -> Lengths:
+def check_lengths(call: str, lengths: Lengths | None, tokens: TokenIds) -> Lengths:
     """`lengths` as int32, checked as far as they are known; whole rows for None.
 
     **Arguments:**
 
+    - `call`: what the user called.
     - `lengths`: tokens of each row that are meant.
     - `tokens`: token ids, and padding after them.
-    - `call`: what the user called.
 
     **Raises:** ValueError if the tokens are no such array, there is not an integer for
     each row, or, unless traced, one of them is outside `[0, seq]`.
     """
     _check_array(tokens)
-    whole = np.full(tokens.shape[0], tokens.shape[1], np.int32)
+    batch, seq = tokens.shape
+    whole = np.full(batch, seq, np.int32)
     return whole if lengths is None else check_counts(call, lengths, whole)
 
 

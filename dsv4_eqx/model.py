@@ -286,7 +286,7 @@ class DeepSeekV4(eqx.Module):
     def _checked_new(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
-        lengths = check_lengths(lengths, tokens)
+        lengths = check_lengths("extend", lengths, tokens)
         token_ids = check_token_ids(tokens, self.embedding.shape[0], lengths)
         self._check_cache(cache, lengths)
         return token_ids, jnp.asarray(lengths, jnp.int32)

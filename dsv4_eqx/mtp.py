@@ -119,8 +119,8 @@ class MTP(eqx.Module):
         is outside `[0, seq]`, which is not checked under `jit`.
         """
         batch, seq = token_ids.shape
-        counts = check_counts("MTP.extend", lengths, np.full(batch, seq))
-        lengths = jnp.asarray(counts)
+        whole = np.full(batch, seq, np.int32)
+        lengths = jnp.asarray(check_counts("MTP.extend", lengths, whole))
         streams, attention = self.block.extend(
             self._join(streams, embedded),
             token_ids,

@@ -88,7 +88,7 @@ def trees():
     generated = Generated(ids, one, numbers, cache, one, one)
     mtp = model().mtp[0].init_cache(3, 50, jnp.float32)
     draft = Draft(mtp, one, jnp.zeros((3, T.vocab_size)), one, one)
-    lookahead = Lookahead(one, cache.layers, 2, cache.capacity)
+    lookahead = Lookahead(one, one, cache.layers, 2, cache.capacity)
     state = State(cache, one, one, one == 1, jax.random.key(0), draft)
     caches = Caches(cache, mtp)
     sampling = Sampling(

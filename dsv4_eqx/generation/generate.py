@@ -168,7 +168,7 @@ def _checked(
             f"{call}: the model has {len(model.mtp)} prediction blocks "
             "(num_nextn_predict_layers); speculative=True needs one."
         )
-    lengths = np.asarray(check_lengths(lengths, tokens, call))
+    lengths = np.asarray(check_lengths(call, lengths, tokens))
     if lengths.min() < 1:
         row = int(lengths.argmin())
         raise ValueError(f"{call}: the prompt of row {row} has no token.")

@@ -178,10 +178,10 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True
 
 
 def _multiply(rows: Array, matrix: Array) -> Array:
-    """Each row through the matrix; at least float32, whatever the block's size."""
-    product = functools.partial(
-        jnp.einsum, preferred_element_type=wide_dtype(rows.dtype)
-    )
+    """Each row through the matrix, at least float32."""
+    # Left to itself, XLA on CPU rounds this in blocks of some sizes and not of others.
+    wide = wide_dtype(rows.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
     if len(rows) == 1:
         return product("oi,i->o", matrix, rows[0])[None]
     return product("ri,oi->ro", rows, matrix)
