@@ -222,9 +222,15 @@ def _scores(
         products = jnp.einsum(
             "bqhc,bec->bqhe", queries, part, preferred_element_type=weights.dtype
         )
-        # Rows of queries: XLA on CPU is slow to reduce [1, block, heads, entries].
+        # Rows of queries: XLA on CPU is slow to reduce [1, block, heads, entries]. A
+        # product: the reduction of a single row would take the one above into its loop.
         rows = jax.nn.relu(products).reshape(batch * block, -1, tile)
-        part = jnp.sum(rows * weights.reshape(batch * block, -1, 1), axis=1)
+        part = jnp.einsum(
+            "rhe,rh->re",
+            rows,
+            weights.reshape(batch * block, -1),
+            precision=lax.Precision.HIGHEST,
+        )
         part = part.reshape(batch, block, tile).astype(jnp.float32)
         return lax.dynamic_update_slice_in_dim(scores, part, i * tile, axis=2)
 
