@@ -44,6 +44,7 @@ from dsv4_eqx.costs import num_active_params as num_active_params
 from dsv4_eqx.generation.generate import Generated as Generated
 from dsv4_eqx.generation.generate import generate as generate
 from dsv4_eqx.generation.generate import generate_stream as generate_stream
+from dsv4_eqx.generation.stream import TokenStream as TokenStream
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead
 from dsv4_eqx.layers import Layers as Layers

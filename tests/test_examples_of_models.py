@@ -64,6 +64,32 @@ def test_example_continues_a_text():
 
 
 @pytest.mark.slow
+def test_example_continues_a_text_with_drafts():
+    arguments = ["--dtype", "float32", "--prompt", "One, two,", "--max-new-tokens", 9]
+    done = run("generate.py", NANO, *arguments, "--speculative")
+    assert done.returncode == 0, done.stderr
+    tokenizer = dsv4.load_tokenizer(NANO)
+    out = dsv4.generate(
+        dsv4.from_pretrained(NANO, dtype=np.float32),
+        tokenizer.encode("One, two,")[None],
+        max_new_tokens=9,
+        speculative=True,
+    )
+    assert done.stdout.startswith("One, two," + tokenizer.decode(out.tokens[0]))
+    drafts = f"{out.num_accepted[0]} of {out.num_drafted[0]} drafts stayed"
+    assert "9 tokens, " in done.stdout and drafts in done.stdout
+
+
+def test_example_says_that_drafts_need_a_prediction_block(tmp_path):
+    config = one_layer(vocab_size=150)
+    write_release(tmp_path, config, random_tensors(config))
+    done = run("generate.py", tmp_path, "--prompt", "!", "--speculative")
+    assert done.returncode == 1
+    wrong = "generate.py: generate_stream: the model has 0 prediction blocks"
+    assert done.stderr.startswith(wrong), done.stderr
+
+
+@pytest.mark.slow
 def test_example_trains_and_speculates(tmp_path):
     pytest.importorskip("optax")
     text = tmp_path / "text"

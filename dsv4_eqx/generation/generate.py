@@ -5,7 +5,7 @@ All new tokens come from one compiled loop (`generate`), or as soon as they are 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -19,6 +19,7 @@ from dsv4_eqx.checks import check_flag, is_int, refusal
 from dsv4_eqx.generation.prompt import Caches, parts, read_prompt
 from dsv4_eqx.generation.sampling import Sampling, stop_ids
 from dsv4_eqx.generation.steps import Chosen, Draft, Rules, State, start, step
+from dsv4_eqx.generation.stream import TokenStream
 from dsv4_eqx.inputs import Lengths, TokenIds, check_lengths, check_token_ids
 from dsv4_eqx.model import Cache, DeepSeekV4
 
@@ -112,15 +113,14 @@ def generate_stream(
     eos_id: int | Sequence[int] | None = None,
     key: PRNGKeyArray | None = None,
     speculative: bool = False,
-) -> Iterator[np.ndarray]:
+) -> TokenStream:
     """The tokens that `generate` gives, for all rows as soon as they are there.
 
     **Arguments:** as for `generate`.
 
-    **Returns:** one array `[batch]` after the other, -1 for a row that has ended, or
-    whose draft was wrong, until all have ended.
+    **Returns:** an iterator; the prompts are read when the first token is asked for.
 
-    **Raises:** ValueError as `generate` does, when the first token is asked for.
+    **Raises:** ValueError as `generate` does.
     """
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     asked = _checked(
@@ -134,16 +134,8 @@ def generate_stream(
         key,
         speculative,
     )
-    caches, streams = _read(model, asked)
-    state, chosen = _first(model, caches, streams, asked.key, asked.rules)
-    while True:
-        is_done = np.asarray(state.is_done).all()
-        counts = np.asarray(chosen.counts)
-        for i, tokens in enumerate(np.asarray(chosen.tokens).T[: counts.max()]):
-            yield np.where(i < counts, tokens, -1)
-        if is_done:
-            return
-        state, chosen = _next(model, state, asked.rules)
+    read = functools.partial(_read, model, asked)
+    return TokenStream(model, read, len(asked.tokens), asked.key, asked.rules)
 
 
 def _checked(
@@ -192,10 +184,6 @@ def _read(
     return read_prompt(
         model, asked.tokens, asked.lengths, asked.capacity, asked.speculative
     )
-
-
-_first = jax.jit(start, donate_argnames="caches")
-_next = jax.jit(step, donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="new", donate_argnames="caches")

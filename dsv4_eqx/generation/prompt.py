@@ -68,16 +68,16 @@ def read_prompt(
         left = lengths - first
         counts = np.stack([np.clip(n, 0, size) for n in (left, left - 1)])
         if after is None:
-            after = _read_first(model, part, counts, capacity=capacity, drafts=drafts)
+            after = read_first(model, part, counts, capacity=capacity, drafts=drafts)
         else:
-            after = _read_next(model, *after, part, counts)
+            after = read_next(model, *after, part, counts)
         first += size
     assert after is not None  # a prompt has a token
     return after
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "drafts"))
-def _read_first(
+def read_first(
     model: DeepSeekV4,
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
@@ -85,6 +85,10 @@ def _read_first(
     capacity: int,
     drafts: bool,
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    """The first part of the prompts.
+
+    **Arguments:** as for `read_next` and `read_prompt`.
+    """
     batch, dtype = len(part), model.embedding.dtype
     mtp = model.mtp[0].init_cache(batch, capacity, dtype) if drafts else None
     caches = Caches(model.init_cache(batch, capacity), mtp)
@@ -93,7 +97,23 @@ def _read_first(
 
 
 @functools.partial(jax.jit, donate_argnames=("caches", "last"))
-def _read_next(model, caches, last, part, counts):
+def read_next(
+    model: DeepSeekV4,
+    caches: Caches,
+    last: Float[Array, "batch streams dim"],
+    part: Int[Array, "batch tokens"],
+    counts: Int[Array, "2 batch"],
+) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    """Another part of the prompts.
+
+    **Arguments:**
+
+    - `model`, `caches`: before the part.
+    - `last`: the streams of each row's last token so far.
+    - `part`: the tokens, and one more.
+    - `counts`: of each row's tokens here, how many the model reads and, of their
+        successors, how many the prediction block.
+    """
     return _read(model, caches, last, part, counts)
 
 
@@ -104,14 +124,6 @@ def _read(
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """**Arguments:**
-
-    - `model`, `caches`: before the part.
-    - `last`: the streams of each row's last token so far.
-    - `part`: the tokens, and one more.
-    - `counts`: of each row's tokens here, how many the model reads and, of their
-        successors, how many the prediction block.
-    """
     streams, cache = model.extend_streams(part[:, :-1], caches.model, counts[0])
     mtp = caches.mtp
     if mtp is not None:

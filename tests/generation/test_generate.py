@@ -164,10 +164,13 @@ def test_speculation_gives_the_same_tokens(eos):
 def test_speculation_streams_the_same_tokens():
     out = two_words_go_on(speculative=True)
     stream = two_words_go_on(call=dsv4.generate_stream, speculative=True)
-    stream = np.stack(list(stream), axis=1)
-    for row, tokens in zip(stream, out.tokens):
+    assert (stream.num_drafted == 0).all()  # nothing has been asked for
+    streamed = np.stack(list(stream), axis=1)
+    for row, tokens in zip(streamed, out.tokens):
         np.testing.assert_array_equal(row[row >= 0], tokens)
-    assert (stream >= 0).any(axis=0).all()
+    assert (streamed >= 0).any(axis=0).all()
+    np.testing.assert_array_equal(stream.num_drafted, out.num_drafted)
+    np.testing.assert_array_equal(stream.num_accepted, out.num_accepted)
 
 
 @pytest.mark.slow
@@ -206,14 +209,16 @@ def test_bad_input_is_refused_before_the_model_is_compiled(what):
     changes, message = REFUSALS[what]
     arguments = dict(max_new_tokens=NEW) | changes
     nothing_to_run = eqx.filter_eval_shape(lambda model: model, SMALL())
-    with pytest.raises(ValueError, match=message):
-        dsv4.generate(nothing_to_run, random_tokens(9, 5, 2), **arguments)
+    for call in (dsv4.generate, dsv4.generate_stream):
+        with pytest.raises(ValueError, match=f"{call.__name__}\\W.*{message}"):
+            call(nothing_to_run, random_tokens(9, 5, 2), **arguments)
 
 
 def test_speculation_needs_a_prediction_block():
     model = eqx.tree_at(lambda model: model.mtp, SMALL(), ())
-    with pytest.raises(ValueError, match="has 0 prediction blocks"):
-        dsv4.generate(model, random_tokens(9), max_new_tokens=3, speculative=True)
+    for call in (dsv4.generate, dsv4.generate_stream):
+        with pytest.raises(ValueError, match="has 0 prediction blocks"):
+            call(model, random_tokens(9), max_new_tokens=3, speculative=True)
 
 
 def of_transformers(reference, prompts):
