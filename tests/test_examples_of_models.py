@@ -18,11 +18,17 @@ def run(example, *args):
     return run_python(ROOT / "examples" / example, *args)
 
 
+def assert_went_well(done):
+    """It may show its progress, which it does where it has to wait."""
+    warnings = [line for line in re.split(r"[\r\n]", done.stderr) if "%|" not in line]
+    assert done.returncode == 0 and not "".join(warnings), done.stderr
+
+
 @pytest.mark.slow
 def test_example_predicts_over_a_mesh_from_packed_weights():
     mesh = "expert=2,tensor=2"
     done = run("load_checkpoint.py", NANO, "--mesh", mesh, "--keep-quantized")
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert_went_well(done)
     assert "2,571,976 bytes on each of 4 devices" in done.stdout
     shown = re.findall(r"^ +([\d.]+)%  '", done.stdout, re.MULTILINE)
     assert len(shown) == 5
@@ -54,7 +60,7 @@ def test_example_refuses_texts_that_are_no_tokens_of_the_model(text, wrong, tmp_
 def test_example_continues_a_text():
     arguments = ["--dtype", "float32", "--prompt", "One, two,", "--max-new-tokens", 5]
     done = run("generate.py", NANO, *arguments)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert_went_well(done)
     model = dsv4.from_pretrained(NANO, dtype=np.float32)
     tokenizer = dsv4.load_tokenizer(NANO)
     prompt = tokenizer.encode("One, two,")[None]
@@ -67,7 +73,7 @@ def test_example_continues_a_text():
 def test_example_continues_a_text_with_drafts():
     arguments = ["--dtype", "float32", "--prompt", "One, two,", "--max-new-tokens", 9]
     done = run("generate.py", NANO, *arguments, "--speculative")
-    assert done.returncode == 0, done.stderr
+    assert_went_well(done)
     tokenizer = dsv4.load_tokenizer(NANO)
     out = dsv4.generate(
         dsv4.from_pretrained(NANO, dtype=np.float32),
@@ -96,7 +102,7 @@ def test_example_trains_and_speculates(tmp_path):
     text.write_text("to be or not to be, that is the question. " * 40)
     sizes = "--steps 3 --batch 2 --length 24 --new-tokens 9".split()
     done = run("train.py", "--text", text, *sizes)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert_went_well(done)
     losses = re.findall(r"next ([\d.]+), after next ([\d.]+)", done.stdout)
     assert [len(losses), float(losses[-1][0]) < float(losses[0][0])] == [2, True]
     assert re.search(
