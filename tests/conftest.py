@@ -11,7 +11,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Without the oracle, only what does not need it is collected.
-ORACLE = ("torch", "from safetensors", "tests.reference", "tests.captured")
+ORACLE = (
+    "torch",
+    "from safetensors",
+    "tests.captured",
+    "tests.reference",
+    "tests.test_block",
+)
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [
         str(path)
