@@ -93,7 +93,7 @@ def read_first(
     mtp = model.mtp[0].init_cache(batch, capacity, dtype) if drafts else None
     caches = Caches(model.init_cache(batch, capacity), mtp)
     streams = jnp.zeros((batch, *model.head.base.shape, model.embedding.shape[1]))
-    return _read(model, caches, streams.astype(dtype), part, counts)
+    return read_next(model, caches, streams.astype(dtype), part, counts)
 
 
 @functools.partial(jax.jit, donate_argnames=("caches", "last"))
@@ -114,16 +114,6 @@ def read_next(
     - `counts`: of each row's tokens here, how many the model reads and, of their
         successors, how many the prediction block.
     """
-    return _read(model, caches, last, part, counts)
-
-
-def _read(
-    model: DeepSeekV4,
-    caches: Caches,
-    last: Float[Array, "batch streams dim"],
-    part: Int[Array, "batch tokens"],
-    counts: Int[Array, "2 batch"],
-) -> tuple[Caches, Float[Array, "batch streams dim"]]:
     streams, cache = model.extend_streams(part[:, :-1], caches.model, counts[0])
     mtp = caches.mtp
     if mtp is not None:

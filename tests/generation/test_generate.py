@@ -102,6 +102,10 @@ def test_two_programs_and_none_for_another_prompt(speculative):
     )
     model, prompts = random_model(config), random_tokens(8, 16, 4)
     arguments = dict(max_new_tokens=NEW, speculative=speculative)
+    with pytest.raises(ValueError, match="row 0 has no token"):
+        # JAX compiles its own casts of the arguments, once a process.
+        dsv4.generate(model, prompts, lengths=np.zeros(4, np.int32), **arguments)
+    jnp.asarray(prompts), jnp.asarray([], jnp.int32)
     with compilations() as first:
         dsv4.generate(model, prompts[:, :13], **arguments)
     with compilations() as second:
