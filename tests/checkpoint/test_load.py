@@ -50,12 +50,10 @@ def expected():
     return load_file(NANO / "expected.safetensors")
 
 
-def assert_as_released(model, tokens):
-    logits, ahead = both_logits(model, tokens)
+def assert_as_released(logits, ahead):
     wanted = expected()
     np.testing.assert_allclose(logits, wanted["logits"], rtol=0, atol=LIMIT)
     np.testing.assert_allclose(ahead, wanted["mtp_logits"], rtol=0, atol=LIMIT)
-    return logits, ahead
 
 
 @pytest.mark.slow
@@ -63,7 +61,7 @@ def test_a_release_kept_quantised_gives_the_official_codes_logits():
     model = dsv4.from_pretrained(NANO, dtype="float32", keep_quantized=True)
     assert is_packed(model.layers[4].moe.experts.down)
     assert is_packed(model.mtp[0].streams_in)
-    assert_as_released(model, expected()["tokens"])
+    assert_as_released(*both_logits(model, expected()["tokens"]))
 
 
 @pytest.mark.slow
@@ -80,11 +78,13 @@ def test_a_quantised_model_computes_the_same_bits(dtype):
     model = dsv4.from_pretrained(NANO, dtype=dtype)
     packed = dsv4.from_pretrained(NANO, dtype=dtype, keep_quantized=True)
     tokens = expected()["tokens"]
+    # As users compile it: without optimisation LLVM rounds the same norm differently
+    # from program to program, on processors without AVX-512.
+    run = jax.jit(lambda model: model.multi_token_logits(tokens))
+    outputs = run(model)
     if dtype == "float32":
-        outputs = assert_as_released(model, tokens)
-    else:
-        outputs = both_logits(model, tokens)
-    assert_same_bits(both_logits(packed, tokens), outputs)
+        assert_as_released(*outputs)
+    assert_same_bits(run(packed), outputs)
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_a_release_over_a_mesh_gives_the_official_codes_logits():
             NANO, dtype="float32", mesh=mesh, keep_quantized=keep
         )
         tokens = jax.device_put(expected()["tokens"], NamedSharding(mesh, P()))
-        assert_as_released(model, tokens)
+        assert_as_released(*both_logits(model, tokens))
 
 
 @pytest.mark.slow
