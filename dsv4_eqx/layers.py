@@ -6,17 +6,20 @@ depth. Flash: three layers, then (heavily compressed, compressed sparse) twenty 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from dsv4_eqx.attention.cache import AttentionCache
+from dsv4_eqx.attention.cache import AttentionCache, is_entries
+from dsv4_eqx.attention.entries import StackedEntries
 from dsv4_eqx.block import Block
 from dsv4_eqx.config import Config
+from dsv4_eqx.moe.experts import Experts, StackedExperts
 
 
 class LayersCache(eqx.Module):
@@ -156,11 +159,25 @@ class Layers(eqx.Module):
                 after.append(new.keep(lengths, seq) if keep else new)
             return streams, tuple(after)
 
+        # A scan copies what it hands out and collects: entries stay where they are, as
+        # experts do.
+        def run_unit(carry: tuple, unit: tuple) -> tuple[tuple, tuple]:
+            streams, stacks = carry
+            repeat, blocks, rest = unit
+            blocks = _in_place(blocks, self.repeated, repeat)
+            entries = jax.tree.map(lambda x: StackedEntries(x, repeat), stacks)
+            streams, after = run(streams, blocks, eqx.combine(rest, entries))
+            after = _unwrapped(after)
+            stacks, rest = eqx.partition(after, is_entries(after))
+            return (streams, stacks), rest
+
         streams, first = run(streams, self.first, cache.first)
         repeated = ()
         if self.repeated:
-            units = self.repeated, cache.repeated
-            streams, repeated = lax.scan(lambda x, unit: run(x, *unit), streams, units)
+            stacks, rest = eqx.partition(cache.repeated, is_entries(cache.repeated))
+            units = jnp.arange(self.num_repeats), self.repeated, rest
+            (streams, stacks), rest = lax.scan(run_unit, (streams, stacks), units)
+            repeated = eqx.combine(rest, stacks)
         streams, last = run(streams, self.last, cache.last)
         return streams, LayersCache(first, repeated, last)
 
@@ -185,6 +202,32 @@ class Layers(eqx.Module):
         if repeat < self.num_repeats:
             return jax.tree.map(lambda x: x[repeat], self.repeated[position])
         return self.last[inner - self.num_repeats * len(self.repeated)]
+
+
+def _in_place(
+    blocks: tuple[Block, ...], stacked: tuple[Block, ...], repeat: Int[Array, ""]
+) -> tuple[Block, ...]:
+    """One repetition's blocks, their experts read from the stack."""
+
+    def replace(node: Any, stack: Any) -> Any:
+        return StackedExperts(stack, repeat) if is_experts(node) else node
+
+    def is_experts(node: Any) -> bool:
+        return isinstance(node, Experts)
+
+    return jax.tree.map(replace, blocks, stacked, is_leaf=is_experts)
+
+
+def _unwrapped(caches: PyTree) -> PyTree:
+    """The caches with the arrays that entries lie in."""
+
+    def is_wrapped(node: Any) -> bool:
+        return isinstance(node, StackedEntries)
+
+    def unwrap(node: Any) -> Any:
+        return node.stack if is_wrapped(node) else node
+
+    return jax.tree.map(unwrap, caches, is_leaf=is_wrapped)
 
 
 def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:

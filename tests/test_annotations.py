@@ -21,13 +21,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.attention.attend import Entries
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState
+from dsv4_eqx.attention.entries import Entries, StackedEntries
 from dsv4_eqx.generation.generate import Generated
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import Draft, State
 from dsv4_eqx.model import Cache, Lookahead
+from dsv4_eqx.moe.experts import StackedExperts
 from dsv4_eqx.mtp import MTPCache
 from dsv4_eqx.primitives.packed import PackedWeight
 from dsv4_eqx.sharding.expert import ExpertParallel
@@ -38,6 +39,7 @@ from tests.models import QUICKLY, T, random_tensors
 # Sizes that belong to activations; modules that hold weights do not have them.
 OF_ACTIVATIONS = {
     Entries: {"batch", "entries"},
+    StackedEntries: {"layers", "batch", "entries"},
     CompressorState: {"batch", "pending", "entries"},
     AttentionCache: {"batch", "keys"},
     Cache: {"batch"},
@@ -94,13 +96,17 @@ def trees():
     sampling = Sampling(
         "call", temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, key=None
     )
+    stacks = (
+        StackedExperts(model().layers.repeated[0].moe.experts, jnp.int32(1)),
+        StackedEntries(jnp.zeros((2, 3, 5, 4)), jnp.int32(1)),
+    )
     return [
         model(),
         model(jnp.bfloat16),
         parallel_model(),
         entries(),
         packed(),
-        (generated, state, sampling, lookahead, caches),
+        (generated, state, sampling, lookahead, caches, stacks),
     ]
 
 
@@ -126,6 +132,8 @@ def walk(node):
         yield node
     if isinstance(node, dsv4.Layers):
         children = unstacked(node)
+    elif isinstance(node, StackedExperts):
+        children = [jax.tree.map(lambda x: x[0], node.stack)]
     elif isinstance(node, eqx.Module):
         children = [getattr(node, field.name) for field in dataclasses.fields(node)]
     else:

@@ -1,5 +1,6 @@
 """Extending a cache in any parts against the whole sequence at once."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.attention.cache import CompressorState
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
@@ -175,6 +177,24 @@ def test_a_lookahead_keeps_what_it_is_told(stay):
         strict=True,
     ):
         assert_close(kept.window_keys, other.window_keys)
+
+
+def test_a_token_copies_neither_the_experts_nor_the_entries_of_a_layer():
+    config = dataclasses.replace(
+        CONFIG, n_routed_experts=512, max_position_embeddings=32768
+    )
+    make = functools.partial(DeepSeekV4, config)
+    abstract = eqx.filter_eval_shape(make, key=jax.random.key(0))
+    cache = eqx.filter_eval_shape(abstract.init_cache, 2, 32768)
+    step = quick_jit(
+        lambda cache, model, tokens: model.extend(tokens, cache), donate_argnums=0
+    )
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    memory = step.lower(cache, abstract, token).compile().memory_analysis()
+    unit, state = abstract.layers.repeated[1], cache.layers.repeated[1].compressor
+    for stack in (unit.moe.experts.gate_up, unit.moe.experts.down, state.entries):
+        a_layer = stack.size // stack.shape[0] * stack.dtype.itemsize
+        assert memory.temp_size_in_bytes < a_layer / 3
 
 
 def test_cache_has_what_is_needed_and_no_more():

@@ -21,6 +21,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from dsv4_eqx.attention.entries import (
+    Entries,
+    gathered,
+    gradient_of,
+    scattered,
+    tile_of,
+    visible,
+)
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
@@ -30,19 +38,6 @@ QUERY_BLOCK: Final = 64
 _ENTRY_TILE: Final = 256
 # What a block of queries keeps for the backward pass, beside what goes into it.
 _KEPT: Final = "attended"
-
-
-class Entries(eqx.Module):
-    """Compressed entries that queries may look at.
-
-    A query sees an entry of its own owner if the last of the tokens in it is not after
-    the query. What a cache has not filled yet is after every query.
-    """
-
-    values: Float[Array, "batch entries head_dim"]
-    last_positions: Int[Array, "batch entries"]
-    # The document that each belongs to; None where a row is a single one.
-    owners: Int[Array, "batch entries"] | None = None
 
 
 # Which entries a query attends to: a mask over all of them, or the indices of some,
@@ -144,30 +139,6 @@ def _banded(
     return jnp.concatenate(shifted, axis=2)[:, :, front:]
 
 
-def visible(
-    entries: Entries,
-    positions: Int[Array, "batch seq"],
-    owners: Int[Array, "batch seq"] | None = None,
-) -> Bool[Array, "batch seq entries"]:
-    """Whether an entry has the query's owner and its last token is not after the query.
-
-    **Arguments:**
-
-    - `entries`: the compressed entries.
-    - `positions`: of the queries.
-    - `owners`: of the queries, if the entries have owners.
-
-    **Raises:** ValueError if only queries or only entries have owners.
-    """
-    if (owners is None) != (entries.owners is None):
-        which = "entries" if owners is None else "queries"
-        raise ValueError(f"only the {which} have owners: give both owners, or neither.")
-    seen = entries.last_positions[:, None, :] <= positions[:, :, None]
-    if owners is not None and entries.owners is not None:
-        seen &= entries.owners[:, None, :] == owners[:, :, None]
-    return seen
-
-
 class _Softmax(NamedTuple):
     """A softmax under way: everything is relative to the exponential of `top`."""
 
@@ -202,7 +173,8 @@ def _forward(floats, others):
     softmax = _Softmax(jnp.zeros_like(wide), jnp.ones_like(top), top)
     softmax = softmax.add(queries, keys, _in_window(positions, keys.shape[1]))
     if entries is not None and _is_index(selection):
-        softmax = softmax.add(queries, _gather(entries, selection), selection >= 0)
+        values = gathered(entries.values, selection)
+        softmax = softmax.add(queries, values, selection >= 0)
     elif entries is not None:
 
         def add_tile(i, softmax):
@@ -243,9 +215,10 @@ def _backward(residuals, d_out):
     d_queries, d_keys = backward_of(keys, _in_window(positions, keys.shape[1]))
     d_entries = None
     if entries is not None and _is_index(selection):
-        more, d_gathered = backward_of(_gather(entries, selection), selection >= 0)
+        values = gathered(entries.values, selection)
+        more, d_gathered = backward_of(values, selection >= 0)
         d_queries += more
-        d_entries = _scatter(entries, selection, d_gathered)
+        d_entries = scattered(d_gathered, selection, entries.values.shape[1])
     elif entries is not None:
 
         def add_tile(i, gradients):
@@ -256,14 +229,16 @@ def _backward(residuals, d_out):
             d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 2)
             return d_queries + more, d_entries
 
-        turned_entries = jnp.swapaxes(entries.values, 1, 2)
-        gradients = d_queries, jnp.zeros_like(turned_entries, d_queries.dtype)
+        batch, num_entries, dim = entries.values.shape
+        d_turned = jnp.zeros_like(d_queries, shape=(batch, dim, num_entries))
+        gradients = d_queries, d_turned
         tiles = _num_tiles(entries, positions)
         d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
         d_entries = jnp.swapaxes(d_entries, 1, 2)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
     gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
-    gradients += [] if d_entries is None else [d_entries]
+    if entries is not None and d_entries is not None:
+        gradients.append(gradient_of(entries.values, d_entries))
     leaves, structure = jax.tree.flatten(floats)
     gradients = [d.astype(x.dtype) for d, x in zip(gradients, leaves, strict=True)]
     return jax.tree.unflatten(structure, gradients), None
@@ -328,21 +303,6 @@ def _is_index(selection: Selection) -> bool:
     return selection is not None and jnp.issubdtype(selection.dtype, jnp.integer)
 
 
-def _gather(entries: Entries, index: Int[Array, "batch block selected"]) -> Array:
-    index = jnp.maximum(index, 0)
-    gather = jax.vmap(lambda v, i: v.at[i].get(mode="promise_in_bounds"))
-    return gather(entries.values, index)
-
-
-def _scatter(
-    entries: Entries, index: Int[Array, "batch block selected"], gradients: Array
-) -> Float[Array, "batch entries head_dim"]:
-    zeros = jnp.zeros_like(entries.values, gradients.dtype)
-    index = jnp.maximum(index, 0)  # the gradient of what is not there is zero
-    add = jax.vmap(lambda z, i, g: z.at[i].add(g, mode="promise_in_bounds"))
-    return add(zeros, index, gradients)
-
-
 def _num_tiles(
     entries: Entries, positions: Int[Array, "batch block"]
 ) -> Int[Array, ""]:
@@ -364,10 +324,15 @@ def _tile(
     tile = min(_ENTRY_TILE, num_entries)
     # The last tile reaches back into the one before, where nothing is seen again.
     begin = jnp.minimum(i * tile, num_entries - tile)
-    part: Entries = jax.tree.map(
-        lambda x: lax.dynamic_slice_in_dim(x, begin, tile, axis=1), entries
+    values = tile_of(entries.values, begin, tile)
+    part = Entries(
+        values,
+        *jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, begin, tile, axis=1),
+            (entries.last_positions, entries.owners),
+        ),
     )
     seen = visible(part, positions, owners) & (begin + jnp.arange(tile) >= i * tile)
     if mask is not None:
         seen &= lax.dynamic_slice_in_dim(mask, begin, tile, axis=2)
-    return begin, part.values, seen
+    return begin, values, seen

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.attend import Entries, Selection, attend, map_queries
+from dsv4_eqx.attention.attend import Selection, attend, map_queries
 from dsv4_eqx.attention.cache import (
     AttentionCache,
     CompressorState,
     positions_after,
 )
 from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.entries import Entries
 from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.checks import check_activations, check_ids, is_int, refusal
 from dsv4_eqx.config import Config

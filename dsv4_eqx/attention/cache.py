@@ -9,11 +9,15 @@ which `keep` takes those that stay. Entries need no going back: one that a token
 many completed is written again before any token can see it.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from dsv4_eqx.attention.entries import StackedEntries
 
 
 class CompressorState(eqx.Module):
@@ -25,7 +29,7 @@ class CompressorState(eqx.Module):
 
     values: Float[Array, "batch pending series head_dim"]
     gates: Float[Array, "batch pending series head_dim"]
-    entries: Float[Array, "batch entries head_dim"]
+    entries: Float[Array, "batch entries head_dim"] | StackedEntries
 
     def keep(self, lengths: Int[Array, " batch"], seq: int) -> "CompressorState":
         """**Arguments:** as for `AttentionCache.keep`."""
@@ -34,6 +38,26 @@ class CompressorState(eqx.Module):
         return CompressorState(
             values, rows_from(self.gates, lengths, size), self.entries
         )
+
+
+def is_entries(caches: PyTree) -> PyTree[bool]:
+    """Marks compressors' entries, for `eqx.partition`.
+
+    **Arguments:**
+
+    - `caches`: a tree of states.
+    """
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, CompressorState)
+
+    def mark(node: Any) -> PyTree[bool]:
+        nothing = jax.tree.map(lambda _: False, node)
+        if not is_state(node):
+            return nothing
+        return eqx.tree_at(lambda state: state.entries, nothing, True)
+
+    return jax.tree.map(mark, caches, is_leaf=is_state)
 
 
 class AttentionCache(eqx.Module):

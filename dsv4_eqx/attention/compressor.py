@@ -14,8 +14,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.attend import Entries
 from dsv4_eqx.attention.cache import CompressorState, rows_from
+from dsv4_eqx.attention.entries import Entries, Values, replaced
 from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.norm import RMSNorm
@@ -171,17 +171,16 @@ class Compressor(eqx.Module):
         window = start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
-        def write(i: Array, entries: Array) -> Array:
+        def write(i: Array, entries: Values) -> Values:
             tokens = (most + series - 1) * ratio
             # With i, which is 0, XLA does not pool before it knows whether to.
             begin = pending - ratio * (series - 1) - start % ratio + i
             position = (start // ratio - (series - 1)) * ratio
             position = position[:, None] + jnp.arange(tokens, dtype=start.dtype)
             pooled = self._pool_from(values, gates, begin, position)
-            new = self.finish(pooled.astype(x.dtype), window * ratio).values
+            new = self.rope(self.norm(pooled.astype(x.dtype)), window * ratio)
             place = jnp.where(is_new, window, entries.shape[1])
-            put = jax.vmap(lambda row, i, new: row.at[i].set(new, mode="drop"))
-            return put(entries, place, new)
+            return replaced(entries, place, new)
 
         # A loop of at most one round leaves the entries where they are.
         rounds = jnp.any(is_new).astype(jnp.int32)

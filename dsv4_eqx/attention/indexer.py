@@ -19,14 +19,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from dsv4_eqx.attention.attend import (
     QUERY_BLOCK,
-    Entries,
     Selection,
     join_blocks,
     split_blocks,
-    visible,
 )
 from dsv4_eqx.attention.cache import CompressorState, positions_after
 from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.entries import Entries, tile_of, visible
 from dsv4_eqx.config import Config
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.product import project
@@ -212,13 +211,12 @@ def _scores(
     batch, block = queries.shape[:2]
     num_entries = keys.values.shape[1]
     tile = min(_ENTRY_TILE, num_entries)
-    tiles = -(-num_entries // tile)
-    short = tiles * tile - num_entries
-    values = jnp.pad(keys.values, ((0, 0), (0, short), (0, 0)))
     needed = jnp.max(jnp.where(jnp.any(seen, axis=(0, 1)), jnp.arange(num_entries), -1))
 
     def score_tile(i, scores):
-        part = lax.dynamic_slice_in_dim(values, i * tile, tile, axis=1)
+        # The last tile reaches back into the one before.
+        begin = jnp.minimum(i * tile, num_entries - tile)
+        part = tile_of(keys.values, begin, tile)
         products = jnp.einsum(
             "bqhc,bec->bqhe", queries, part, preferred_element_type=weights.dtype
         )
@@ -232,11 +230,10 @@ def _scores(
             precision=lax.Precision.HIGHEST,
         )
         part = part.reshape(batch, block, tile).astype(jnp.float32)
-        return lax.dynamic_update_slice_in_dim(scores, part, i * tile, axis=2)
+        return lax.dynamic_update_slice_in_dim(scores, part, begin, axis=2)
 
-    scores = jnp.zeros_like(queries, jnp.float32, shape=(batch, block, tiles * tile))
+    scores = jnp.zeros_like(queries, jnp.float32, shape=(batch, block, num_entries))
     scores = lax.fori_loop(0, needed // tile + 1, score_tile, scores)
-    scores = scores[..., :num_entries]
     return jnp.where(scores == 0, 0.0, scores)  # -0.0 and 0.0 are one score
 
 

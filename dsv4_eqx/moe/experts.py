@@ -72,27 +72,73 @@ class Experts(eqx.Module):
         **Raises:** ValueError if `x` has other channels or another dtype than the
         experts' weights, or `chosen` and `weights` do not fit it.
         """
-        check_activations("Experts", x, self.gate_up, ("tokens", "dim"))
-        check_routing(x, chosen, weights)
-        num_experts = self.gate_up.shape[0]
-        # Gate and up in one matrix; a packed weight's two arrays join alike.
-        gate_up = jax.tree.map(
-            lambda x: x.reshape(num_experts, -1, x.shape[-1]), self.gate_up
-        )
-        slots = chosen.shape[1]
-        x, chosen = alike(x, chosen)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        inverse = jnp.argsort(order)
-        group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
-        out = grouped_swiglu(
-            _dispatch(x, order, inverse, slots),
-            weights.reshape(-1)[order],
-            gate_up,
-            self.down,
-            group_sizes.astype(jnp.int32),
-            self.limit,
-        )
-        return _combine(out, order, inverse, slots)
+        return _run_experts(self, x, chosen, weights, self.num_experts, 0)
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are."""
+        return self.down.shape[0]
+
+
+class StackedExperts(eqx.Module):
+    """One layer's experts, read where they lie among those of all layers.
+
+    A scan over layers copies each one's weights out of the stack. A decoded token needs
+    few of the experts, and then the copy of all costs more than the layer.
+    """
+
+    stack: Experts
+    layer: Int[Array, ""]
+
+    @jax.named_scope("Experts")
+    def __call__(
+        self,
+        x: Float[Array, "tokens dim"],
+        chosen: Int[Array, "tokens slots"],
+        weights: Float[Array, "tokens slots"],
+    ) -> Float[Array, "tokens dim"]:
+        """**Arguments, returns, raises:** as `Experts`."""
+        first = self.layer * self.num_experts
+        return _run_experts(self.stack, x, chosen, weights, self.num_experts, first)
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are in a layer."""
+        return self.stack.down.shape[1]
+
+
+def _run_experts(
+    experts: Experts,
+    x: Float[Array, "tokens dim"],
+    chosen: Int[Array, "tokens slots"],
+    weights: Float[Array, "tokens slots"],
+    num_experts: int,
+    first: Int[Array, ""] | int,
+) -> Float[Array, "tokens dim"]:
+    """As `Experts`, of those of its experts that follow the `first`."""
+    check_activations("Experts", x, experts.gate_up, ("tokens", "dim"))
+    check_routing(x, chosen, weights)
+    *_, hidden, dim = experts.gate_up.shape
+    # Gate and up in one matrix; a packed weight's two arrays join alike.
+    gate_up = jax.tree.map(
+        lambda x: x.reshape(-1, 2 * hidden, x.shape[-1]), experts.gate_up
+    )
+    down = jax.tree.map(lambda x: x.reshape(-1, dim, x.shape[-1]), experts.down)
+    slots = chosen.shape[1]
+    x, chosen = alike(x, chosen)
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    inverse = jnp.argsort(order)
+    group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
+    out = grouped_swiglu(
+        _dispatch(x, order, inverse, slots),
+        weights.reshape(-1)[order],
+        gate_up,
+        down,
+        group_sizes.astype(jnp.int32),
+        experts.limit,
+        first=first,
+    )
+    return _combine(out, order, inverse, slots)
 
 
 def check_routing(x: Array, chosen: Array, weights: Array) -> None:

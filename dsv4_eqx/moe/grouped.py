@@ -26,15 +26,18 @@ _BLOCKS: Final = (128, 32)
 # reads the matrix as it lies; with more of them, XLA on CPU rearranges it first.
 _FEW: Final = 8
 _BLOCKS_OF_FEW: Final = (_FEW, 1)
+_Index = Int[Array, ""] | int
 
 
 def grouped_swiglu(
     rows: Float[Array, "rows dim"],
     weights: Float[Array, " rows"],
-    gate_up: Float[Array, "groups both_hidden dim"] | PackedWeight,
-    down: Float[Array, "groups dim hidden"] | PackedWeight,
+    gate_up: Float[Array, "matrices both_hidden dim"] | PackedWeight,
+    down: Float[Array, "matrices dim hidden"] | PackedWeight,
     group_sizes: Int[Array, " groups"],
     limit: float,
+    *,
+    first: _Index = 0,
 ) -> Float[Array, "rows dim"]:
     """A clamped SwiGLU of each row with its group's matrices, times the row's weight.
 
@@ -45,14 +48,16 @@ def grouped_swiglu(
 
     - `rows`: sorted by group; what lies past the last group gives finite values.
     - `weights`: of the rows.
-    - `gate_up`, `down`: matrices of each group, the gate in the first half. Packed ones
-        are unpacked a group at a time and get no gradient.
+    - `gate_up`, `down`: matrices of each group, the gate in the first half, and perhaps
+        others that are not read. Packed ones are unpacked a group at a time and get no
+        gradient.
     - `group_sizes`: rows of each group.
     - `limit`: as for `clamped_swiglu`.
+    - `first`: which matrix is the first group's.
     """
     if rows.shape[0] == 0:
         return rows
-    operands = rows, weights, gate_up, down, group_sizes
+    operands = rows, weights, gate_up, down, group_sizes, jnp.asarray(first)
     leaves, structure = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(structure, alike(*leaves))
     return _grouped_swiglu(*operands, limit)
@@ -72,20 +77,20 @@ def clamped_swiglu(
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, limit):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, first, limit):
     def blocked(*operands):
         return _blocked_forward(*operands, limit=limit, keep=False)[0]
 
     def ragged(*operands):
         return _ragged_forward(*operands, limit=limit)[0]
 
-    operands = rows, weights, gate_up, down, group_sizes
+    operands = rows, weights, gate_up, down, group_sizes, first
     return lax.platform_dependent(*operands, default=blocked, tpu=ragged)
 
 
-def _forward(rows, weights, gate_up, down, group_sizes, limit):
-    operands = rows, weights, gate_up, down, group_sizes
+def _forward(rows, weights, gate_up, down, group_sizes, first, limit):
+    operands = rows, weights, gate_up, down, group_sizes, first
     out, before = lax.platform_dependent(
         *operands,
         default=lambda *operands: _blocked_forward(*operands, limit=limit),
@@ -95,16 +100,33 @@ def _forward(rows, weights, gate_up, down, group_sizes, limit):
 
 
 def _backward(limit, residuals, cotangent):
-    gradients = lax.platform_dependent(
-        *residuals,
-        cotangent,
+    rows, weights, gate_up, down, group_sizes, first, before = residuals
+    own = _of_groups((gate_up, down), first, len(group_sizes))
+    d_rows, d_weights, *d_own = lax.platform_dependent(
+        *(rows, weights, *own, group_sizes, before, cotangent),
         default=lambda *operands: _blocked_backward(*operands, limit=limit),
         tpu=lambda *operands: _ragged_backward(*operands, limit=limit),
     )
-    return *gradients, None
+    d_matrices = [
+        None if d is None else _among(jnp.zeros_like(matrices), d, first)
+        for matrices, d in zip((gate_up, down), d_own)
+    ]
+    return d_rows, d_weights, *d_matrices, None, None
 
 
 _grouped_swiglu.defvjp(_forward, _backward)
+
+
+def _of_groups(matrices: PyTree, first: _Index, num_groups: int) -> PyTree:
+    """The matrices that are some group's."""
+    return jax.tree.map(
+        lambda x: lax.dynamic_slice_in_dim(x, first, num_groups), matrices
+    )
+
+
+def _among(others: Array, own: Array, first: _Index) -> Array:
+    """All matrices, those of the groups replaced."""
+    return lax.dynamic_update_slice_in_dim(others, own, first, 0)
 
 
 def _activate(before, weights, limit):
@@ -113,8 +135,9 @@ def _activate(before, weights, limit):
     return hidden * weights[:, None].astype(hidden.dtype)
 
 
-def _ragged_forward(rows, weights, gate_up, down, group_sizes, limit):
-    gate_up, down = unpacked((gate_up, down))
+def _ragged_forward(rows, weights, gate_up, down, group_sizes, first, limit):
+    own = _of_groups((gate_up, down), first, len(group_sizes))
+    gate_up, down = unpacked(own)
     before = lax.ragged_dot(rows, jnp.swapaxes(gate_up, 1, 2), group_sizes)
     hidden = _activate(before, weights, limit).astype(rows.dtype)
     return lax.ragged_dot(hidden, jnp.swapaxes(down, 1, 2), group_sizes), before
@@ -162,7 +185,9 @@ class _Block(NamedTuple):
         return lax.dynamic_update_slice_in_dim(x, new, self.start, 0)
 
 
-def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True):
+def _blocked_forward(
+    rows, weights, gate_up, down, group_sizes, first, limit, keep=True
+):
     """The output and, to `keep` for the backward pass, what the activation is given."""
 
     def run_block(block, matrices, outputs, sums):
@@ -174,7 +199,7 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, limit, keep=True
 
     widths = (rows.shape[1], gate_up.shape[1]) if keep else (rows.shape[1],)
     outputs = tuple(jnp.zeros_like(rows, shape=(len(rows), n)) for n in widths)
-    return _over_filled_groups(run_block, (gate_up, down), group_sizes, outputs)
+    return _over_filled_groups(run_block, (gate_up, down), first, group_sizes, outputs)
 
 
 def _multiply(rows: Array, matrix: Array) -> Array:
@@ -232,23 +257,28 @@ def _bounds(
 
 def _over_filled_groups(
     run_block: Callable[..., tuple[PyTree, PyTree]],
-    matrices: PyTree[Shaped[Array, "groups ..."]],
+    matrices: PyTree[Shaped[Array, "matrices ..."]],
+    first: _Index,
     group_sizes: Int[Array, " groups"],
     outputs: PyTree[Shaped[Array, "rows ..."]],
 ) -> PyTree[Shaped[Array, "rows ..."]]:
     """Runs over the groups that have rows: a decoded token reads no other matrices.
 
-    **Arguments:** as for `_over_blocks`, of all groups; `group_sizes`: rows of each.
+    **Arguments:** as for `_over_blocks`, of all groups; `group_sizes`: rows of each;
+    `first`: which matrix is the first group's.
     """
     filled = jnp.argsort(group_sizes == 0, stable=True)
     num_rows = len(jax.tree.leaves(outputs)[0])
     blocks = _block_sizes(num_rows, len(group_sizes))
-    groups = matrices, *_bounds(group_sizes)
+    starts, ends = _bounds(group_sizes)
 
     def run_group(i, outputs):
-        own, start, end = jax.tree.map(
-            lambda x: lax.dynamic_index_in_dim(x, filled[i], keepdims=False), groups
+        group = filled[i]
+        own = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, first + group, keepdims=False),
+            matrices,
         )
+        start, end = starts[group], ends[group]
         return _over_blocks(run_block, own, start, end, outputs, (), blocks)[0]
 
     return lax.fori_loop(0, jnp.sum(group_sizes > 0), run_group, outputs)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_eqx.checks import check_activations, check_ids, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
-from dsv4_eqx.moe.experts import Experts, SharedExpert
+from dsv4_eqx.moe.experts import Experts, SharedExpert, StackedExperts
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
 
 
@@ -72,9 +72,9 @@ class MoE(eqx.Module):
     def _check_experts(self) -> None:
         # Wrapped experts send the tokens to where their expert is; bare ones would
         # silently leave out what is on other devices.
-        if not isinstance(self.experts, Experts):
+        if not isinstance(self.experts, Experts | StackedExperts):
             return
-        routes, own = self.router.weight.shape[0], self.experts.down.shape[0]
+        routes, own = self.router.weight.shape[0], self.experts.num_experts
         if own != routes:
             raise ValueError(
                 f"MoE has {own} experts and its router {routes}: where shard_map "

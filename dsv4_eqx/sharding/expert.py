@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.moe.experts import Experts, check_routing
+from dsv4_eqx.moe.experts import Experts, StackedExperts, check_routing
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
@@ -28,7 +28,7 @@ class ExpertParallel(eqx.Module):
     Each device of the axis calls it with its own tokens.
     """
 
-    experts: Experts
+    experts: Experts | StackedExperts
     axis: str = eqx.field(static=True)
 
     def __call__(
@@ -45,7 +45,7 @@ class ExpertParallel(eqx.Module):
         """
         check_routing(x, chosen, weights)
         num_tokens, slots = chosen.shape
-        own = self.experts.gate_up.shape[0]
+        own = self.experts.num_experts
         devices = lax.axis_size(self.axis)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         counts = jnp.bincount(chosen.reshape(-1), length=devices * own)
@@ -78,7 +78,7 @@ class ExpertParallel(eqx.Module):
         num_rounds = _rounds_needed(everyones, room)
         most = -(-order.size // room)
         out = jnp.zeros_like(x, shape=(order.size, x.shape[1]))
-        out, *_ = alike(out, sorted_weights, *jax.tree.leaves(self.experts.down))
+        out, *_ = alike(out, sorted_weights, *jax.tree.leaves(self.experts))
         out, _ = lax.scan(run_round, out, jnp.arange(most))
         out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
         return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])

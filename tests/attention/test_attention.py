@@ -13,7 +13,8 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Attention
-from dsv4_eqx.attention.attend import QUERY_BLOCK, visible
+from dsv4_eqx.attention.attend import QUERY_BLOCK
+from dsv4_eqx.attention.entries import visible
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
 from tests.captured import captured, positions, reference_gradients
 from tests.models import QUICKLY, T, pair, relative

@@ -9,7 +9,7 @@ import pytest
 
 from dsv4_eqx import Indexer, RotaryEmbedding
 from dsv4_eqx.attention import indexer as module
-from dsv4_eqx.attention.attend import Entries
+from dsv4_eqx.attention.entries import Entries
 from dsv4_eqx.attention.indexer import highest
 from tests.captured import captured, positions
 from tests.models import QUICKLY, T, pair

@@ -41,8 +41,8 @@ def operands(sizes, past_end=0):
     )
 
 
-def ours(*given):
-    return grouped_swiglu(*given, LIMIT)
+def ours(*given, first=0):
+    return grouped_swiglu(*given, LIMIT, first=first)
 
 
 def dense(rows, weights, gate_up, down, sizes):
@@ -106,7 +106,7 @@ def test_both_paths_give_the_same(sizes):
 
     @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICKLY)
     def run(forward, backward, given):
-        out, before = forward(*given, limit=LIMIT)
+        out, before = forward(*given, 0, limit=LIMIT)
         return out, backward(*given, before, cotangent, limit=LIMIT)
 
     blocked = run(grouped._blocked_forward, grouped._blocked_backward, given)
@@ -116,11 +116,49 @@ def test_both_paths_give_the_same(sizes):
 
 
 @pytest.mark.parametrize("path", ["_blocked", "_ragged"])
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_groups_have_their_matrices_among_others(path, first):
+    rows, weights, *matrices, sizes = operands([5, 0, 9, 2])
+    others = [normal((9, *x.shape[1:]), 7) for x in matrices]
+    stacks = [x.at[first : first + 4].set(own) for x, own in zip(others, matrices)]
+    forward = functools.partial(getattr(grouped, f"{path}_forward"), limit=LIMIT)
+    found, expected = (
+        jax.jit(forward)(rows, weights, *given, sizes, index)
+        for given, index in ((stacks, first), (matrices, 0))
+    )
+    for one, other in zip(found, expected):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_matrices_of_no_group_get_no_gradient(first):
+    rows, weights, *matrices, sizes = operands([5, 0, 9, 2])
+    padding = ((first, 5 - first), (0, 0), (0, 0))
+    cotangent = normal(rows.shape, 4)
+
+    def padded(rows, weights, gate_up, down, sizes):
+        stacks = (jnp.pad(x, padding) for x in (gate_up, down))
+        return ours(rows, weights, *stacks, sizes, first=first)
+
+    floats = rows, weights, *matrices
+    found = with_gradients(padded, floats, sizes, cotangent)
+    for one, other in zip(found, with_gradients(ours, floats, sizes, cotangent)):
+        close(one, other, 1e-6)
+
+    floats = rows, weights, *(normal((9, *x.shape[1:]), 7) for x in matrices)
+    among = functools.partial(ours, first=first)
+    *_, d_gate_up, d_down = with_gradients(among, floats, sizes, cotangent)
+    for gradient in (d_gate_up, d_down):
+        filled = jnp.any(gradient != 0, axis=(1, 2))
+        assert np.flatnonzero(filled).tolist() == [first, first + 2, first + 3]
+
+
+@pytest.mark.parametrize("path", ["_blocked", "_ragged"])
 def test_a_nan_stays_in_its_group(path):
     rows, *rest = operands([3, 2, 4], past_end=2)
     forward = jax.jit(functools.partial(getattr(grouped, f"{path}_forward"), limit=1.0))
-    clean, _ = forward(rows, *rest)
-    poisoned, _ = forward(rows.at[3:5].set(jnp.nan), *rest)
+    clean, _ = forward(rows, *rest, 0)
+    poisoned, _ = forward(rows.at[3:5].set(jnp.nan), *rest, 0)
     assert jnp.isnan(poisoned[3:5]).all()
     close(poisoned[:3], clean[:3], 1e-6)
     close(poisoned[5:9], clean[5:9], 1e-6)
