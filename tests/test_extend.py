@@ -181,11 +181,11 @@ def test_a_lookahead_keeps_what_it_is_told(stay):
 
 def test_a_token_copies_neither_the_experts_nor_the_entries_of_a_layer():
     config = dataclasses.replace(
-        CONFIG, n_routed_experts=512, max_position_embeddings=32768
+        CONFIG, n_routed_experts=512, max_position_embeddings=131072
     )
     make = functools.partial(DeepSeekV4, config)
     abstract = eqx.filter_eval_shape(make, key=jax.random.key(0))
-    cache = eqx.filter_eval_shape(abstract.init_cache, 2, 32768)
+    cache = eqx.filter_eval_shape(abstract.init_cache, 2, 131072)
     step = quick_jit(
         lambda cache, model, tokens: model.extend(tokens, cache), donate_argnums=0
     )

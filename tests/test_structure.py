@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "attention": BELOW_BLOCK,
     "moe": BELOW_BLOCK,
     "block": (*BELOW_BLOCK, "hyper_connection", "attention", "moe"),
-    "layers": (*BELOW_BLOCK, "attention", "block"),
+    "layers": (*BELOW_BLOCK, "attention", "moe", "block"),
     "inputs": (),
     "mtp": (*BELOW_BLOCK, "hyper_connection", "attention", "block", "inputs"),
     "model": (*BELOW_MODEL, "inputs", "mtp"),

@@ -229,9 +229,8 @@ def _backward(residuals, d_out):
             d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 2)
             return d_queries + more, d_entries
 
-        batch, num_entries, dim = entries.values.shape
-        d_turned = jnp.zeros_like(d_queries, shape=(batch, dim, num_entries))
-        gradients = d_queries, d_turned
+        turned = *d_keys.shape[:2], entries.values.shape[1]
+        gradients = d_queries, jnp.zeros_like(d_keys, shape=turned)
         tiles = _num_tiles(entries, positions)
         d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
         d_entries = jnp.swapaxes(d_entries, 1, 2)
@@ -239,9 +238,14 @@ def _backward(residuals, d_out):
     gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
     if entries is not None and d_entries is not None:
         gradients.append(gradient_of(entries.values, d_entries))
-    leaves, structure = jax.tree.flatten(floats)
-    gradients = [d.astype(x.dtype) for d, x in zip(gradients, leaves, strict=True)]
-    return jax.tree.unflatten(structure, gradients), None
+    return _in_form_of(floats, gradients), None
+
+
+def _in_form_of(tree: PyTree, leaves: list[Array]) -> PyTree:
+    """The leaves as a tree like another, in the dtypes of that."""
+    own, structure = jax.tree.flatten(tree)
+    leaves = [new.astype(x.dtype) for new, x in zip(leaves, own, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 _attend.defvjp(_forward, _backward)
