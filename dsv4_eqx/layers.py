@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from dsv4_eqx.attention.cache import AttentionCache, is_entries
+from dsv4_eqx.attention.cache import AttentionCache, mark_entries
 from dsv4_eqx.attention.entries import StackedEntries
 from dsv4_eqx.block import Block
 from dsv4_eqx.config import Config
@@ -168,13 +168,13 @@ class Layers(eqx.Module):
             entries = jax.tree.map(lambda x: StackedEntries(x, repeat), stacks)
             streams, after = run(streams, blocks, eqx.combine(rest, entries))
             after = _unwrapped(after)
-            stacks, rest = eqx.partition(after, is_entries(after))
+            stacks, rest = eqx.partition(after, mark_entries(after))
             return (streams, stacks), rest
 
         streams, first = run(streams, self.first, cache.first)
         repeated = ()
         if self.repeated:
-            stacks, rest = eqx.partition(cache.repeated, is_entries(cache.repeated))
+            stacks, rest = eqx.partition(cache.repeated, mark_entries(cache.repeated))
             units = jnp.arange(self.num_repeats), self.repeated, rest
             (streams, stacks), rest = lax.scan(run_unit, (streams, stacks), units)
             repeated = eqx.combine(rest, stacks)

@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from dsv4_eqx.attention.entries import (
     Entries,
     gathered,
-    gradient_of,
     scattered,
     tile_of,
     visible,
@@ -236,8 +235,7 @@ def _backward(residuals, d_out):
         d_entries = jnp.swapaxes(d_entries, 1, 2)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
     gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
-    if entries is not None and d_entries is not None:
-        gradients.append(gradient_of(entries.values, d_entries))
+    gradients += [] if d_entries is None else [d_entries]
     return _in_form_of(floats, gradients), None
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from dsv4_eqx.attention.entries import StackedEntries
+from dsv4_eqx.attention.entries import Values
 
 
 class CompressorState(eqx.Module):
@@ -29,7 +29,7 @@ class CompressorState(eqx.Module):
 
     values: Float[Array, "batch pending series head_dim"]
     gates: Float[Array, "batch pending series head_dim"]
-    entries: Float[Array, "batch entries head_dim"] | StackedEntries
+    entries: Values
 
     def keep(self, lengths: Int[Array, " batch"], seq: int) -> "CompressorState":
         """**Arguments:** as for `AttentionCache.keep`."""
@@ -40,7 +40,7 @@ class CompressorState(eqx.Module):
         )
 
 
-def is_entries(caches: PyTree) -> PyTree[bool]:
+def mark_entries(caches: PyTree) -> PyTree[bool]:
     """Marks compressors' entries, for `eqx.partition`.
 
     **Arguments:**

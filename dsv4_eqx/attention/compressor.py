@@ -178,7 +178,7 @@ class Compressor(eqx.Module):
             position = (start // ratio - (series - 1)) * ratio
             position = position[:, None] + jnp.arange(tokens, dtype=start.dtype)
             pooled = self._pool_from(values, gates, begin, position)
-            new = self.rope(self.norm(pooled.astype(x.dtype)), window * ratio)
+            new = self._rotated(pooled.astype(x.dtype), window * ratio)
             place = jnp.where(is_new, window, entries.shape[1])
             return replaced(entries, place, new)
 
@@ -228,10 +228,17 @@ class Compressor(eqx.Module):
         """
         ratio = self.position_bias.shape[0]
         return Entries(
-            values=self.rope(self.norm(pooled), first_positions),
+            values=self._rotated(pooled, first_positions),
             last_positions=first_positions + (ratio - 1),
             owners=owners,
         )
+
+    def _rotated(
+        self,
+        pooled: Float[Array, "batch windows head_dim"],
+        first_positions: Int[Array, "batch windows"],
+    ) -> Float[Array, "batch windows head_dim"]:
+        return self.rope(self.norm(pooled), first_positions)
 
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:

@@ -1,8 +1,8 @@
 """Compressed entries: what they are, who sees them, and where they lie.
 
 A layer's entries are an array of their own, or lie among those of all layers, as in a
-cache that a scan over layers extends: to take them out and put them back would cost
-more than to decode a token. The functions that read and write take both.
+cache that a scan over layers extends: to take them out and put them back would copy
+the whole cache for each token. The functions that read and write take both.
 """
 
 import equinox as eqx
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class StackedEntries(eqx.Module):
-    """One layer's entries, where they lie among those of all layers."""
+    """One layer's entries, where they lie among those of all layers; no gradient."""
 
     stack: Float[Array, "layers batch entries head_dim"]
     layer: Int[Array, ""] | int
@@ -34,7 +34,7 @@ class Entries(eqx.Module):
     the query. What a cache has not filled yet is after every query.
     """
 
-    values: Float[Array, "batch entries head_dim"] | StackedEntries
+    values: Values
     last_positions: Int[Array, "batch entries"]
     # The document that each belongs to; None where a row is a single one.
     owners: Int[Array, "batch entries"] | None = None
@@ -131,22 +131,6 @@ def replaced(
     at = _stacked(values)
     stack = at.stack.at[at.layer, _rows(index), index].set(new, mode="drop")
     return _like(values, stack)
-
-
-def gradient_of(
-    values: Values, own: Float[Array, "batch entries head_dim"]
-) -> Float[Array, "*layers batch entries head_dim"]:
-    """The gradient of the array that the entries are, or lie in.
-
-    **Arguments:**
-
-    - `values`: of the entries.
-    - `own`: the gradient of these.
-    """
-    if not isinstance(values, StackedEntries):
-        return own
-    zeros = jnp.zeros_like(values.stack, own.dtype)
-    return zeros.at[values.layer].set(own)
 
 
 def _stacked(values: Values) -> StackedEntries:

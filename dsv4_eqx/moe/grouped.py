@@ -108,7 +108,9 @@ def _backward(limit, residuals, cotangent):
         tpu=lambda *operands: _ragged_backward(*operands, limit=limit),
     )
     d_matrices = [
-        None if d is None else _among(jnp.zeros_like(matrices), d, first)
+        None
+        if d is None
+        else lax.dynamic_update_slice_in_dim(jnp.zeros_like(matrices), d, first, 0)
         for matrices, d in zip((gate_up, down), d_own)
     ]
     return d_rows, d_weights, *d_matrices, None, None
@@ -122,11 +124,6 @@ def _of_groups(matrices: PyTree, first: _Index, num_groups: int) -> PyTree:
     return jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, first, num_groups), matrices
     )
-
-
-def _among(others: Array, own: Array, first: _Index) -> Array:
-    """All matrices, those of the groups replaced."""
-    return lax.dynamic_update_slice_in_dim(others, own, first, 0)
 
 
 def _activate(before, weights, limit):

@@ -78,8 +78,8 @@ def test_a_quantised_model_computes_the_same_bits(dtype):
     model = dsv4.from_pretrained(NANO, dtype=dtype)
     packed = dsv4.from_pretrained(NANO, dtype=dtype, keep_quantized=True)
     tokens = expected()["tokens"]
-    # As users compile it: without optimisation LLVM rounds the same norm differently
-    # from program to program, on processors without AVX-512.
+    # As users compile it: with the quick options some processors round the same norm
+    # differently from program to program.
     run = jax.jit(lambda model: model.multi_token_logits(tokens))
     outputs = run(model)
     if dtype == "float32":
