@@ -31,6 +31,8 @@ DIMENSIONS: Final[dict[str, str]] = {
     "slots": "experts that a token is sent to",
 }
 
+from dsv4_eqx.abstract import AbstractModel as AbstractModel
+from dsv4_eqx.abstract import Cache as Cache
 from dsv4_eqx.attention.attention import Attention as Attention
 from dsv4_eqx.attention.compressor import Compressor as Compressor
 from dsv4_eqx.attention.indexer import Indexer as Indexer
@@ -48,7 +50,6 @@ from dsv4_eqx.generation.stream import TokenStream as TokenStream
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead
 from dsv4_eqx.layers import Layers as Layers
-from dsv4_eqx.model import Cache as Cache
 from dsv4_eqx.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.moe.experts import Experts as Experts
 from dsv4_eqx.moe.experts import SharedExpert as SharedExpert
@@ -64,4 +65,6 @@ from dsv4_eqx.primitives.rotary import YarnScaling as YarnScaling
 from dsv4_eqx.sharding.mesh import make_mesh as make_mesh
 from dsv4_eqx.sharding.rules import DEFAULT_RULES as DEFAULT_RULES
 from dsv4_eqx.sharding.rules import partition_specs as partition_specs
+from dsv4_eqx.sharding.sharded_model import ShardedModel as ShardedModel
+from dsv4_eqx.sharding.sharded_model import shard as shard
 from dsv4_eqx.tokenizer import load_tokenizer as load_tokenizer

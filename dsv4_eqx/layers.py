@@ -5,7 +5,7 @@ The unit's layers are stacked and scanned, so that compile time does not grow wi
 depth. Flash: three layers, then (heavily compressed, compressed sparse) twenty times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -96,23 +96,24 @@ class Layers(eqx.Module):
         - `remat`: keep only each layer's input for the backward pass.
         """
 
-        def run(block: Block, streams: Array) -> Array:
+        def run(block: Callable[..., Array], streams: Array) -> Array:
             return block(streams, token_ids, positions)
 
         run = eqx.filter_checkpoint(run) if remat else run
 
-        def run_unit(streams: Array, unit: tuple[Block, ...]) -> tuple[Array, None]:
-            for block in unit:
-                streams = run(block, streams)
-            return streams, None
+        def run_all(streams: Array, blocks: tuple, name: str) -> Array:
+            for i, block in enumerate(blocks):
+                with jax.named_scope(f"layers.{name}.{i}"):
+                    streams = run(block, streams)
+            return streams
 
-        for block in self.first:
-            streams = run(block, streams)
+        def run_unit(streams: Array, unit: tuple) -> tuple[Array, None]:
+            return run_all(streams, unit, "repeated"), None
+
+        streams = run_all(streams, self.first, "first")
         if self.repeated:
             streams, _ = lax.scan(run_unit, streams, self.repeated)
-        for block in self.last:
-            streams = run(block, streams)
-        return streams
+        return run_all(streams, self.last, "last")
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> LayersCache:
         """The state of all layers before any token.
@@ -152,11 +153,16 @@ class Layers(eqx.Module):
         """
         seq = token_ids.shape[1]
 
-        def run(streams: Array, blocks: tuple, caches: tuple) -> tuple[Array, tuple]:
+        def run(
+            streams: Array, blocks: tuple, caches: tuple, name: str
+        ) -> tuple[Array, tuple]:
             after = []
-            for block, before in zip(blocks, caches, strict=True):
-                streams, new = block.extend(streams, token_ids, before, start, lengths)
-                after.append(new.keep(lengths, seq) if keep else new)
+            for i, (block, before) in enumerate(zip(blocks, caches, strict=True)):
+                with jax.named_scope(f"layers.{name}.{i}"):
+                    streams, new = block.extend(
+                        streams, token_ids, before, start, lengths
+                    )
+                    after.append(new.keep(lengths, seq) if keep else new)
             return streams, tuple(after)
 
         # A scan copies what it hands out and collects: entries stay where they are, as
@@ -166,19 +172,20 @@ class Layers(eqx.Module):
             repeat, blocks, rest = unit
             blocks = _in_place(blocks, self.repeated, repeat)
             entries = jax.tree.map(lambda x: StackedEntries(x, repeat), stacks)
-            streams, after = run(streams, blocks, eqx.combine(rest, entries))
+            states = eqx.combine(rest, entries)
+            streams, after = run(streams, blocks, states, "repeated")
             after = _unwrapped(after)
             stacks, rest = eqx.partition(after, mark_entries(after))
             return (streams, stacks), rest
 
-        streams, first = run(streams, self.first, cache.first)
+        streams, first = run(streams, self.first, cache.first, "first")
         repeated = ()
         if self.repeated:
             stacks, rest = eqx.partition(cache.repeated, mark_entries(cache.repeated))
             units = jnp.arange(self.num_repeats), self.repeated, rest
             (streams, stacks), rest = lax.scan(run_unit, (streams, stacks), units)
             repeated = eqx.combine(rest, stacks)
-        streams, last = run(streams, self.last, cache.last)
+        streams, last = run(streams, self.last, cache.last, "last")
         return streams, LayersCache(first, repeated, last)
 
     def __len__(self) -> int:
@@ -187,9 +194,8 @@ class Layers(eqx.Module):
     @property
     def num_repeats(self) -> int:
         """How often the unit repeats."""
-        if not self.repeated:
-            return 0
-        return self.repeated[0].attention_norm.weight.shape[0]
+        stacked = jax.tree.leaves(self.repeated)
+        return stacked[0].shape[0] if stacked else 0
 
     def __getitem__(self, layer: int) -> Block:
         """One layer's block, unstacked."""
@@ -204,9 +210,7 @@ class Layers(eqx.Module):
         return self.last[inner - self.num_repeats * len(self.repeated)]
 
 
-def _in_place(
-    blocks: tuple[Block, ...], stacked: tuple[Block, ...], repeat: Int[Array, ""]
-) -> tuple[Block, ...]:
+def _in_place(blocks: tuple, stacked: tuple, repeat: Int[Array, ""]) -> tuple:
     """One repetition's blocks, their experts read from the stack."""
 
     def replace(node: Any, stack: Any) -> Any:
@@ -215,7 +219,13 @@ def _in_place(
     def is_experts(node: Any) -> bool:
         return isinstance(node, Experts)
 
-    return jax.tree.map(replace, blocks, stacked, is_leaf=is_experts)
+    def one(block: Any, stack: Any) -> Any:
+        # What is a block only while it runs, as with split weights, is handed out.
+        if not isinstance(block, Block):
+            return block
+        return jax.tree.map(replace, block, stack, is_leaf=is_experts)
+
+    return tuple(map(one, blocks, stacked))
 
 
 def _unwrapped(caches: PyTree) -> PyTree:

@@ -21,19 +21,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
+from dsv4_eqx.abstract import Cache, Lookahead
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState
 from dsv4_eqx.attention.entries import Entries, StackedEntries
 from dsv4_eqx.generation.generate import Generated
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import Draft, State
-from dsv4_eqx.model import Cache, Lookahead
 from dsv4_eqx.moe.experts import StackedExperts
 from dsv4_eqx.mtp import MTPCache
 from dsv4_eqx.primitives.packed import PackedWeight
+from dsv4_eqx.sharding.context import SplitSequence, SplitTokens
 from dsv4_eqx.sharding.expert import ExpertParallel
+from dsv4_eqx.sharding.fsdp import Gathered
 from dsv4_eqx.sharding.shard import parallelize
-from dsv4_eqx.sharding.tensor import SummedOver
+from dsv4_eqx.sharding.tensor import SplitEmbedding, SummedOver
 from tests.models import QUICKLY, T, random_tensors
 
 # Sizes that belong to activations; modules that hold weights do not have them.
@@ -51,6 +53,14 @@ OF_ACTIVATIONS = {
 }
 # What it stands for decides.
 OF_THE_FIELD_THAT_HOLDS_IT = {PackedWeight: {"..."}}
+# What wrappers hold, by the name of the field.
+WRAPPED = {
+    ExpertParallel: "experts",
+    SummedOver: "module",
+    SplitTokens: "module",
+    SplitSequence: "attention",
+    Gathered: "module",
+}
 NAMES_OF_OTHERS = OF_ACTIVATIONS | OF_THE_FIELD_THAT_HOLDS_IT
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -66,6 +76,17 @@ def model(dtype=jnp.float32):
 @functools.cache
 def parallel_model():
     return parallelize(model(), dsv4.make_mesh(expert=2, tensor=4))
+
+
+def of_a_mesh():
+    """What stands in for model, block and embedding where sequences are split."""
+    mesh = dsv4.make_mesh(context=4, tensor=2)
+    block = model().layers.first[0]
+    return (
+        dsv4.ShardedModel(model(), mesh, splits_vocab=True, fsdp=False),
+        Gathered(parallelize(block, mesh, ("context", "tensor")), "data", ()),
+        SplitEmbedding(model().embedding, "tensor", ("context", "tensor")),
+    )
 
 
 def packed():
@@ -107,6 +128,7 @@ def trees():
         entries(),
         packed(),
         (generated, state, sampling, lookahead, caches, stacks),
+        of_a_mesh(),
     ]
 
 
@@ -116,7 +138,8 @@ def module_classes():
     for info in pkgutil.walk_packages(dsv4.__path__, "dsv4_eqx."):
         module = importlib.import_module(info.name)
         for _, value in inspect.getmembers(module, inspect.isclass):
-            if issubclass(value, eqx.Module) and value.__module__ == info.name:
+            is_module = issubclass(value, eqx.Module) and not inspect.isabstract(value)
+            if is_module and value.__module__ == info.name:
                 found.add(value)
     return found
 
@@ -147,8 +170,8 @@ def matches(value, annotation):
     if annotation is typing.Any:
         return True
     # Wrappers stand in for what they wrap.
-    while isinstance(value, SummedOver | ExpertParallel):
-        value = value.module if isinstance(value, SummedOver) else value.experts
+    while type(value) in WRAPPED:
+        value = getattr(value, WRAPPED[type(value)])
     if typing.get_origin(annotation) is tuple:
         (inner, _) = typing.get_args(annotation)
         return isinstance(value, tuple) and all(matches(x, inner) for x in value)
@@ -184,7 +207,7 @@ def test_the_models_have_an_instance_of_every_module_class():
     assert {cls.__name__ for cls in module_classes() - walked} == set()
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_every_field_is_what_its_annotation_says(index):
     tree = trees()[index]
     for module in walk(tree):

@@ -1,6 +1,10 @@
 """The examples that load a checkpoint and continue a text, as a user runs them."""
 
+import pathlib
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -54,6 +58,79 @@ def test_example_refuses_texts_that_are_no_tokens_of_the_model(text, wrong, tmp_
     done = run("load_checkpoint.py", tmp_path, "--text", text)
     assert done.returncode == 1
     assert re.match(f"load_checkpoint.py: .*{wrong}", done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_example_runs_the_whole_model_over_a_mesh():
+    done = run("sharded_model.py", "--mesh", "data=2,tensor=2", "--fsdp", "--steps", 2)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "continued alike: True" in done.stdout
+    whole, held = re.search(
+        r"([\d,]+) bytes of.* ([\d,]+) on each", done.stdout
+    ).groups()
+    whole, held = (int(x.replace(",", "")) for x in (whole, held))
+    assert whole / 4 < held < whole / 3  # experts and heads by four, the rest by two
+    assert re.search(r"reduce-scatter +over data ", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "mesh, wrong", [("tensor=3", "does not divide"), ("model=2", "no axis and size")]
+)
+def test_example_of_the_whole_model_says_what_does_not_fit(mesh, wrong):
+    done = run("sharded_model.py", "--mesh", mesh)
+    assert done.returncode == 1 and re.match(
+        rf"sharded_model.py: .*{wrong}", done.stderr
+    )
+
+
+@pytest.mark.slow
+def test_example_of_several_processes_agrees_with_one():
+    done = run("multi_process.py", "--mesh", "expert=2", "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert "they agree" in done.stdout
+    size = int(re.search(r"([\d,]+) bytes in tiny", done.stdout)[1].replace(",", ""))
+    found = re.findall(r"process (\d): 1 devices, read ([\d,]+) bytes", done.stdout)
+    assert sorted(index for index, _ in found) == ["0", "1"]
+    for _, read in found:  # half of the experts, which are most of it
+        assert 0 < int(read.replace(",", "")) < 0.8 * size
+
+
+@pytest.mark.slow
+def test_example_of_several_processes_leaves_none_when_it_is_killed():
+    example = str(ROOT / "examples" / "multi_process.py")
+    command = [sys.executable, example, str(NANO)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        found = {}
+        while len(found) < 2:
+            line = running.stdout.readline()
+            assert line, found
+            if match := re.search(r"process (\d) is pid (\d+)", line):
+                found[match[1]] = int(match[2])
+        running.kill()
+    give_up = time.monotonic() + 30
+    while any(map(is_running, found.values())):
+        assert time.monotonic() < give_up, found
+        time.sleep(0.2)
+
+
+def is_running(pid):
+    """Whether a process does anything yet; a zombie does not."""
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    "option, wrong",
+    [("--processes=3", "4 devices over 3"), ("--steps=0", "a step or more")],
+)
+def test_example_of_several_processes_says_what_does_not_fit(option, wrong):
+    done = run("multi_process.py", option)
+    assert done.returncode == 1
+    assert re.match(rf"multi_process.py: .*{wrong}", done.stderr)
 
 
 @pytest.mark.slow

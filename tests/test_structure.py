@@ -30,15 +30,20 @@ MAY_IMPORT = {
     "layers": (*BELOW_BLOCK, "attention", "moe", "block"),
     "inputs": (),
     "mtp": (*BELOW_BLOCK, "hyper_connection", "attention", "block", "inputs"),
-    "model": (*BELOW_MODEL, "inputs", "mtp"),
-    "generation": (*BELOW_MODEL, "inputs", "mtp", "model"),
+    "abstract": ("config", "inputs", "layers", "mtp"),
+    "model": (*BELOW_MODEL, "inputs", "mtp", "abstract"),
+    "generation": (*BELOW_MODEL, "inputs", "mtp", "abstract"),
     # Each device reads what it needs; a description tells what a token costs.
     "checkpoint": (*BELOW_MODEL, "model", "costs", "sharding"),
     "tokenizer": ("checks", "checkpoint"),
     # The root holds the glossary of dimensions, which sharding reads.
-    "sharding": (*BELOW_MODEL, "model", "__init__"),
+    "sharding": (*BELOW_MODEL, "inputs", "mtp", "abstract", "model", "__init__"),
+    "processes": ("checks",),
+    # Plans what sharded models do, and shows their sizes as checkpoints' are.
+    "plan": (*BELOW_MODEL, "abstract", "model", "checkpoint", "sharding"),
     "__init__": (
         *BELOW_MODEL,
+        "abstract",
         "costs",
         "mtp",
         "model",
@@ -49,7 +54,7 @@ MAY_IMPORT = {
     ),
 }
 # Everything else is written for one device.
-MAY_NAME_DEVICES = ("sharding", "checkpoint")
+MAY_NAME_DEVICES = ("sharding", "checkpoint", "plan")
 OF_DEVICES = set(
     "sharding shard_map Mesh PartitionSpec NamedSharding psum pmean pmax pmin ppermute "
     "psum_scatter all_gather all_to_all ragged_all_to_all axis_index axis_size "

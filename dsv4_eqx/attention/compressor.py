@@ -136,7 +136,7 @@ class Compressor(eqx.Module):
         - `dtype`: of the entries.
         """
         ratio, series, head_dim = self.position_bias.shape
-        pending = (batch, ratio * series - 1, series, head_dim)
+        pending = (batch, self.num_pending, series, head_dim)
         return CompressorState(
             values=jnp.zeros(pending, wide_dtype(dtype)),
             gates=jnp.zeros(pending, wide_dtype(dtype)),
@@ -162,8 +162,7 @@ class Compressor(eqx.Module):
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
         """
-        ratio, series, _ = self.position_bias.shape
-        pending = state.values.shape[1]
+        ratio = self.position_bias.shape[0]
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
         gates = jnp.concatenate([state.gates, gates], axis=1)
@@ -172,12 +171,8 @@ class Compressor(eqx.Module):
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
         def write(i: Array, entries: Values) -> Values:
-            tokens = (most + series - 1) * ratio
             # With i, which is 0, XLA does not pool before it knows whether to.
-            begin = pending - ratio * (series - 1) - start % ratio + i
-            position = (start // ratio - (series - 1)) * ratio
-            position = position[:, None] + jnp.arange(tokens, dtype=start.dtype)
-            pooled = self._pool_from(values, gates, begin, position)
+            pooled = self.pool_after(values, gates, start + i)
             new = self._rotated(pooled.astype(x.dtype), window * ratio)
             place = jnp.where(is_new, window, entries.shape[1])
             return replaced(entries, place, new)
@@ -189,19 +184,36 @@ class Compressor(eqx.Module):
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
         return Entries(entries, last_positions), CompressorState(values, gates, entries)
 
-    def _pool_from(
+    @property
+    def num_pending(self) -> int:
+        """Tokens that a window may need beside the last one."""
+        ratio, series, _ = self.position_bias.shape
+        return ratio * series - 1
+
+    def pool_after(
         self,
         values: Float[Array, "batch seq series head_dim"],
         gates: Float[Array, "batch seq series head_dim"],
-        begin: Int[Array, " batch"],
-        position: Int[Array, "batch tokens"],
+        start: Int[Array, " batch"],
     ) -> Float[Array, "batch windows head_dim"]:
-        """Windows from `begin` on, without one that only precedes the first.
+        """What new tokens make of windows, from the one that the first of them is in.
 
-        Tokens before position 0 weigh nothing.
+        As many windows as the tokens can complete at most; those that they do not
+        complete mean nothing. Tokens before position 0 weigh nothing.
+
+        **Arguments:**
+
+        - `values`, `gates`: from `project`, of the `num_pending` tokens before `start`
+            and of the new tokens.
+        - `start`: position of each row's first new token.
         """
         ratio, series, _ = self.position_bias.shape
-        size = position.shape[1]
+        windows = -(-(values.shape[1] - self.num_pending) // ratio)
+        size = (windows + series - 1) * ratio
+        # From the window before where that is pooled too.
+        begin = self.num_pending - ratio * (series - 1) - start % ratio
+        first = (start // ratio - (series - 1)) * ratio
+        position = first[:, None] + jnp.arange(size, dtype=start.dtype)
         room = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
         is_token = (position >= 0)[..., None, None]
         values = rows_from(jnp.pad(values, room), begin, size)

@@ -142,7 +142,7 @@ def _stacked(values: Values) -> StackedEntries:
 def _like(values: Values, stack: Array) -> Values:
     if isinstance(values, StackedEntries):
         return StackedEntries(stack, values.layer)
-    return stack[0]
+    return jnp.squeeze(stack, 0)
 
 
 def _rows(index: Int[Array, "batch ..."]) -> Int[Array, "batch ..."]:

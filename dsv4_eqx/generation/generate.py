@@ -15,13 +15,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
+from dsv4_eqx.abstract import AbstractModel, Cache
 from dsv4_eqx.checks import check_flag, is_int, refusal
 from dsv4_eqx.generation.prompt import Caches, parts, read_prompt
 from dsv4_eqx.generation.sampling import Sampling, stop_ids
 from dsv4_eqx.generation.steps import Chosen, Draft, Rules, State, start, step
 from dsv4_eqx.generation.stream import TokenStream
 from dsv4_eqx.inputs import Lengths, TokenIds, check_lengths, check_token_ids
-from dsv4_eqx.model import Cache, DeepSeekV4
 
 
 class Generated(eqx.Module):
@@ -47,7 +47,7 @@ class _Asked(NamedTuple):
 
 
 def generate(
-    model: DeepSeekV4,
+    model: AbstractModel,
     tokens: TokenIds,
     *,
     max_new_tokens: int,
@@ -101,7 +101,7 @@ def generate(
 
 
 def generate_stream(
-    model: DeepSeekV4,
+    model: AbstractModel,
     tokens: TokenIds,
     *,
     max_new_tokens: int,
@@ -140,7 +140,7 @@ def generate_stream(
 
 def _checked(
     call: str,
-    model: DeepSeekV4,
+    model: AbstractModel,
     tokens: TokenIds,
     lengths: Lengths | None,
     max_new_tokens: int,
@@ -150,14 +150,14 @@ def _checked(
     speculative: bool,
 ) -> _Asked:
     chosen_by = Sampling(call, **sampling, key=key)
-    vocab, most = model.embedding.shape[0], model.config.max_position_embeddings
+    vocab, most = model.config.vocab_size, model.config.max_position_embeddings
     if not is_int(max_new_tokens) or max_new_tokens < 1:
         allowed = "an integer of at least 1"
         raise refusal(call, "max_new_tokens", max_new_tokens, allowed)
     check_flag(call, "speculative", speculative)
-    if speculative and len(model.mtp) != 1:
+    if speculative and model.num_mtp != 1:
         raise ValueError(
-            f"{call}: the model has {len(model.mtp)} prediction blocks "
+            f"{call}: the model has {model.num_mtp} prediction blocks "
             "(num_nextn_predict_layers); speculative=True needs one."
         )
     lengths = np.asarray(check_lengths(call, lengths, tokens))
@@ -179,7 +179,7 @@ def _checked(
 
 
 def _read(
-    model: DeepSeekV4, asked: _Asked
+    model: AbstractModel, asked: _Asked
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
     return read_prompt(
         model, asked.tokens, asked.lengths, asked.capacity, asked.speculative
@@ -188,7 +188,7 @@ def _read(
 
 @functools.partial(jax.jit, static_argnames="new", donate_argnames="caches")
 def _generate(
-    model: DeepSeekV4,
+    model: AbstractModel,
     caches: Caches,
     streams: Float[Array, "batch streams dim"],
     key: PRNGKeyArray | None,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.model import Cache, DeepSeekV4
+from dsv4_eqx.abstract import AbstractModel, Cache
 from dsv4_eqx.mtp import MTPCache
 
 _SMALLEST_PART: Final = 16
@@ -43,7 +43,7 @@ def parts(longest: int) -> list[int]:
 
 
 def read_prompt(
-    model: DeepSeekV4,
+    model: AbstractModel,
     tokens: Int[np.ndarray, "batch seq"],
     lengths: Int[np.ndarray, " batch"],
     capacity: int,
@@ -78,7 +78,7 @@ def read_prompt(
 
 @functools.partial(jax.jit, static_argnames=("capacity", "drafts"))
 def read_first(
-    model: DeepSeekV4,
+    model: AbstractModel,
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
     *,
@@ -89,18 +89,17 @@ def read_first(
 
     **Arguments:** as for `read_next` and `read_prompt`.
     """
-    batch, dtype = len(part), model.embedding.dtype
-    mtp = model.mtp[0].init_cache(batch, capacity, dtype) if drafts else None
+    batch = len(part)
+    mtp = model.init_mtp_cache(batch, capacity) if drafts else None
     caches = Caches(model.init_cache(batch, capacity), mtp)
-    streams = jnp.zeros((batch, *model.head.base.shape, model.embedding.shape[1]))
-    return read_next(model, caches, streams.astype(dtype), part, counts)
+    return read_next(model, caches, None, part, counts)
 
 
 @functools.partial(jax.jit, donate_argnames=("caches", "last"))
 def read_next(
-    model: DeepSeekV4,
+    model: AbstractModel,
     caches: Caches,
-    last: Float[Array, "batch streams dim"],
+    last: Float[Array, "batch streams dim"] | None,
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
@@ -109,7 +108,7 @@ def read_next(
     **Arguments:**
 
     - `model`, `caches`: before the part.
-    - `last`: the streams of each row's last token so far.
+    - `last`: the streams of each row's last token so far; None before the first part.
     - `part`: the tokens, and one more.
     - `counts`: of each row's tokens here, how many the model reads and, of their
         successors, how many the prediction block.
@@ -120,10 +119,11 @@ def read_next(
         following = jnp.where(
             jnp.arange(part.shape[1] - 1) < counts[1][:, None], part[:, 1:], 0
         )
-        embedded = model.embedding[following]
-        _, mtp = model.mtp[0].extend(streams, embedded, following, mtp, counts[1])
-    has_new = (counts[0] > 0)[:, None, None]
-    return Caches(cache, mtp), jnp.where(has_new, last_of(streams, counts[0]), last)
+        _, mtp = model.extend_mtp(streams, following, mtp, counts[1])
+    new = last_of(streams, counts[0])
+    if last is not None:
+        new = jnp.where((counts[0] > 0)[:, None, None], new, last)
+    return Caches(cache, mtp), new
 
 
 def last_of(

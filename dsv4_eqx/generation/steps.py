@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PRNGKeyArray
 
+from dsv4_eqx.abstract import AbstractModel, Cache
 from dsv4_eqx.generation.prompt import Caches, last_of
 from dsv4_eqx.generation.sampling import Sampling
-from dsv4_eqx.model import Cache, DeepSeekV4
 from dsv4_eqx.mtp import MTPCache
 
 
@@ -77,7 +77,7 @@ class Rules(NamedTuple):
 
 
 def start(
-    model: DeepSeekV4,
+    model: AbstractModel,
     caches: Caches,
     streams: Float[Array, "batch streams dim"],
     key: PRNGKeyArray | None,
@@ -108,7 +108,7 @@ def start(
     return state, Chosen(token[:, None], chosen[:, None], ones)
 
 
-def step(model: DeepSeekV4, state: State, rules: Rules) -> tuple[State, Chosen]:
+def step(model: AbstractModel, state: State, rules: Rules) -> tuple[State, Chosen]:
     """The next tokens of the rows that are not done.
 
     **Arguments:**
@@ -132,7 +132,7 @@ def step(model: DeepSeekV4, state: State, rules: Rules) -> tuple[State, Chosen]:
 
 
 def _speculative_step(
-    model: DeepSeekV4, state: State, draft: Draft, rules: Rules
+    model: AbstractModel, state: State, draft: Draft, rules: Rules
 ) -> tuple[State, Chosen]:
     key, now, draft_key = _split(state.key)
     room = jnp.where(state.is_done, 0, rules.limit - state.lengths)
@@ -167,7 +167,7 @@ def _speculative_step(
 
 
 def _redraft(
-    model: DeepSeekV4,
+    model: AbstractModel,
     draft: Draft,
     streams: Float[Array, "batch seq streams dim"],
     tokens: Int[Array, "batch seq"],
@@ -186,8 +186,7 @@ def _redraft(
     - `rules`: how tokens are chosen.
     - `key`: randomness, if they are drawn.
     """
-    embedded = model.embedding[tokens]
-    hidden, cache = model.mtp[0].extend(streams, embedded, tokens, draft.cache, counts)
+    hidden, cache = model.extend_mtp(streams, tokens, draft.cache, counts)
     logits = model.unembed(last_of(hidden, counts))
     log_weights = None if key is None else rules.sampling.cut(logits)
     token = rules.sampling(logits, key)
@@ -195,9 +194,9 @@ def _redraft(
 
 
 def _logits(
-    model: DeepSeekV4, streams: Float[Array, "*batch streams dim"]
+    model: AbstractModel, streams: Float[Array, "*batch streams dim"]
 ) -> Float[Array, "*batch vocab"]:
-    return model.unembed(model.norm(model.head(streams)))
+    return model.unembed(model.collapse(streams))
 
 
 def _log_probability(

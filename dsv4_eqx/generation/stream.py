@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dsv4_eqx.abstract import AbstractModel
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.steps import Rules, State, start, step
-from dsv4_eqx.model import DeepSeekV4
 
 
 class TokenStream(Iterator[np.ndarray]):
@@ -25,7 +25,7 @@ class TokenStream(Iterator[np.ndarray]):
 
     def __init__(
         self,
-        model: DeepSeekV4,
+        model: AbstractModel,
         read: Callable[[], tuple[Caches, Float[Array, "batch streams dim"]]],
         batch: int,
         key: PRNGKeyArray | None,

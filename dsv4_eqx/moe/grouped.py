@@ -108,9 +108,7 @@ def _backward(limit, residuals, cotangent):
         tpu=lambda *operands: _ragged_backward(*operands, limit=limit),
     )
     d_matrices = [
-        None
-        if d is None
-        else lax.dynamic_update_slice_in_dim(jnp.zeros_like(matrices), d, first, 0)
+        None if d is None else _among_all(d, first, matrices)
         for matrices, d in zip((gate_up, down), d_own)
     ]
     return d_rows, d_weights, *d_matrices, None, None
@@ -121,9 +119,21 @@ _grouped_swiglu.defvjp(_forward, _backward)
 
 def _of_groups(matrices: PyTree, first: _Index, num_groups: int) -> PyTree:
     """The matrices that are some group's."""
-    return jax.tree.map(
-        lambda x: lax.dynamic_slice_in_dim(x, first, num_groups), matrices
-    )
+
+    def take(x: Array) -> Array:
+        if len(x) == num_groups:
+            return x
+        return lax.dynamic_slice_in_dim(x, first, num_groups)
+
+    return jax.tree.map(take, matrices)
+
+
+def _among_all(d_own: Array, first: _Index, matrices: Array) -> Array:
+    """The gradient of all matrices, from that of those which are some group's."""
+    if d_own.shape == matrices.shape:
+        return d_own
+    zeros = jnp.zeros_like(matrices)
+    return lax.dynamic_update_slice_in_dim(zeros, d_own, first, 0)
 
 
 def _activate(before, weights, limit):

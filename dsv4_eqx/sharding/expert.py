@@ -2,10 +2,11 @@
 
 Each device sorts its tokens' slots by expert and sends them in rounds of bounded size;
 rounds go on until the fullest pair of devices is done, so that no token is dropped
-whatever the routing, and a balanced one needs a single round.
+whatever the routing, and a balanced one needs the first alone.
 """
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import equinox as eqx
@@ -55,7 +56,6 @@ class ExpertParallel(eqx.Module):
         room = math.ceil(_SLACK * order.size / devices)
         sorted_weights = weights.reshape(-1)[order]
 
-        @jax.checkpoint
         def exchange(number: Array) -> Array:
             index = _outgoing(counts, number, room)
             slot = order.at[index].get(mode="fill", fill_value=0)
@@ -68,29 +68,56 @@ class ExpertParallel(eqx.Module):
             out = self.experts(rows, expert[:, None], weight[:, None])
             return lax.all_to_all(out.astype(x.dtype), self.axis, 0, 0, tiled=True)
 
-        def run_round(out: Array, number: Array) -> tuple[Array, None]:
-            def run(out: Array) -> Array:
-                index = _outgoing(counts, number, room)
-                return out.at[index].add(exchange(number), mode="drop")
+        def add(out: Array, number: Array, brought: Array) -> Array:
+            return out.at[_outgoing(counts, number, room)].add(brought, mode="drop")
 
-            return lax.cond(number < num_rounds, run, lambda out: out, out), None
-
-        num_rounds = _rounds_needed(everyones, room)
+        # The first round is needed always, and kept for the backward pass.
+        first = jnp.zeros((), counts.dtype)
+        brought = exchange(first)
+        out = add(jnp.zeros_like(x, shape=(order.size, x.shape[1])), first, brought)
         most = -(-order.size // room)
-        out = jnp.zeros_like(x, shape=(order.size, x.shape[1]))
-        out, *_ = alike(out, sorted_weights, *jax.tree.leaves(self.experts))
-        out, _ = lax.scan(run_round, out, jnp.arange(most))
+        if most > 1:
+            needed = _rounds_needed(everyones, room, self.axis)
+            out = _further_rounds(out, exchange, add, brought, needed, most)
         out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
         return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])
 
 
+def _further_rounds(
+    out: Float[Array, "slots dim"],
+    exchange: Callable[[Array], Array],
+    add: Callable[[Array, Array, Array], Array],
+    brought: Float[Array, "rows dim"],
+    needed: Int[Array, ""],
+    most: int,
+) -> Float[Array, "slots dim"]:
+    """The output with what rounds after the first bring, if they are needed.
+
+    The backward pass runs each of them again.
+    """
+    nothing, _ = alike(jnp.zeros_like(brought), brought)
+
+    # Around the condition: what a branch keeps for the backward pass would be kept for
+    # each round, experts' weights included.
+    @jax.checkpoint
+    def bring(number: Array) -> Array:
+        return lax.cond(number < needed, exchange, lambda _: nothing, number)
+
+    def run_round(out: Array, number: Array) -> tuple[Array, None]:
+        operands = out, number, bring(number)
+        return lax.cond(number < needed, add, lambda out, *_: out, *operands), None
+
+    out, _ = lax.scan(run_round, out, jnp.arange(1, most))
+    return out
+
+
 def _rounds_needed(
-    everyones: Int[Array, "from to experts"], room: int
+    everyones: Int[Array, "from to experts"], room: int, axis: str
 ) -> Int[Array, ""]:
     """Rounds until the fullest pair of devices is done, the same on every device."""
     needed = -(-jnp.max(jnp.sum(everyones, axis=2)) // room)
-    axes = jax.typeof(needed).manual_axis_type.varying
-    return lax.pmax(needed, tuple(sorted(axes)))
+    others = jax.typeof(needed).manual_axis_type.varying - {axis}
+    return lax.pmax(needed, tuple(sorted(others))) if others else needed
 
 
 def _outgoing(

@@ -10,32 +10,33 @@ from jax.sharding import AxisType, Mesh
 
 from dsv4_eqx.primitives.checked import checked_size
 
-AXES: Final = ("data", "expert", "tensor", "context")
+AXES: Final = ("data", "expert", "context", "tensor")
 
 
 def make_mesh(
     *,
     data: int = 1,
     expert: int = 1,
-    tensor: int = 1,
     context: int = 1,
+    tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with the axes `data`, `expert`, `tensor` and `context`.
+    """A mesh with the axes `data`, `expert`, `context` and `tensor`.
+
+    Devices that follow each other are those of `tensor`, which sends most.
 
     **Arguments:**
 
     - `data`: parts of the batch.
     - `expert`: parts of the experts; the batch is split over it as well.
+    - `context`: parts of the sequence.
     - `tensor`: parts of heads, groups, hidden channels and vocabulary.
-    - `context`: for parts of the sequence, which nothing here splits yet: `parallelize`
-        takes 1 only.
     - `devices`: all devices by default.
 
     **Raises:** ValueError if a size is not a positive integer, the sizes do not
     multiply to the number of devices, or those are no devices or repeat one.
     """
-    given = zip(AXES, (data, expert, tensor, context))
+    given = zip(AXES, (data, expert, context, tensor))
     sizes = [checked_size("make_mesh", axis, size) for axis, size in given]
     devices = jax.devices() if devices is None else devices
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))

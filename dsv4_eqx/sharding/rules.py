@@ -180,7 +180,7 @@ def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
                 "neither in dsv4_eqx.DIMENSIONS nor in the rules; add it to the rules."
             )
     axes = [rules.get(name) for name in leaf.dims]
-    used = collections.Counter(axis for entry in axes for axis in _as_tuple(entry))
+    used = collections.Counter(axis for entry in axes for axis in axes_of(entry))
     twice = [axis for axis, count in used.items() if count > 1]
     if twice:
         raise ValueError(
@@ -196,13 +196,13 @@ def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh | AbstractMesh) -> N
     for dim_name, size, entry in zip(
         leaf.dims or (), shape[unnamed:], list(spec)[unnamed:], strict=True
     ):
-        for axis in _as_tuple(entry):
+        for axis in axes_of(entry):
             if axis not in mesh.shape:
                 raise ValueError(
                     f"partition_specs: the dimension {dim_name!r} of {name} is split "
                     f"over {axis!r}, and the mesh has only {tuple(mesh.shape)}."
                 )
-        parts = math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
+        parts = math.prod(mesh.shape[axis] for axis in axes_of(entry))
         if size % parts != 0:
             raise ValueError(
                 f"partition_specs: {name} has the shape {shape}; the mesh axis "
@@ -212,14 +212,19 @@ def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh | AbstractMesh) -> N
 
 
 def _without_unit_axes(spec: P, mesh: Mesh | AbstractMesh) -> P:
-    def split(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        axes = tuple(axis for axis in _as_tuple(entry) if mesh.shape[axis] > 1)
-        return axes if len(axes) > 1 else axes[0] if axes else None
+    def kept(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return tuple(axis for axis in axes_of(entry) if mesh.shape[axis] > 1)
 
-    return P(*(split(entry) for entry in spec))
+    return P(*(entry_of(kept(entry)) for entry in spec))
 
 
-def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def entry_of(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """A PartitionSpec's entry for a dimension that these mesh axes split."""
+    return axes if len(axes) > 1 else axes[0] if axes else None
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else entry

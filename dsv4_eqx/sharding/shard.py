@@ -1,20 +1,27 @@
 """Putting the wrappers in place: the same mathematics, for a mesh."""
 
-from typing import Any
+from typing import Any, Final
 
 import equinox as eqx
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv4_eqx.attention.attention import Attention
+from dsv4_eqx.checks import refusal
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.moe import MoE
+from dsv4_eqx.sharding.context import SplitSequence, SplitTokens
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import AXES
 from dsv4_eqx.sharding.tensor import SummedOver
 
+_WRAPPERS: Final = ExpertParallel | SummedOver | SplitSequence | SplitTokens
 
-def parallelize(module: Any, mesh: Mesh) -> Any:
+
+def parallelize(
+    module: Any, mesh: Mesh | AbstractMesh, sequence: tuple[str, ...] = ()
+) -> Any:
     """The module with the wrappers that `jax.shard_map` over the mesh needs inside.
 
     Attention, mixtures of experts, and experts on their own are summed over `tensor`,
@@ -25,14 +32,17 @@ def parallelize(module: Any, mesh: Mesh) -> Any:
 
     - `module`: any module that holds attention or experts.
     - `mesh`: from `make_mesh`.
+    - `sequence`: the mesh axes that split sequences, in order; `context`, `tensor`, or
+        both, each of more than one device.
 
     **Raises:** ValueError if the module has such wrappers already, or the mesh lacks an
-    axis or splits the sequence.
+    axis.
     """
-    _check_mesh(mesh)
+    check_mesh("parallelize", mesh)
+    tensor = "tensor" if mesh.shape["tensor"] > 1 else None
 
     def exchanging(node: Any) -> Any:
-        if isinstance(node, ExpertParallel | SummedOver):
+        if isinstance(node, _WRAPPERS):
             raise ValueError(
                 "parallelize: the module went through it before; every sum would be "
                 "taken twice. Give it the module without wrappers."
@@ -47,31 +57,44 @@ def parallelize(module: Any, mesh: Mesh) -> Any:
         if isinstance(node, MoE):
             experts = exchanging(node.experts)
             node = eqx.tree_at(lambda moe: moe.experts, node, experts)
+            if tensor in sequence:
+                return SplitTokens(node, "tensor")
+        if isinstance(node, Attention) and sequence:
+            return SplitSequence(node, sequence, tensor)
         node = exchanging(node)
-        return SummedOver(node, "tensor") if mesh.shape["tensor"] > 1 else node
+        return node if tensor is None else SummedOver(node, tensor)
 
     def is_part(node: Any) -> bool:
-        parts = Attention | MoE | Experts | SharedExpert | ExpertParallel | SummedOver
-        return isinstance(node, parts)
+        parts = Attention | MoE | Experts | SharedExpert
+        return isinstance(node, parts | _WRAPPERS)
 
     return jax.tree.map(wrap, module, is_leaf=is_part)
 
 
-def _check_mesh(mesh: Mesh) -> None:
-    if not set(AXES) <= set(mesh.shape):
+def check_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a mesh that does not have all four axes.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `mesh`: what was given.
+
+    **Raises:** ValueError if it is no mesh, or lacks an axis.
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise refusal(call, "mesh", mesh, "from make_mesh")
+    # In this order: `lax.ppermute` counts along the mesh's axes, whatever it is given.
+    if tuple(axis for axis in mesh.shape if axis in AXES) != AXES:
         raise ValueError(
-            f"parallelize: the mesh has the axes {tuple(mesh.shape)} and needs "
+            f"{call}: the mesh has the axes {tuple(mesh.shape)} and needs "
             f"{AXES}, whatever their sizes: make it with make_mesh."
         )
-    if mesh.shape["context"] > 1:
-        raise ValueError(
-            f"parallelize: the mesh has context={mesh.shape['context']}, and splitting "
-            "the sequence is not there yet: give its devices to another axis."
-        )
 
 
-def place(module: Any, specs: Any, mesh: Mesh) -> Any:
+def place(module: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The module with every array split over the mesh as its spec says.
+
+    Abstract arrays are given the sharding that they would have.
 
     **Arguments:**
 
@@ -79,8 +102,11 @@ def place(module: Any, specs: Any, mesh: Mesh) -> Any:
     - `specs`: from `partition_specs`.
     - `mesh`: from `make_mesh`.
     """
-    return jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)),
-        module,
-        specs,
-    )
+
+    def put(leaf: Any, spec: P) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, module, specs)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv4_eqx.sharding.context import gathered_tokens, summed_and_split
+
 
 class SummedOver(eqx.Module):
     """A module whose output is a partial sum on each device of a mesh axis."""
@@ -28,6 +30,33 @@ class SummedOver(eqx.Module):
         - `args`: the module's own, equal on all devices of the axis.
         """
         return lax.psum(self.module(*args), self.axis)
+
+    def extend(self, *args: Any) -> tuple[Array, Any]:
+        """The output added up, and the state, which is the same on all devices.
+
+        **Arguments:**
+
+        - `args`: those of the module's `extend`, equal on all devices of the axis.
+        """
+        out, state = self.module.extend(*args)
+        return lax.psum(out, self.axis), state
+
+
+class SplitEmbedding(eqx.Module):
+    """An embedding whose rows lie split over a mesh axis, indexed like the array."""
+
+    rows: Float[Array, "vocab dim"]  # this device's
+    axis: str = eqx.field(static=True)
+    # The mesh axes that split the sequence; with `axis`, the result is split too.
+    sequence: tuple[str, ...] = eqx.field(static=True)
+
+    def __getitem__(
+        self, token_ids: Int[Array, "batch seq"]
+    ) -> Float[Array, "batch seq dim"]:
+        if self.axis not in self.sequence:
+            return embed_split_vocab(self.rows, token_ids, self.axis)
+        token_ids = gathered_tokens(token_ids, self.axis)
+        return summed_and_split(_found(self.rows, token_ids, self.axis), self.axis)
 
 
 def embed_split_vocab(
@@ -45,11 +74,19 @@ def embed_split_vocab(
     """
     if axis is None:
         return embedding[token_ids]
+    return lax.psum(_found(embedding, token_ids, axis), axis)
+
+
+def _found(
+    embedding: Float[Array, "local_vocab dim"],
+    token_ids: Int[Array, "*batch"],
+    axis: str,
+) -> Float[Array, "*batch dim"]:
+    """Embeddings of the tokens whose rows are here, zeros of the others."""
     rows = embedding.shape[0]
     local = token_ids - lax.axis_index(axis) * rows
     is_here = (local >= 0) & (local < rows)
-    found = embedding[jnp.where(is_here, local, 0)]
-    return lax.psum(jnp.where(is_here[..., None], found, 0), axis)
+    return jnp.where(is_here[..., None], embedding[jnp.where(is_here, local, 0)], 0)
 
 
 def cross_entropy_split_vocab(

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from dsv4_eqx import make_mesh
 
 REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
-AXES = ("data", "expert", "tensor", "context")
+AXES = ("data", "expert", "context", "tensor")
 
 
 def test_a_mesh_has_all_four_axes_of_auto_type():
@@ -29,7 +29,7 @@ def test_any_axis_can_take_all_devices(axis):
 
 def test_tensor_neighbours_are_neighbouring_devices():
     ids = np.vectorize(lambda device: device.id)(make_mesh(data=4, tensor=2).devices)
-    np.testing.assert_array_equal(ids[:, 0, :, 0], np.arange(8).reshape(4, 2))
+    np.testing.assert_array_equal(ids[:, 0, 0, :], np.arange(8).reshape(4, 2))
 
 
 def test_a_mesh_of_some_devices():

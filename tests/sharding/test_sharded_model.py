@@ -1,0 +1,378 @@
+"""The whole model over a mesh against itself on one device."""
+
+import collections
+import dataclasses
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+import dsv4_eqx as dsv4
+from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.sharding.collectives import collectives
+from tests.models import QUICKLY
+from tests.sharded import (
+    BATCH,
+    assert_equal_gradients,
+    assert_same_bits,
+    make_mesh,
+    normal,
+    random_module,
+)
+
+# A layer that hashes, and a unit that repeats. A mesh does not change how often the
+# streams' mixing is balanced, and each time is compiled on its own.
+CONFIG = dataclasses.replace(
+    dsv4.Config.tiny(),
+    num_hidden_layers=5,
+    layer_types=(SLIDING, HCA, CSA, HCA, CSA),
+    compress_ratios=(0, 8, 4, 8, 4),
+    mlp_layer_types=(HASH_MOE,) + (TOPK_MOE,) * 4,
+    hc_sinkhorn_iters=2,
+)
+# The layer that has everything, twice: compiles in a third of the time.
+ONE_KIND = dataclasses.replace(
+    CONFIG,
+    num_hidden_layers=2,
+    layer_types=(CSA, CSA),
+    compress_ratios=(4, 4),
+    mlp_layer_types=(TOPK_MOE, TOPK_MOE),
+    num_nextn_predict_layers=0,
+)
+SEQ = 48  # 12 entries for an index_topk of 8; over 8 devices, 6 tokens between windows
+quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+
+
+@functools.cache
+def plain(config=CONFIG):
+    return random_module(lambda _, key: dsv4.DeepSeekV4(config, key=key))
+
+
+def tokens(seq=SEQ, batch=BATCH):
+    ids = np.random.default_rng(3).integers(0, CONFIG.vocab_size, (batch, seq))
+    return jnp.asarray(ids.astype(np.int32))
+
+
+def loss(model, tokens):
+    """Linear in all logits, so that no gradient is small, and the logits."""
+    outputs = model.multi_token_logits(tokens) if model.num_mtp else (model(tokens),)
+    total = sum(jnp.sum(x * normal(x.shape, 5 + i)) for i, x in enumerate(outputs))
+    # The last layer's streams are nearly parallel: the norm after the head hides how it
+    # weighs them, and its gradient is rounding. Here are some that are not.
+    streams = normal((*tokens.shape, CONFIG.hc_mult, CONFIG.hidden_size), 7)
+    total += jnp.sum(
+        model.collapse(streams) * normal(streams.shape[:-2] + streams.shape[-1:], 8)
+    )
+    return total, outputs
+
+
+step = quick_jit(jax.grad(loss, has_aux=True, allow_int=True))
+
+
+@functools.cache
+def expected(config):
+    return step(plain(config), tokens())
+
+
+def name_of(value):
+    if isinstance(value, dsv4.Config):
+        return f"{value.num_hidden_layers}-layers"
+    return "-".join(f"{axis}{size}" for axis, size in value.items())
+
+
+QUICK = dict(data=2, context=2, tensor=2, fsdp=True)
+AXES = ("data", "expert", "context", "tensor")
+SLOW = [
+    *((ONE_KIND, {axis: size}) for axis in AXES for size in (2, 4, 8)),
+    (CONFIG, QUICK),
+    (CONFIG, dict(data=2, expert=2, tensor=2)),
+    (CONFIG, dict(expert=2, context=2, tensor=2)),
+    (CONFIG, dict(data=2, expert=4, fsdp=True)),
+    (CONFIG, dict(context=4, tensor=2)),
+    (ONE_KIND, dict(data=2, expert=2, context=2)),
+    (ONE_KIND, dict(data=4, context=2)),
+    (ONE_KIND, dict(expert=4, tensor=2, fsdp=True)),
+    (ONE_KIND, dict(data=2, expert=2, tensor=2, fsdp=True)),
+    (ONE_KIND, dict(data=8, fsdp=True)),
+    (ONE_KIND, dict(context=2, tensor=4)),
+    (ONE_KIND, dict(data=4, tensor=2, fsdp=True)),
+]
+MESHES = [
+    (ONE_KIND, QUICK),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+]
+
+
+def over(sizes, config=CONFIG):
+    sizes = dict(sizes)
+    fsdp = sizes.pop("fsdp", False)
+    return dsv4.shard(plain(config), make_mesh(**sizes), fsdp=fsdp)
+
+
+@pytest.mark.parametrize("config, sizes", MESHES, ids=name_of)
+def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
+    model = over(sizes, config)
+    compiled = step.lower(model, tokens()).compile()
+    grads, logits = compiled(model, tokens())
+    expected_grads, expected_logits = expected(config)
+    for found, wanted in zip(logits, expected_logits, strict=True):
+        np.testing.assert_allclose(found, wanted, 0, 2e-5 * np.abs(wanted).max())
+    assert_equal_gradients(grads.model, expected_grads, 1e-4)
+    assert_same_bits(compiled(model, tokens()), (grads, logits))
+    # Gradients lie where their weights do, if there are any: not in the indexer.
+    for grad, leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(model), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and np.any(grad):
+            assert grad.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    used = {axis for item in collectives(compiled, model.mesh) for axis in item.axes}
+    assert used == {axis for axis in AXES if sizes.get(axis, 1) > 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes, seq",
+    [
+        # Tokens that heads do not divide are on all devices of `tensor`.
+        (dict(tensor=8), 6),
+        (dict(tensor=8), 33),
+        # Windows that are on several devices each, some of them on none's end.
+        (dict(context=8), 8),
+        (dict(context=8), 24),
+        (dict(context=8), 56),
+        (dict(context=2, tensor=4), 16),
+        (dict(context=2, tensor=4), 72),
+    ],
+)
+def test_few_tokens_on_each_device(sizes, seq):
+    ids, model = tokens(seq), over(sizes)
+    call = quick_jit(lambda model, ids: model(ids))
+    wanted = call(plain(), ids)
+    np.testing.assert_allclose(call(model, ids), wanted, 0, 2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.slow
+def test_the_real_rates_windows_and_choices():
+    """More entries than are selected, and windows within and across devices."""
+    config = dataclasses.replace(
+        CONFIG,
+        compress_ratios=(0, 128, 4, 128, 4),
+        sliding_window=128,
+        index_topk=512,
+        num_nextn_predict_layers=0,
+    )
+    model = random_module(lambda _, key: dsv4.DeepSeekV4(config, key=key))
+    ids = tokens(2304, 2)
+
+    @quick_jit
+    def call(model):
+        def loss(model):
+            logits = model(ids, remat=True)
+            return jnp.sum(logits * normal(logits.shape, 5)), logits
+
+        return jax.grad(loss, has_aux=True, allow_int=True)(model)
+
+    wanted_grads, wanted = call(model)
+    found_grads, found = call(dsv4.shard(model, make_mesh(context=4, tensor=2)))
+    np.testing.assert_allclose(found, wanted, 0, 2e-5 * np.abs(wanted).max())
+    # The head's are rounding: the last layer's streams are nearly parallel.
+    found_grads, wanted_grads = found_grads.model.layers, wanted_grads.layers
+    assert_equal_gradients(found_grads, wanted_grads, 1e-4)
+
+
+DECODING = [
+    dict(data=2, context=2, tensor=2, fsdp=True),
+    dict(expert=2, tensor=4),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", DECODING, ids=name_of)
+def test_generated_tokens_equal_those_of_one_device(sizes):
+    ids, lengths = tokens(21), np.array([21, 3, 17, 8, 1, 20, 9, 4], np.int32)
+    generate = functools.partial(
+        dsv4.generate, tokens=ids, lengths=lengths, max_new_tokens=4
+    )
+    config = dataclasses.replace(ONE_KIND, num_nextn_predict_layers=1)
+    model = over(sizes, config)
+    for speculative in (False, True):
+        wanted = generate(plain(config), speculative=speculative)
+        found = generate(model, speculative=speculative)
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.num_accepted, wanted.num_accepted)
+        np.testing.assert_allclose(
+            found.log_probabilities, wanted.log_probabilities, 0, 2e-5
+        )
+
+
+@pytest.mark.slow
+def test_extending_gives_the_same_hidden_activations():
+    model, ids = over(dict(expert=2, tensor=2)), tokens(13)
+    lengths = np.array([13, 0, 7, 1, 13, 2, 3, 12], np.int32)
+    extend = quick_jit(lambda model, *args: model.extend(*args))
+    wanted, found = (
+        extend(one, ids, one.init_cache(BATCH, 20), lengths) for one in (plain(), model)
+    )
+    state = found[1].layers.first[0].window_keys
+    assert state.sharding.shard_shape(state.shape)[0] == BATCH // 2
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(
+            found[0][row, :length], wanted[0][row, :length], 0, 2e-5
+        )
+    np.testing.assert_array_equal(found[1].lengths, lengths)
+
+
+@pytest.mark.parametrize("rules", [{}, {"vocab": None}])
+def test_a_loss_without_whole_logits_equals_the_plain_one(rules):
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    model = dsv4.shard(plain(), mesh, rules=dict(dsv4.DEFAULT_RULES) | rules)
+    hidden, targets = normal((BATCH, SEQ, CONFIG.hidden_size), 8), tokens()
+    nats = quick_jit(lambda model, *args: model.cross_entropy(*args))
+    wanted = nats(plain(), hidden, targets)
+    lowered = nats.lower(model, hidden, targets)
+    np.testing.assert_allclose(nats(model, hidden, targets), wanted, 0, 2e-5)
+    logits = jax.nn.log_softmax(plain().unembed(hidden))
+    by_hand = -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(wanted, by_hand, 1e-5, 1e-5)
+    a_device = BATCH * SEQ // 4 * 4  # bytes of a number for each token
+    sent = [item.num_bytes for item in collectives(lowered.compile(), mesh)]
+    assert max(sent, default=0) <= a_device * CONFIG.hidden_size
+    assert (sent == []) == ("vocab" in rules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_three_steps_of_an_optimizer_give_the_same_weights(fsdp):
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    # An epsilon above rounding: before the first layer all streams are equal, so that
+    # the gradient of how they mix is 0, and Adam would make a step of its rounding.
+    optimizer = optax.adam(1e-2, eps=1e-6)
+
+    @quick_jit
+    def train(model, state):
+        floats, others = eqx.partition(model, eqx.is_inexact_array)
+
+        def mean_nats(floats):
+            model = eqx.combine(floats, others)
+            hidden = model.hidden(tokens(), remat=True)
+            return jnp.mean(model.cross_entropy(hidden, jnp.roll(tokens(), -1, 1)))
+
+        grads = jax.grad(mean_nats)(floats)
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            updates, state = optimizer.update(grads, state)
+        return eqx.apply_updates(model, updates), state
+
+    def after_three(model):
+        start = eqx.filter(model, eqx.is_inexact_array)
+        state = jax.jit(optimizer.init)(start)
+        for _ in range(3):
+            model, state = train(model, state)
+        return model, state
+
+    before = plain(ONE_KIND)
+    wanted, _ = after_three(before)
+    found, state = after_three(dsv4.shard(before, mesh, fsdp=fsdp))
+    assert float(jnp.max(jnp.abs(wanted.embedding - before.embedding))) > 1e-2
+    assert_equal_gradients(found.model, wanted, 1e-4)
+    if fsdp:
+        sizes = [x.nbytes for x in jax.tree.leaves(state)]
+        held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
+        assert sum(held) <= sum(sizes) / 2
+
+
+def bytes_of(model):
+    """Bytes of all arrays, and those that each device has."""
+    held = collections.Counter()
+    for leaf in jax.tree.leaves(model):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model)), held
+
+
+@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, expert=2, tensor=2)])
+def test_every_array_lies_where_it_is_promised(sizes):
+    for fsdp in (False, True):
+        model = dsv4.shard(plain(), make_mesh(**sizes), fsdp=fsdp)
+        leaves, structure = jax.tree.flatten(model.model)
+        for leaf, spec in zip(leaves, structure.flatten_up_to(model.specs)):
+            assert leaf.sharding == NamedSharding(model.mesh, spec)
+    total, held = bytes_of(model)
+    tables = sum(x.nbytes for x in leaves if jnp.issubdtype(x.dtype, jnp.integer))
+    # Split over data alone, all but the tables and what has few elements is split.
+    if sizes == dict(data=8):
+        assert max(held.values()) <= (total - tables) / 8 + tables + 0.05 * total
+
+
+@pytest.mark.slow
+def test_a_model_made_on_the_mesh_has_the_same_bits():
+    make = jax.jit(functools.partial(dsv4.DeepSeekV4, ONE_KIND, key=jax.random.key(1)))
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    model = dsv4.shard(make, mesh, fsdp=True)
+    assert_same_bits(model.model, dsv4.shard(make(), mesh, fsdp=True).model)
+    for leaf, spec in zip(
+        jax.tree.leaves(model.model),
+        jax.tree.structure(model.model).flatten_up_to(model.specs),
+        strict=True,
+    ):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+
+
+def forward_collectives(sizes):
+    model = over(sizes)
+    hidden = quick_jit(lambda model, ids: model.hidden(ids))
+    found = collectives(hidden.lower(model, tokens()).compile(), model.mesh)
+    return collections.Counter((item.kind, item.axes) for item in found)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_one_device_sends_nothing():
+    assert forward_collectives(dict(data=1)) == {}
+
+
+@pytest.mark.slow
+def test_forward_passes_send_what_is_planned():
+    # Three blocks are compiled: the layer that hashes, and the unit of two.
+    assert forward_collectives(dict(data=8)) == {}
+    # Rows and weights there, results back, and how many of each; the same once more for
+    # further rounds, which may not run.
+    assert forward_collectives(dict(expert=2)) == {
+        ("all-to-all", ("expert",)): 3 * 3 * 2,
+        ("all-gather", ("expert",)): 3,
+    }
+    # Window and leftovers in one message; entries where there are some.
+    assert forward_collectives(dict(context=2)) == {
+        ("collective-permute", ("context",)): 3,
+        ("all-gather", ("context",)): 2,
+    }
+    assert forward_collectives(dict(tensor=2)) == {
+        # Embedding, attention, experts.
+        ("reduce-scatter", ("tensor",)): 1 + 3 + 3,
+        # Ids (for embedding and hash, merged), latents and keys, entries, selection,
+        # activations for experts.
+        ("all-gather", ("tensor",)): 1 + 3 + 2 + 1 + 3,
+        ("collective-permute", ("tensor",)): 2,
+    }
+
+
+REFUSED = [
+    (lambda m: m(tokens(46)), r"46 tokens do not divide over context=4"),
+    (lambda m: m(tokens(batch=7)), r"batch of shape \(7, 48\).*data=2"),
+    (lambda m: m.init_cache(3, 5), r"init_cache.*multiple of 2 rows"),
+    (lambda m: m(tokens()[0]), r"\(batch, seq\)"),
+    (lambda m: dsv4.generate(m, tokens(5, 3), max_new_tokens=2), r"multiple of 2 rows"),
+]
+
+
+@pytest.mark.parametrize("call, text", REFUSED)
+def test_what_does_not_divide_is_refused(call, text, without_shape_checks):
+    with pytest.raises(ValueError, match=text):
+        call(over(dict(data=2, context=4)))
+
+
+def test_rules_without_their_collectives_are_refused():
+    rules = dict(dsv4.DEFAULT_RULES) | {"heads": "data"}
+    with pytest.raises(ValueError, match="only 'vocab' may be None"):
+        dsv4.shard(plain(), make_mesh(data=2), rules=rules)
