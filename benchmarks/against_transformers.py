@@ -166,23 +166,23 @@ def first_close_choice(model, ids) -> int:
     return min(firsts)
 
 
-def save_weights(weights: pathlib.Path) -> None:
+def save_weights(weights: pathlib.Path, config: Config = CONFIG) -> None:
     """Initial weights of transformers' model, for both sides."""
-    state = reference_model().state_dict()
+    state = reference_model(config).state_dict()
     np.savez(weights, **{name: value.numpy() for name, value in state.items()})
 
 
-def their_model(weights: pathlib.Path):
+def their_model(weights: pathlib.Path, config: Config = CONFIG):
     """transformers' model with these weights, on all processors."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model, arrays = reference_model(), np.load(weights)
+    model, arrays = reference_model(config), np.load(weights)
     model.load_state_dict({name: torch.tensor(arrays[name]) for name in arrays})
     return model
 
 
-def reference_model():
+def reference_model(config: Config):
     """transformers' model of the same configuration, with its own initial weights."""
     sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
     import torch
@@ -191,7 +191,7 @@ def reference_model():
     from tests.reference import reference_config
 
     torch.manual_seed(0)
-    return DeepseekV4ForCausalLM(reference_config(CONFIG)).float().eval()
+    return DeepseekV4ForCausalLM(reference_config(config)).float().eval()
 
 
 def measure(args: argparse.Namespace) -> None:

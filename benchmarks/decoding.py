@@ -2,10 +2,12 @@
 
     python benchmarks/decoding.py --batches 1 8
 
-The model is that of `against_transformers.py`, in float32, with as many threads as
-there are processors. Each measurement is a process of its own, ours and theirs in turn,
-with the same weights and prompts. The time of a step is that of generating many tokens
-less that of generating one, over the difference; the median of several.
+The model is that of `against_transformers.py`, or with `--units N` as wide and of N
+times a layer of CSA and one of HCA, which are scanned. It is in float32, with as many
+threads as there are processors. Each measurement is a process of its own, ours and
+theirs in turn, with the same weights and prompts. The time of a step is that of
+generating many tokens less that of generating one, over the difference; the median of
+several.
 
 The last column is what reading each weight that a token needs once from memory would
 take, at the rate of one large matrix-vector product, over the time that a step takes.
@@ -15,6 +17,7 @@ It needs what the extra `benchmark` installs.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,8 +33,22 @@ import numpy as np
 from against_transformers import CONFIG, SIDES, save_weights, their_model, timed
 
 import dsv4_eqx as dsv4
+from dsv4_eqx.hf_config import CSA, HCA, TOPK_MOE
 
 _REPEATS: Final = 5
+
+
+def model_config(units: int) -> dsv4.Config:
+    """As many repeated units, or the configuration of the other benchmarks for 0."""
+    if units == 0:
+        return CONFIG
+    return dataclasses.replace(
+        CONFIG,
+        num_hidden_layers=2 * units,
+        layer_types=(CSA, HCA) * units,
+        compress_ratios=(4, 128) * units,
+        mlp_layer_types=(TOPK_MOE,) * (2 * units),
+    )
 
 
 def prompts(batch: int, length: int) -> np.ndarray:
@@ -54,12 +71,12 @@ def seconds_per_step(generate: Callable[[int], np.ndarray], new: int):
     return statistics.median(steps), tokens
 
 
-def ours(weights: pathlib.Path, ids: np.ndarray, new: int):
+def ours(config: dsv4.Config, weights: pathlib.Path, ids: np.ndarray, new: int):
     """Seconds of a step, the tokens, and the bytes per second of reading memory."""
     import jax
     import jax.numpy as jnp
 
-    model = dsv4.from_state_dict(CONFIG, np.load(weights))
+    model = dsv4.from_state_dict(config, np.load(weights))
 
     def generate(count: int) -> np.ndarray:
         return np.asarray(dsv4.generate(model, ids, max_new_tokens=count).tokens)
@@ -71,11 +88,11 @@ def ours(weights: pathlib.Path, ids: np.ndarray, new: int):
     return seconds, tokens, matrix.nbytes / product
 
 
-def theirs(weights: pathlib.Path, ids: np.ndarray, new: int):
+def theirs(config: dsv4.Config, weights: pathlib.Path, ids: np.ndarray, new: int):
     """The same of transformers, eager."""
     import torch
 
-    model = their_model(weights)
+    model = their_model(weights, config)
     given = torch.tensor(ids).long()
 
     def generate(count: int) -> np.ndarray:
@@ -96,7 +113,9 @@ def measure(args: argparse.Namespace) -> None:
     """One measurement, in the child process; prints JSON."""
     function = ours if args.side == "ours" else theirs
     ids = prompts(args.batches[0], args.prompt)
-    seconds, tokens, rate = function(args.folder / "weights.npz", ids, args.new_tokens)
+    seconds, tokens, rate = function(
+        model_config(args.units), args.folder / "weights.npz", ids, args.new_tokens
+    )
     np.save(args.folder / f"{args.side}.npy", tokens)
     print(json.dumps(dict(seconds=seconds, rate=rate)))
 
@@ -107,15 +126,16 @@ def compare(folder: pathlib.Path, batch: int, args: argparse.Namespace) -> None:
     for side in SIDES:
         command = [sys.executable, __file__, "--side", side, "--batches", str(batch)]
         command += ["--folder", str(folder), "--prompt", str(args.prompt)]
-        command += ["--new-tokens", str(args.new_tokens)]
+        command += ["--new-tokens", str(args.new_tokens), "--units", str(args.units)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[side] = json.loads(done.stdout.splitlines()[-1])
     tokens = [np.load(folder / f"{side}.npy") for side in SIDES]
     if not np.array_equal(*tokens):
         sys.exit(f"batch {batch}: the tokens differ: {tokens}")
     mine, other = found["ours"]["seconds"], found["theirs"]["seconds"]
+    config = model_config(args.units)
     # Of the embedding, a row.
-    read = dsv4.num_active_params(CONFIG) - CONFIG.vocab_size * CONFIG.hidden_size
+    read = dsv4.num_active_params(config) - config.vocab_size * config.hidden_size
     needed = 4 * read / found["ours"]["rate"]
     share = f"{needed / mine:8.0%}" if batch == 1 else ""
     print(
@@ -130,6 +150,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--units", type=int, default=0, help="layers of CSA and HCA")
     for name, kind in (("--side", str), ("--folder", pathlib.Path)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,7 +160,7 @@ def main() -> None:
     print(" batch       ours     theirs   ratio mem, GB/s of memory's")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        save_weights(folder / "weights.npz")
+        save_weights(folder / "weights.npz", model_config(args.units))
         for batch in args.batches:
             compare(folder, batch, args)
 

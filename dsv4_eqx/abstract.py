@@ -164,7 +164,8 @@ class AbstractModel(eqx.Module):
 
         One function for a prompt, a part of one, a single new token, or several to
         verify. Rows may be of different lengths, new and old. The given cache stays as
-        it was: to go back, go on from there.
+        it was: to go back, go on from there. It has no derivative in reverse: entries
+        are written in a loop of unknown length. Train by calling the model.
 
         **Arguments:**
 

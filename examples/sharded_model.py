@@ -65,11 +65,11 @@ def train_step(model, tokens):
     return eqx.combine(moved, others), loss
 
 
-def run(model, tokens, steps):
+def run(step, model, tokens, steps):
     """The losses of some steps, then what greedy decoding makes of the text."""
     losses = []
     for _ in range(steps):
-        model, loss = train_step(model, tokens)
+        model, loss = step(model, tokens)
         losses.append(float(loss))
         print(f"  loss {losses[-1]:.6f} nats a byte", flush=True)
     out = dsv4.generate(model, tokens[:, :32], max_new_tokens=NEW)
@@ -86,11 +86,10 @@ def print_placement(model):
     print(f"{whole:,} bytes of weights, {max(held.values()):,} on each device")
 
 
-def print_collectives(model, tokens):
+def print_collectives(step, mesh):
     """What a compiled step sends, by kind and axis."""
-    compiled = train_step.lower(model, tokens).compile()
     sizes = collections.defaultdict(list)
-    for item in collectives(compiled, model.mesh):
+    for item in collectives(step, mesh):
         sizes[item.kind, item.axes].append(item.num_bytes)
     print("collectives of a step (one in a loop counts once)")
     for (kind, axes), found in sorted(sizes.items()):
@@ -111,10 +110,11 @@ def main():
     model = dsv4.shard(make, mesh, fsdp=asked.fsdp)
     print(f"mesh {dict(mesh.shape)}, fsdp={asked.fsdp}, {asked.text.name}")
     print_placement(model)
-    print_collectives(model, tokens)
-    losses, new = run(model, tokens, asked.steps)
+    step = train_step.lower(model, tokens).compile()
+    print_collectives(step, mesh)
+    losses, new = run(step, model, tokens, asked.steps)
     print("on one device")
-    plain_losses, plain_new = run(jax.jit(make)(), tokens, asked.steps)
+    plain_losses, plain_new = run(train_step, jax.jit(make)(), tokens, asked.steps)
     off = max(map(abs, np.subtract(losses, plain_losses)), default=0.0)
     print(f"largest difference of a loss {off:.1e} (limit 2e-5)")
     print(f"continued alike: {np.array_equal(new, plain_new)}")

@@ -67,7 +67,7 @@ def check(output):
 def test_example_on_eight_devices_splits_everything():
     output = printed()
     check(output)
-    assert "'data': 2, 'expert': 2, 'tensor': 2, 'context': 1" in output
+    assert "'data': 2, 'expert': 2, 'context': 1, 'tensor': 2" in output
     rows = table(output)
     assert rows["embedding"][1:3] == ("'tensor', None", [128, 64])
     assert rows["block.moe.experts.gate_up"] == (
@@ -110,7 +110,8 @@ def test_example_on_one_device_sends_nothing():
 def test_example_runs_another_layer_on_four_devices():
     output = printed("--data", 1, "--layer", 3)
     check(output)
-    assert "'data': 1, 'expert': 2, 'tensor': 2" in output and "layer 3" in output
+    assert "'data': 1, 'expert': 2, 'context': 1, 'tensor': 2" in output
+    assert "layer 3" in output
     assert {"data" in line for line in collective_lines(output)} == {False}
 
 

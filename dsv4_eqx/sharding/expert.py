@@ -45,8 +45,11 @@ class ExpertParallel(eqx.Module):
         **Raises:** ValueError as `Experts` does.
         """
         check_routing(x, chosen, weights)
+        # Gradients are summed over other axes here, once for all rounds.
+        leaves, structure = jax.tree.flatten((self.experts, x, weights))
+        experts, x, weights = jax.tree.unflatten(structure, alike(*leaves))
         num_tokens, slots = chosen.shape
-        own = self.experts.num_experts
+        own = experts.num_experts
         devices = lax.axis_size(self.axis)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         counts = jnp.bincount(chosen.reshape(-1), length=devices * own)
@@ -65,7 +68,7 @@ class ExpertParallel(eqx.Module):
                 for values in (x[slot // slots], weight)
             )
             expert = _experts_of(incoming, number, room)
-            out = self.experts(rows, expert[:, None], weight[:, None])
+            out = experts(rows, expert[:, None], weight[:, None])
             return lax.all_to_all(out.astype(x.dtype), self.axis, 0, 0, tiled=True)
 
         def add(out: Array, number: Array, brought: Array) -> Array:

@@ -227,8 +227,7 @@ TINY = ("tiny", "--mesh", "data=2,expert=2,tensor=2", "--seq", 48)
 def test_the_command_prints_the_plan(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
     mesh = ("--mesh", "data=2,expert=2,tensor=2", "--fsdp", "--seq", 48)
-    picture = tmp_path / "mesh.png"
-    options = ("--memory", 1, "--dtype", "float32", "--plot", picture)
+    options = ("--memory", 1, "--dtype", "float32")
     code, text, errors = run(capsys, tmp_path, *mesh, *options)
     assert (code, errors) == (0, "")
     sizes, _ = split_sizes(mesh_of("data=2,expert=2,tensor=2"))
@@ -237,6 +236,13 @@ def test_the_command_prints_the_plan(capsys, tmp_path):
     assert re.search(rf"parameters +{weights} +{weights}\n", text)
     assert "activations (an estimate)" in text and "training fits" in text
     assert re.search(r"layer 1 +all-to-all +expert +9 ", text)
+
+
+def test_the_command_draws_the_mesh(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "mesh.png"
+    code, _, errors = run(capsys, *TINY, "--plot", picture)
+    assert (code, errors) == (0, "")
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

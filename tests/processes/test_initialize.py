@@ -60,30 +60,33 @@ OTHER_FAULTS = {
     "raise": r"failed: KeyError: 'no such batch'",
     "elsewhere": r"is in 'step' where process 1 .* is in 'saving': nobody can go on",
 }
-CASES = [(fault, victim) for fault in FAULTS for victim in (0, 1)]
-CASES += [(fault, 1) for fault in OTHER_FAULTS]
+CASES = [(2, fault, victim) for fault in FAULTS for victim in (0, 1)]
+CASES += [(2, fault, 1) for fault in OTHER_FAULTS]
+CASES += [(4, "kill", 2), (4, "stop", 3), (4, "hang", 0)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault, victim", CASES)
-def test_all_end_and_name_the_process_that_fails(fault, victim):
-    codes, outputs, pids, ended = run_members(2, fault, victim)
+@pytest.mark.parametrize("num_processes, fault, victim", CASES)
+def test_all_end_and_name_the_process_that_fails(num_processes, fault, victim):
+    codes, outputs, pids, ended = run_members(num_processes, fault, victim)
     named = 0 if fault == "elsewhere" else victim
     name = rf"process {named} \([^,]+, pid {pids[named]}[^)]*\)"
     wanted = (FAULTS | OTHER_FAULTS)[fault]
-    said = re.search(rf"ends: .*{name}.* {wanted}", outputs[1 - victim])
-    assert said, outputs
+    for index in set(range(num_processes)) - {victim}:
+        said = re.search(rf"ends: .*{name}.* {wanted}", outputs[index])
+        assert said, outputs
     assert all(codes), codes
     (failed,) = re.findall(r"fails at ([\d.]+)", outputs[victim])
     assert ended - float(failed) < 60
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_another_mesh_is_refused_by_all(victim):
-    codes, outputs, pids, _ = run_members(2, "other mesh", victim)
-    other, own = ("2", "1") if victim == 0 else ("1", "2")
-    name = rf"process 1 \([^,]+, pid {pids[1]}\)"
+@pytest.mark.parametrize("num_processes, victim", [(2, 0), (2, 1), (4, 2)])
+def test_another_mesh_is_refused_by_all(num_processes, victim):
+    codes, outputs, pids, _ = run_members(num_processes, "other mesh", victim)
+    all_devices, differs = str(num_processes), victim or 1
+    other, own = (all_devices, "1") if victim == 0 else ("1", all_devices)
+    name = rf"process {differs} \([^,]+, pid {pids[differs]}\)"
     for code, output in zip(codes, outputs):
         assert code == 1
         wanted = rf"ValueError: .*{name} has mesh.data {other}, process 0 has {own}"

@@ -49,8 +49,8 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 @functools.cache
-def plain(config=CONFIG):
-    return random_module(lambda _, key: dsv4.DeepSeekV4(config, key=key))
+def plain(config=CONFIG, dtype=jnp.float32):
+    return random_module(lambda _, key: dsv4.DeepSeekV4(config, dtype=dtype, key=key))
 
 
 def tokens(seq=SEQ, batch=BATCH):
@@ -130,6 +130,27 @@ def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
             assert grad.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
     used = {axis for item in collectives(compiled, model.mesh) for axis in item.axes}
     assert used == {axis for axis in AXES if sizes.get(axis, 1) > 1}
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_to_float32_as_on_one_device():
+    exact, (exact_logits,) = expected(ONE_KIND)
+    narrow = plain(ONE_KIND, jnp.bfloat16)
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+
+    def errors(model):
+        grads, (logits,) = step(model, tokens())
+        grads = grads.model if isinstance(grads, dsv4.ShardedModel) else grads
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True)
+        for a, b in [(logits, exact_logits), *pairs]:
+            # The error of a few numbers is a matter of luck.
+            if b.size >= 64 and jnp.issubdtype(b.dtype, jnp.inexact) and np.any(b):
+                a, b = np.asarray(a, "f8"), np.asarray(b, "f8")
+                yield np.linalg.norm(a - b) / np.linalg.norm(b)
+
+    sharded, single = errors(dsv4.shard(narrow, mesh)), errors(narrow)
+    for error, allowed in zip(sharded, single, strict=True):
+        assert error <= 1.1 * allowed < 0.1
 
 
 @pytest.mark.slow
