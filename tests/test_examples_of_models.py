@@ -182,6 +182,5 @@ def test_example_trains_and_speculates(tmp_path):
     assert_went_well(done)
     losses = re.findall(r"next ([\d.]+), after next ([\d.]+)", done.stdout)
     assert [len(losses), float(losses[-1][0]) < float(losses[0][0])] == [2, True]
-    assert re.search(
-        r"\d+% of the drafts stayed; the tokens are the same: True", done.stdout
-    )
+    stayed = r"(\d+)% of the drafts stayed; tokens a second: \d+ without drafts, \d+ "
+    assert len(re.findall(stayed, done.stdout)) == 2  # the likeliest, and drawn ones

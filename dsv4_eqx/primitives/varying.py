@@ -5,6 +5,7 @@ carry of a loop have to do it themselves; outside `shard_map` this does nothing.
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax
 from jax import lax
@@ -15,8 +16,16 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
     """The arrays, each varying over every mesh axis that any of them varies over."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = functools.reduce(frozenset.union, axes)
-    return tuple(_varying(x, union - own) for x, own in zip(arrays, axes))
+    return tuple(varying(x, union) for x in arrays)
 
 
-def _varying(x: Array, missing: frozenset[str]) -> Array:
+def varying(x: Array, axes: Iterable[str]) -> Array:
+    """The same array, of which each device of these mesh axes has one of its own.
+
+    **Arguments:**
+
+    - `x`: varying over some of them, or over none.
+    - `axes`: of the mesh.
+    """
+    missing = frozenset(axes) - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

@@ -16,7 +16,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -26,6 +25,7 @@ from dsv4_eqx.config import Config
 from dsv4_eqx.inputs import Lengths, TokenIds, check_counts
 from dsv4_eqx.model import DeepSeekV4
 from dsv4_eqx.mtp import MTPCache
+from dsv4_eqx.primitives.varying import varying
 from dsv4_eqx.sharding.context import gathered_tokens
 from dsv4_eqx.sharding.fsdp import gather_in_use, split_further
 from dsv4_eqx.sharding.rules import (
@@ -316,7 +316,7 @@ class ShardedModel(AbstractModel):
             # Each device then adds up its own gradients, and the sum over devices is
             # taken once; otherwise in every iteration of every loop inside of a layer.
             axes = (*split.batch, *split.sequence)
-            model = jax.tree.map(lambda x: _varying(x, axes), model)
+            model = jax.tree.map(lambda x: varying(x, axes), model)
             if self.fsdp and self.mesh.shape[_FSDP] > 1:
                 model = gather_in_use(model, specs, _FSDP, recomputed=remat)
             if self._vocab_axis is not None:
@@ -356,13 +356,6 @@ class _Split:
         """Of `[batch, seq, ...]`, or of rows alone."""
         entries = (self.batch, self.sequence) if self.sequence else (self.batch,)
         return P(*map(entry_of, entries))
-
-
-def _varying(x: Array, axes: tuple[str, ...]) -> Array:
-    """The same array, of which each device of these mesh axes has one of its own."""
-    already = jax.typeof(x).manual_axis_type.varying
-    new = tuple(axis for axis in axes if axis not in already)
-    return lax.pcast(x, new, to="varying") if new else x
 
 
 def _specs(model: DeepSeekV4, *, rules: Rules, mesh: Any, fsdp: bool) -> Any:
