@@ -64,6 +64,8 @@ class AbstractModel(eqx.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
+        Rows are the batch: `jax.vmap` over calls works outside of `jit` alone.
+
         **Arguments:**
 
         - `tokens`: token ids, each in `[0, vocab)`.
@@ -125,6 +127,9 @@ class AbstractModel(eqx.Module):
 
         - `hidden`: from `hidden` or `collapse`.
         - `targets`: the tokens that followed.
+
+        **Raises:** ValueError if the targets are not one for each position, or one is
+        outside the vocabulary, which is not checked under `jit`.
         """
 
     @abc.abstractmethod
@@ -164,8 +169,9 @@ class AbstractModel(eqx.Module):
 
         One function for a prompt, a part of one, a single new token, or several to
         verify. Rows may be of different lengths, new and old. The given cache stays as
-        it was: to go back, go on from there. It has no derivative in reverse: entries
-        are written in a loop of unknown length. Train by calling the model.
+        it was: to go back, go on from there. Under `jit` it has no derivative in
+        reverse, for entries are written in a loop of unknown length: train by calling
+        the model.
 
         **Arguments:**
 
@@ -176,9 +182,10 @@ class AbstractModel(eqx.Module):
         **Returns:** the hidden activations, which mean nothing at the padding, and the
         cache after the new tokens.
 
-        **Raises:** ValueError if the tokens are not as for calling, the cache is of
-        another model or batch, or `lengths` do not fit the tokens; and if a row would
-        have more tokens than the capacity, which is not checked under `jit`.
+        **Raises:** ValueError if the tokens are not as for calling, the cache has
+        another shape than this model's for this batch, or `lengths` do not fit the
+        tokens; and if a row would have more tokens than the capacity, which is not
+        checked under `jit`.
         """
         streams, cache = self.extend_streams(tokens, cache, lengths)
         return self.collapse(streams), cache
@@ -213,6 +220,8 @@ class AbstractModel(eqx.Module):
         """The state of the prediction block before any token.
 
         **Arguments:** as for `init_cache`.
+
+        **Raises:** ValueError as `init_cache` does, and if there is no such block.
         """
 
     @abc.abstractmethod
@@ -231,4 +240,7 @@ class AbstractModel(eqx.Module):
         - `following`: the token after each of them.
         - `cache`: from `init_mtp_cache` or another call.
         - `lengths`: new tokens of each row.
+
+        **Raises:** ValueError if there is no prediction block, or ids, cache and
+        lengths do not fit each other, as for `extend`.
         """

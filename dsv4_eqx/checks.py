@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -12,6 +13,8 @@ from dsv4_eqx.primitives.packed import PackedWeight
 
 _LARGEST_FLOAT32: Final = (2.0 - 2.0**-23) * 2.0**127
 _LONGEST: Final = 200  # characters of a value in an error
+# Of weights. Other floats, FP8 and FP4, mean nothing without their scales.
+FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
 def is_int(value: Any) -> bool:
@@ -62,7 +65,52 @@ def refusal(call: str, name: str, value: Any, allowed: str) -> ValueError:
     - `value`: anything.
     - `allowed`: completes "must be".
     """
-    return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.")
+    hint = ""
+    if isinstance(value, np.generic | np.ndarray):
+        hint = f" It is numpy's: give {name}.tolist()."
+    return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.{hint}")
+
+
+def checked_dtype(call: str, dtype: Any) -> np.dtype:
+    """A dtype of weights, which JAX has as it is set.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `dtype`: anything.
+
+    **Raises:** ValueError if it is no dtype for weights, or float64 without x64.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if dtype is None or found is None or found.name not in FLOATS:
+        raise refusal(call, "dtype", dtype, f"one of {', '.join(FLOATS)}")
+    if found == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{call}: the weights would be float64, and JAX would make them float32: "
+            'jax.config.update("jax_enable_x64", True) first (JAX_ENABLE_X64=1 for a '
+            "command), or give another dtype."
+        )
+    return found
+
+
+def check_key(call: str, key: Any) -> None:
+    """Refuses what is not one key.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `key`: anything.
+
+    **Raises:** ValueError if it is no key of `jax.random`, or several.
+    """
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    is_new = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = is_array and key.dtype == np.uint32
+    if not (is_new and key.ndim == 0 or is_raw and key.ndim == 1):
+        raise refusal(call, "key", key, "one key, as from jax.random.key(0)")
 
 
 def path_of(call: str, name: str, value: Any) -> pathlib.Path:

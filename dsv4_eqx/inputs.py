@@ -23,16 +23,24 @@ def are_known(*arrays: Any) -> bool:
 
     - `arrays`: of JAX or numpy.
     """
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+    def is_known(x: Any) -> bool:
+        if isinstance(x, jax.core.Tracer):
+            return False
+        # Of what lies over several processes, each knows only its part.
+        return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+    return all(map(is_known, arrays))
 
 
 def check_token_ids(
-    tokens: TokenIds, vocab: int, lengths: Lengths | None = None
+    call: str, tokens: TokenIds, vocab: int, lengths: Lengths | None = None
 ) -> Int[Array, "batch seq"]:
     """`tokens` as an int32 array, checked as far as they are known.
 
     **Arguments:**
 
+    - `call`: what the user called.
     - `tokens`: token ids.
     - `vocab`: how many there are.
     - `lengths`: ids of each row that are meant, from the first one on; the others,
@@ -41,34 +49,65 @@ def check_token_ids(
     **Raises:** ValueError if the tokens are no array of integers of two dimensions, are
     empty, or, unless traced, one of them is outside `[0, vocab)`.
     """
-    _check_array(tokens)
+    _check_array(call, tokens)
     if lengths is not None:
         # Not even how experts are grouped may depend on the padding.
         where = np.where if are_known(tokens, lengths) else jnp.where
         is_meant = np.arange(tokens.shape[1]) < lengths[:, None]
         tokens = where(is_meant, tokens, tokens.dtype.type(0))
-    if are_known(tokens):
-        known = np.asarray(tokens)
-        outside = (known < 0) | (known >= vocab)
-        if outside.any():
-            place = [int(i) for i in np.argwhere(outside)[0]]
-            raise ValueError(
-                f"token id {known[tuple(place)]} at {place} is outside [0, {vocab})."
-            )
+    _check_range(call, "token id", tokens, vocab)
     return jnp.asarray(tokens, jnp.int32)
 
 
-def _check_array(tokens: Any) -> None:
+def check_targets(
+    call: str, targets: Int[Array, "*batch"], shape: tuple[int, ...], vocab: int
+) -> None:
+    """Refuses targets that are not a token id for each position.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `targets`: token ids.
+    - `shape`: of the positions.
+    - `vocab`: how many token ids there are.
+
+    **Raises:** ValueError if the targets are no array of integers of this shape or,
+    unless traced, one of them is outside `[0, vocab)`.
+    """
+    is_array = isinstance(targets, jax.Array | np.ndarray)
+    if not is_array or not jnp.issubdtype(targets.dtype, jnp.integer):
+        found = targets.dtype if is_array else type(targets).__name__
+        raise ValueError(f"{call}: targets must be an array of integers, not {found}.")
+    if targets.shape != shape:
+        raise ValueError(
+            f"{call}: targets of shape {targets.shape} are not one for each position "
+            f"of hidden, {shape}."
+        )
+    _check_range(call, "target", targets, vocab)
+
+
+def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
+    if not are_known(ids):
+        return
+    known = np.asarray(ids)
+    outside = (known < 0) | (known >= vocab)
+    if outside.any():
+        place = [int(i) for i in np.argwhere(outside)[0]]
+        value = known[tuple(place)]
+        raise ValueError(f"{call}: {name} {value} at {place} is outside [0, {vocab}).")
+
+
+def _check_array(call: str, tokens: Any) -> None:
     if not isinstance(tokens, jax.Array | np.ndarray):
         raise ValueError(
-            f"token ids must be an array of JAX or numpy, not {type(tokens).__name__}: "
-            "give numpy.asarray(tokens)."
+            f"{call}: token ids must be an array of JAX or numpy, not "
+            f"{type(tokens).__name__}: give numpy.asarray(tokens)."
         )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"token ids must be integers, not {tokens.dtype}.")
+        raise ValueError(f"{call}: token ids must be integers, not {tokens.dtype}.")
     if tokens.ndim != 2 or tokens.size == 0:
         raise ValueError(
-            f"token ids must have the shape (batch, seq), neither empty, not "
+            f"{call}: token ids must have the shape (batch, seq), neither empty, not "
             f"{tokens.shape}."
         )
 
@@ -85,7 +124,7 @@ def check_lengths(call: str, lengths: Lengths | None, tokens: TokenIds) -> Lengt
     **Raises:** ValueError if the tokens are no such array, there is not an integer for
     each row, or, unless traced, one of them is outside `[0, seq]`.
     """
-    _check_array(tokens)
+    _check_array(call, tokens)
     batch, seq = tokens.shape
     whole = np.full(batch, seq, np.int32)
     return whole if lengths is None else check_counts(call, lengths, whole)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
 
 from dsv4_eqx.abstract import AbstractModel, Cache, Lookahead
-from dsv4_eqx.checks import is_int, refusal
+from dsv4_eqx.checks import check_key, checked_dtype, is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
 from dsv4_eqx.inputs import (
@@ -22,6 +22,7 @@ from dsv4_eqx.inputs import (
     TokenIds,
     are_known,
     check_lengths,
+    check_targets,
     check_token_ids,
 )
 from dsv4_eqx.layers import Layers
@@ -54,7 +55,13 @@ class DeepSeekV4(AbstractModel):
             `config.initializer_range`; norms and mixing scales are 1, biases and sinks
             0.
         - `dtype`: dtype of the weights, but for those that stay float32.
+
+        **Raises:** ValueError if an argument is something else.
         """
+        if not isinstance(config, Config):
+            raise refusal("DeepSeekV4", "config", config, "a Config")
+        check_key("DeepSeekV4", key)
+        dtype = checked_dtype("DeepSeekV4", dtype)
         keys = jax.random.split(key, 4 + config.num_nextn_predict_layers)
         shape = (config.vocab_size, config.hidden_size)
         std = config.initializer_range
@@ -97,13 +104,7 @@ class DeepSeekV4(AbstractModel):
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """As `AbstractModel.init_cache`."""
-        for name, value, most in (
-            ("batch", batch, _MOST_ROWS),
-            ("capacity", capacity, self.config.max_position_embeddings),
-        ):
-            if not is_int(value) or not 1 <= value <= most:
-                allowed = f"an integer in [1, {most}]"
-                raise refusal("init_cache", name, value, allowed)
+        self._check_sizes("init_cache", batch, capacity)
         layers = self.layers.init_cache(batch, capacity, self.embedding.dtype)
         return Cache(jnp.zeros(batch, jnp.int32), layers, capacity)
 
@@ -137,6 +138,7 @@ class DeepSeekV4(AbstractModel):
         self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`."""
+        self.check_hidden("cross_entropy", hidden, targets)
         logits = self.unembed(hidden)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -172,7 +174,9 @@ class DeepSeekV4(AbstractModel):
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """As `AbstractModel.init_mtp_cache`."""
-        return self.mtp[0].init_cache(batch, capacity, self.embedding.dtype)
+        block = self._prediction_block("init_mtp_cache")
+        self._check_sizes("init_mtp_cache", batch, capacity)
+        return block.init_cache(batch, capacity, self.embedding.dtype)
 
     def extend_mtp(
         self,
@@ -182,6 +186,7 @@ class DeepSeekV4(AbstractModel):
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
         """As `AbstractModel.extend_mtp`."""
+        following, lengths = self.check_following(following, cache, lengths)
         embedded = self.embedding[following]
         return self.mtp[0].extend(streams, embedded, following, cache, lengths)
 
@@ -217,7 +222,7 @@ class DeepSeekV4(AbstractModel):
 
         **Raises:** ValueError as calling does.
         """
-        token_ids = check_token_ids(tokens, self.embedding.shape[0])
+        token_ids = check_token_ids("DeepSeekV4", tokens, self.embedding.shape[0])
         most = self.config.max_position_embeddings
         if token_ids.shape[1] > most:
             raise ValueError(
@@ -233,11 +238,7 @@ class DeepSeekV4(AbstractModel):
 
         **Raises:** ValueError as `multi_token_logits` does.
         """
-        if len(self.mtp) != 1:
-            raise ValueError(
-                f"multi_token_logits: the model has {len(self.mtp)} prediction blocks "
-                "(num_nextn_predict_layers); it needs one."
-            )
+        self._prediction_block("multi_token_logits")
         token_ids = self.check_tokens(tokens)
         if token_ids.shape[1] < 2:
             raise ValueError("multi_token_logits: give at least two tokens a row.")
@@ -253,9 +254,58 @@ class DeepSeekV4(AbstractModel):
         **Raises:** ValueError as `extend` does.
         """
         lengths = check_lengths("extend", lengths, tokens)
-        token_ids = check_token_ids(tokens, self.embedding.shape[0], lengths)
+        vocab = self.embedding.shape[0]
+        token_ids = check_token_ids("extend", tokens, vocab, lengths)
         self._check_cache(cache, lengths)
         return token_ids, jnp.asarray(lengths, jnp.int32)
+
+    def check_following(
+        self, following: TokenIds, cache: MTPCache, lengths: Lengths
+    ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
+        """Following token ids and their number, judged as for `extend_mtp`.
+
+        **Arguments:** as for `extend_mtp`.
+
+        **Raises:** ValueError as `extend_mtp` does.
+        """
+        call = "extend_mtp"
+        self._prediction_block(call)
+        lengths = check_lengths(call, lengths, following)
+        token_ids = check_token_ids(call, following, self.embedding.shape[0], lengths)
+        rows = cache.lengths.shape if isinstance(cache, MTPCache) else None
+        if rows != lengths.shape:
+            raise ValueError(
+                f"{call}: the cache is a {type(cache).__name__} of {rows} rows; "
+                f"{len(lengths)} rows need one from init_mtp_cache."
+            )
+        return token_ids, jnp.asarray(lengths, jnp.int32)
+
+    def check_hidden(
+        self, call: str, hidden: Float[Array, "*batch dim"], targets: Array
+    ) -> None:
+        """Refuses targets that are not a token id for each position.
+
+        **Arguments:** as for `cross_entropy`; `call`: what the user called.
+
+        **Raises:** ValueError as `cross_entropy` does.
+        """
+        check_targets(call, targets, hidden.shape[:-1], self.embedding.shape[0])
+
+    def _prediction_block(self, call: str) -> MTP:
+        if len(self.mtp) != 1:
+            raise ValueError(
+                f"{call}: the model has {len(self.mtp)} prediction blocks "
+                "(num_nextn_predict_layers); it needs one."
+            )
+        return self.mtp[0]
+
+    def _check_sizes(self, call: str, batch: int, capacity: int) -> None:
+        for name, value, most in (
+            ("batch", batch, _MOST_ROWS),
+            ("capacity", capacity, self.config.max_position_embeddings),
+        ):
+            if not is_int(value) or not 1 <= value <= most:
+                raise refusal(call, name, value, f"an integer in [1, {most}]")
 
 
 def count_params(tree: object) -> int:

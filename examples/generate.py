@@ -2,7 +2,8 @@
 
     python examples/generate.py [CHECKPOINT] [--prompt TEXT] [--max-new-tokens 64]
         [--temperature 0.8] [--top-k K] [--top-p 0.95] [--min-p P] [--seed 0]
-        [--speculative] [--dtype bfloat16] [--keep-quantized] [--revision REVISION]
+        [--eos-id ID] [--speculative]
+        [--dtype bfloat16] [--keep-quantized] [--revision REVISION]
 
 The checkpoint is a directory, or a name on the Hugging Face hub; without one, a tiny
 model with random weights, which speaks in bytes and makes no sense. At the end it tells
@@ -40,7 +41,12 @@ def options():
     parser.add_argument("--dtype", help="of the weights; the embedding's by default")
     parser.add_argument("--keep-quantized", action="store_true")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.checkpoint is None and (
+        asked.dtype or asked.keep_quantized or asked.revision
+    ):
+        parser.error("--dtype, --keep-quantized and --revision are for a checkpoint")
+    return asked
 
 
 def load(asked):
@@ -101,5 +107,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, OverflowError) as error:
         sys.exit(f"generate.py: {error}")

@@ -36,7 +36,7 @@ from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.processes.initialize import initialize
 from dsv4_eqx.sharding.mesh import mesh_sizes
 
-BATCH, SEQ, RATE, LIMIT = 8, 64, 0.5, 2e-5
+BATCH, SEQ, RATE, LIMIT = 8, 64, 0.02, 2e-5
 # A layer of every kind.
 CONFIG: Final = dataclasses.replace(
     dsv4.Config.tiny(),

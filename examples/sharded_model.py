@@ -27,7 +27,7 @@ from dsv4_eqx.sharding.mesh import mesh_sizes
 
 BATCH, SEQ, NEW = 8, 128, 8
 CONFIG: Final = dsv4.Config.tiny()
-RATE = 0.5
+RATE = 0.02
 
 
 def options():

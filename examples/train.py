@@ -151,8 +151,17 @@ def main():
     asked = options()
     tokens, unseen = read_text(asked.text)
     if min(len(tokens), len(unseen)) <= asked.length:
-        raise ValueError(f"the text has {len(tokens)} bytes: too few for --length")
-    model = dsv4.DeepSeekV4(dsv4.Config.tiny(), key=jax.random.key(asked.seed))
+        raise ValueError(
+            f"{len(tokens)} bytes to train on and {len(unseen)} to try are too few for "
+            f"--length {asked.length}: give a longer text"
+        )
+    config = dsv4.Config.tiny()
+    longest = asked.length + asked.new_tokens
+    if asked.length < 3 or asked.new_tokens < 1:
+        raise ValueError("--length must be at least 3, --new-tokens at least 1")
+    if longest > config.max_position_embeddings:
+        raise ValueError(f"--length and --new-tokens make {longest} tokens: too many")
+    model = dsv4.DeepSeekV4(config, key=jax.random.key(asked.seed))
     model, curve = train(model, tokens, asked)
     if asked.plot:
         plot(curve, asked.plot)
@@ -162,5 +171,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         sys.exit(f"train.py: {error}")

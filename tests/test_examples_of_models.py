@@ -65,6 +65,8 @@ def test_example_runs_the_whole_model_over_a_mesh():
     done = run("sharded_model.py", "--mesh", "data=2,tensor=2", "--fsdp", "--steps", 2)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "continued alike: True" in done.stdout
+    losses = re.findall(r"loss ([\d.]+) nats", done.stdout)
+    assert len(losses) == 4 and float(losses[1]) < float(losses[0]) < 6
     whole, held = re.search(
         r"([\d,]+) bytes of.* ([\d,]+) on each", done.stdout
     ).groups()

@@ -15,7 +15,7 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA
+from dsv4_eqx.hf_config import CSA, SLIDING, TOPK_MOE
 from dsv4_eqx.inputs import check_token_ids
 from tests.models import (
     LENGTH,
@@ -167,7 +167,7 @@ def test_tokens_that_are_no_array_are_refused(tokens):
     with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
         pair(0)[1](tokens)
     with pytest.raises(ValueError, match="must be an array of JAX or numpy"):
-        inspect.unwrap(check_token_ids)(tokens, 97)
+        inspect.unwrap(check_token_ids)("call", tokens, 97)
 
 
 def test_tokens_beyond_the_last_position_are_refused():
@@ -213,9 +213,9 @@ def test_token_ids_outside_the_vocabulary_are_refused(bad):
 def test_token_id_message_names_the_first_of_the_release():
     tokens = jnp.zeros((1, 20), jnp.int32).at[0, 17].set(129280)
     with pytest.raises(ValueError, match=re.escape("outside [0, 129280)")) as error:
-        check_token_ids(tokens, 129280)
+        check_token_ids("call", tokens, 129280)
     assert "token id 129280 at [0, 17]" in str(error.value)
-    assert check_token_ids(tokens, 129281).dtype == jnp.int32
+    assert check_token_ids("call", tokens, 129281).dtype == jnp.int32
 
 
 def test_multi_token_logits_has_one_position_less_for_the_token_after_next():
@@ -236,6 +236,59 @@ def test_multi_token_logits_refuses_a_single_token_and_a_model_without_the_block
         model.multi_token_logits(random_tokens(0, length=1))
     with pytest.raises(ValueError, match="token id 97 at"):
         model.multi_token_logits(np.full((1, 3), 97))
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (np.array([[1, -100, 2]]), r"cross_entropy: target -100 at \[0, 1\]"),
+        (np.array([[1, 2, 97]]), r"target 97 at \[0, 2\] is outside \[0, 97\)"),
+        (np.array([[1]]), r"targets of shape \(1, 1\).*\(1, 3\)"),
+        (np.array([[1.0, 2.0, 3.0]]), "integers, not float64"),
+        ([[1, 2, 3]], "integers, not list"),
+    ],
+)
+def test_targets_that_are_none_are_refused(targets, message, without_shape_checks):
+    model = random_model(small_config())
+    with pytest.raises(ValueError, match=message):
+        model.cross_entropy(jnp.ones((1, 3, 60)), targets)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(config="flash"), r"DeepSeekV4\(config='flash'\): must be a Config"),
+        (dict(key=0), r"DeepSeekV4\(key=0\): must be one key"),
+        (dict(key=jax.random.split(jax.random.key(0))), "must be one key"),
+        (dict(dtype="complex64"), r"DeepSeekV4\(dtype='complex64'\): must be one of"),
+        (dict(dtype="float64"), "DeepSeekV4: the weights would be float64"),
+    ],
+)
+def test_a_model_of_something_else_is_refused(changes, message, without_shape_checks):
+    given = dict(config=small_config(), key=jax.random.key(0)) | changes
+    with pytest.raises(ValueError, match=message):
+        DeepSeekV4(given.pop("config"), **given)
+
+
+def test_gradients_are_finite_without_an_epsilon():
+    config = small_config(
+        num_hidden_layers=1,
+        layer_types=(SLIDING,),
+        compress_ratios=(0,),
+        mlp_layer_types=(TOPK_MOE,),
+        num_nextn_predict_layers=0,
+        rms_norm_eps=0.0,
+    )
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def gradient(model):
+        floats, rest = eqx.partition(model, eqx.is_inexact_array)
+        tokens = jnp.asarray(random_tokens(0, length=65))
+        loss = lambda floats: jnp.sum(eqx.combine(floats, rest)(tokens))  # noqa: E731
+        return jax.grad(loss)(floats)
+
+    for leaf in jax.tree.leaves(gradient(random_model(config))):
+        assert np.isfinite(leaf).all()
 
 
 def test_num_params_counts_what_transformers_counts():

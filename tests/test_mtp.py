@@ -45,6 +45,37 @@ def test_any_parts_give_what_the_whole_gives():
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
+def test_what_does_not_fit_the_prediction_block_is_refused(without_shape_checks):
+    model = random_model(small_config())
+    without = random_model(small_config(num_nextn_predict_layers=0))
+    streams = np.zeros((2, 3, *model.head.base.shape, 60), np.float32)
+    tokens, lengths = np.zeros((2, 3), np.int32), np.array([3, 1], np.int32)
+    cache = model.init_mtp_cache(2, 9)
+    for call, message in (
+        (lambda: without.init_mtp_cache(2, 9), "init_mtp_cache: .* 0 prediction"),
+        (lambda: model.init_mtp_cache(-1, 9), r"init_mtp_cache\(batch=-1"),
+        (lambda: model.init_mtp_cache(2, 0), r"init_mtp_cache\(capacity=0"),
+        (
+            lambda: without.extend_mtp(streams, tokens, cache, lengths),
+            "extend_mtp: .* 0 prediction",
+        ),
+        (
+            lambda: model.extend_mtp(streams, tokens + 97, cache, lengths),
+            r"extend_mtp: token id 97 at \[0, 0\]",
+        ),
+        (
+            lambda: model.extend_mtp(streams[:1], tokens[:1], cache, lengths[:1]),
+            "extend_mtp: the cache is a MTPCache",
+        ),
+        (
+            lambda: model.extend_mtp(streams, tokens, model.init_cache(2, 9), lengths),
+            "extend_mtp: the cache is a Cache of None",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_counts_that_cannot_be_are_refused(without_shape_checks):
     model = random_model(small_config())
     streams = np.zeros((2, 3, *model.head.base.shape, 60), np.float32)

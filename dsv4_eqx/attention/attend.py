@@ -107,9 +107,10 @@ def map_queries(
 def split_blocks(
     x: Shaped[Array, "batch seq *rest"],
 ) -> Shaped[Array, "blocks batch block *rest"]:
-    """Blocks of consecutive queries, filled up with zeros and positions -1."""
+    """Blocks of consecutive queries, filled up with ones and positions -1."""
     short = -x.shape[1] % QUERY_BLOCK
-    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    # Not with zeros, whose norm has no derivative where `rms_norm_eps` is 0.
+    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 1
     widths = [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, widths, constant_values=fill)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)

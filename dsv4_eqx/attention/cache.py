@@ -2,7 +2,7 @@
 
 A state is a value: extending it gives another one and leaves the first as it was. Its
 shapes are fixed by a capacity in tokens; each row of a batch is as far as it is. What
-has not been written yet is never looked at, whatever it holds.
+has not been written yet has the weight 0, whatever finite numbers it holds.
 
 Extending first gives a longer state, with the keys and leftovers of all new tokens, of
 which `keep` takes those that stay. Entries need no going back: one that a token too

@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from dsv4_eqx.checkpoint.directory import CONFIG, read_config, read_tensors
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.plan import (
-    FLOATS,
     Plan,
     faults_error,
     make_plan,
@@ -28,7 +27,7 @@ from dsv4_eqx.checkpoint.quantized import (
     scale_faults,
 )
 from dsv4_eqx.checkpoint.tensors import StoredTensor
-from dsv4_eqx.checks import shown
+from dsv4_eqx.checks import FLOATS, shown
 from dsv4_eqx.config import Config
 
 Weight = StoredTensor | PackedTensor

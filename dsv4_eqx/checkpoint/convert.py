@@ -13,11 +13,10 @@ from dsv4_eqx.checkpoint.directory import other_files, read_config
 from dsv4_eqx.checkpoint.hub import local_directory
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.plan import checked_dtype
 from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, array_tensors, check_for_hf
 from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
-from dsv4_eqx.checks import check_flag
+from dsv4_eqx.checks import check_flag, checked_dtype
 from dsv4_eqx.hf_config import NOT_OF_THE_MODEL
 
 _CALL: Final = "convert"

@@ -21,7 +21,6 @@ from jaxtyping import Array
 from dsv4_eqx.checkpoint.contents import Contents, open_checkpoint
 from dsv4_eqx.checkpoint.hub import local_directory
 from dsv4_eqx.checkpoint.names import Source
-from dsv4_eqx.checkpoint.plan import checked_dtype
 from dsv4_eqx.checkpoint.progress import Progress
 from dsv4_eqx.checkpoint.quantized import PackedTensor
 from dsv4_eqx.checkpoint.state_dict import range_faults, table_faults
@@ -33,7 +32,7 @@ from dsv4_eqx.checkpoint.tensors import (
     split_region,
     whole,
 )
-from dsv4_eqx.checks import check_flag, refusal
+from dsv4_eqx.checks import check_flag, checked_dtype, refusal
 from dsv4_eqx.model import DeepSeekV4
 from dsv4_eqx.primitives.packed import PackedWeight, codes_per_byte
 from dsv4_eqx.sharding.rules import DEFAULT_RULES, Rules, partition_specs

@@ -13,12 +13,10 @@ from jax.typing import DTypeLike
 
 from dsv4_eqx.checkpoint.aliases import is_mixed, published_names
 from dsv4_eqx.checkpoint.names import Source, sources
-from dsv4_eqx.checks import refusal
+from dsv4_eqx.checks import FLOATS, checked_dtype, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.model import DeepSeekV4
 
-# Other floats, FP8 and FP4, mean nothing without their scales.
-FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 _EMBEDDING: Final = {True: "embed.weight", False: "model.embed_tokens.weight"}
 _OF_HF: Final = ("model.", "lm_head.")
 _OF_BOTH: Final = "mtp."
@@ -55,9 +53,12 @@ def make_plan(
     - `dtype`: of the weights that need not stay float32; the embedding's by default.
     - `dtype_of`: the dtype of one of the tensors, None if it has none.
 
-    **Raises:** ValueError if `dtype` is none for weights, two names mean the same
-    tensor, or the configuration asks for far more tensors than there are.
+    **Raises:** ValueError if a name is no text, `dtype` is none for weights, two names
+    mean the same tensor, or the configuration asks for far more tensors than there are.
     """
+    for name in tensors:
+        if not isinstance(name, str):
+            raise refusal(call, "tensors", name, "named by texts")
     mixed = is_mixed(tensors)
     meant = published_names(tensors, mixed=mixed)
     tensors = {name: tensors[own] for name, own in meant.items()}
@@ -77,31 +78,6 @@ def make_plan(
     wanted = list(sources(model, official=official))
     other = [source for source, _ in sources(model, official=not official)]
     return Plan(model, tensors, wanted, other)
-
-
-def checked_dtype(call: str, dtype: Any) -> np.dtype:
-    """A dtype of weights, which JAX has as it is set.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `dtype`: anything.
-
-    **Raises:** ValueError if it is no dtype for weights, or float64 without x64.
-    """
-    try:
-        found = jnp.dtype(dtype)
-    except (TypeError, ValueError):
-        found = None
-    if dtype is None or found is None or found.name not in FLOATS:
-        raise refusal(call, "dtype", dtype, f"one of {', '.join(FLOATS)}")
-    if found == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError(
-            f"{call}: the weights would be float64, and JAX would make them float32: "
-            'jax.config.update("jax_enable_x64", True) first (JAX_ENABLE_X64=1 for a '
-            "command), or give another dtype."
-        )
-    return found
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from dsv4_eqx.checkpoint.names import Source, sources
-from dsv4_eqx.checkpoint.plan import abstract_model, checked_dtype
+from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.checkpoint.quantized import (
     BLOCKS,
     FP4,
@@ -24,7 +24,7 @@ from dsv4_eqx.checkpoint.quantized import (
 from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.tensors import Region, sizes_of
 from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
-from dsv4_eqx.checks import check_flag, refusal
+from dsv4_eqx.checks import check_flag, checked_dtype, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hf_config import SLIDING
 from dsv4_eqx.model import DeepSeekV4

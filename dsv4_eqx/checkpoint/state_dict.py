@@ -11,13 +11,12 @@ from jaxtyping import Array
 
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.plan import (
-    FLOATS,
     Plan,
     faults_error,
     make_plan,
     naming_faults,
 )
-from dsv4_eqx.checks import refusal
+from dsv4_eqx.checks import FLOATS, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.model import DeepSeekV4
 

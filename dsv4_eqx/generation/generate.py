@@ -21,7 +21,13 @@ from dsv4_eqx.generation.prompt import Caches, parts, read_prompt
 from dsv4_eqx.generation.sampling import Sampling, stop_ids
 from dsv4_eqx.generation.steps import Chosen, Draft, Rules, State, start, step
 from dsv4_eqx.generation.stream import TokenStream
-from dsv4_eqx.inputs import Lengths, TokenIds, check_lengths, check_token_ids
+from dsv4_eqx.inputs import (
+    Lengths,
+    TokenIds,
+    are_known,
+    check_lengths,
+    check_token_ids,
+)
 
 
 class Generated(eqx.Module):
@@ -149,6 +155,11 @@ def _checked(
     key: PRNGKeyArray | None,
     speculative: bool,
 ) -> _Asked:
+    if not are_known(tokens, lengths):
+        raise ValueError(
+            f"{call}: the prompts are traced, or lie over several processes; it "
+            "compiles its own loop: call it outside of jit, with arrays of numpy."
+        )
     chosen_by = Sampling(call, **sampling, key=key)
     vocab, most = model.config.vocab_size, model.config.max_position_embeddings
     if not is_int(max_new_tokens) or max_new_tokens < 1:
@@ -164,7 +175,7 @@ def _checked(
     if lengths.min() < 1:
         row = int(lengths.argmin())
         raise ValueError(f"{call}: the prompt of row {row} has no token.")
-    tokens = np.asarray(check_token_ids(tokens, vocab, lengths))
+    tokens = np.asarray(check_token_ids(call, tokens, vocab, lengths))
     longest = int(lengths.max())
     if longest + max_new_tokens > most:
         raise ValueError(

@@ -1,6 +1,7 @@
 """A prompt through the cache, in parts of few sizes.
 
-So memory is bounded at any length, and another prompt compiles nothing again.
+So memory is bounded at any length, and another prompt compiles nothing again, unless
+it needs another size of part or, beyond the largest, one more of it.
 """
 
 import functools

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.checks import is_int, is_number, refusal
+from dsv4_eqx.checks import check_key, is_int, is_number, refusal
 
 
 class Sampling(eqx.Module):
@@ -58,9 +58,13 @@ class Sampling(eqx.Module):
         if temperature > 0 and key is None:
             allowed = "a key, as from jax.random.key(0), where the temperature is not 0"
             raise refusal(call, "key", key, allowed)
-        self.is_greedy = temperature == 0
+        if key is not None:
+            check_key(call, key)
+        most = 2**31 - 1
         self.temperature = jnp.asarray(temperature, jnp.float32)
-        self.top_k = jnp.asarray(2**31 - 1 if top_k is None else top_k, jnp.int32)
+        # What is smaller, XLA may take for 0.
+        self.is_greedy = temperature < float(jnp.finfo(jnp.float32).tiny)
+        self.top_k = jnp.asarray(min(top_k or most, most), jnp.int32)
         self.top_p = jnp.asarray(top_p, jnp.float32)
         self.min_p = jnp.asarray(min_p, jnp.float32)
 
@@ -80,13 +84,15 @@ class Sampling(eqx.Module):
         return jax.random.categorical(key, self.cut(logits)).astype(jnp.int32)
 
     def cut(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Over the temperature; minus infinity for the tokens that are cut away.
+        """Below the largest, over the temperature; minus infinity for tokens cut away.
 
         **Arguments:**
 
         - `logits`: of the next token.
         """
         order = jnp.argsort(-logits, axis=-1, stable=True)
+        # Below the largest, so that no temperature makes them overflow.
+        logits = logits - jnp.max(logits, axis=-1, keepdims=True)
         logits = logits / self.temperature
         kept = self._kept(jnp.take_along_axis(logits, order, axis=-1))
         kept = jax.vmap(lambda kept, order: jnp.zeros_like(kept).at[order].set(kept))(
@@ -164,6 +170,6 @@ def stop_ids(call: str, eos_id: Any, vocab: int) -> Int[Array, " ids"]:
     ids = list(ids) if isinstance(ids, Sequence) else [ids]
     for one in ids:
         if not is_int(one) or not 0 <= one < vocab:
-            allowed = f"a token id in [0, {vocab}), or some of them"
+            allowed = f"a token id in [0, {vocab}), or a list of some"
             raise refusal(call, "eos_id", eos_id, allowed)
     return jnp.asarray(ids, jnp.int32)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dsv4_eqx.checkpoint.plan import checked_dtype
+from dsv4_eqx.checks import checked_dtype
 from dsv4_eqx.config import Config
 from dsv4_eqx.plan.picture import plot_mesh
 from dsv4_eqx.plan.plan import make_plan

@@ -15,14 +15,13 @@ from typing import Any, Final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.abstract import AbstractModel, Cache, Lookahead
 from dsv4_eqx.config import Config
-from dsv4_eqx.inputs import Lengths, TokenIds, check_counts
+from dsv4_eqx.inputs import Lengths, TokenIds
 from dsv4_eqx.model import DeepSeekV4
 from dsv4_eqx.mtp import MTPCache
 from dsv4_eqx.primitives.varying import varying
@@ -168,6 +167,7 @@ class ShardedModel(AbstractModel):
         self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`; the logits stay where they are."""
+        self.model.check_hidden("cross_entropy", hidden, targets)
         split = self._split("cross_entropy", targets.shape)
         join, spec = self._for_vocab(split)
 
@@ -200,16 +200,13 @@ class ShardedModel(AbstractModel):
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """As `AbstractModel.init_cache`."""
-        self._split("init_cache", (batch,))
         make = functools.partial(self.model.init_cache, batch, capacity)
-        return self._placed(make)
+        return self._placed("init_cache", batch, make)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """As `AbstractModel.init_mtp_cache`."""
-        self._split("init_mtp_cache", (batch,))
-        return self._placed(
-            functools.partial(self.model.init_mtp_cache, batch, capacity)
-        )
+        make = functools.partial(self.model.init_mtp_cache, batch, capacity)
+        return self._placed("init_mtp_cache", batch, make)
 
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
@@ -234,11 +231,8 @@ class ShardedModel(AbstractModel):
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
         """As `AbstractModel.extend_mtp`."""
-        batch, seq = following.shape
-        lengths = jnp.asarray(
-            check_counts("extend_mtp", lengths, np.full(batch, seq, np.int32))
-        )
-        split = self._split("extend_mtp", (batch,))
+        following, lengths = self.model.check_following(following, cache, lengths)
+        split = self._split("extend_mtp", lengths.shape)
         rows, state = split.spec, _row_specs(cache, split.spec)
         return self._map(
             lambda model, *args: model.extend_mtp(*args),
@@ -331,11 +325,10 @@ class ShardedModel(AbstractModel):
         placed = jax.lax.with_sharding_constraint(self.model, self._shardings(specs))
         return functools.partial(mapped, placed)
 
-    def _placed(self, make: Callable[[], Any]) -> Any:
+    def _placed(self, call: str, batch: int, make: Callable[[], Any]) -> Any:
         """A cache split by rows; abstract if the model is."""
-        axes = tuple(axis for axis in _BATCH_AXES if self.mesh.shape[axis] > 1)
         shapes = eqx.filter_eval_shape(make)
-        specs = _row_specs(shapes, P(entry_of(axes)))
+        specs = _row_specs(shapes, self._split(call, (batch,)).spec)
         if isinstance(self.model.embedding, jax.ShapeDtypeStruct):
             return place(shapes, specs, self.mesh)
         return jax.jit(make, out_shardings=self._shardings(specs))()

@@ -27,6 +27,8 @@ from tests.models import random_tensors
 
 KILLS = 200
 MOST_FILE_BYTES = 100_000
+# How the span of the moments follows the machine: saving takes two thirds of it.
+IF_SAVED, IF_NOT = 0.95, 1.03
 
 
 def numpy_model(seed):
@@ -76,12 +78,13 @@ class Trial:
         assert not xla_bridge.backends_are_initialized()
         self.seen = dict(kills=0, acknowledged=0, left_behind=0, faults=[])
         self.seen["backend"] = False
-        self.versions, self.durations = [], []
+        self.versions, durations = [], []
         for version, model in enumerate(self.models):
             target, start = directory / f"version-{version}", time.monotonic()
             self.seen["backend"] |= ended(*start_saving(model, target, False)) != b"s"
-            self.durations.append(time.monotonic() - start)
+            durations.append(time.monotonic() - start)
             self.versions.append(contents(target))
+        self.span = max(durations)  # seconds
         shutil.copytree(directory / "version-0", directory / "model")
         self.seen["current"] = 0
 
@@ -90,9 +93,10 @@ class Trial:
         is_there = name == "model"
         target = self.directory / name
         process, pipe = start_saving(self.models[version], target, is_there)
-        time.sleep(generator.uniform(0, max(self.durations)))
+        time.sleep(generator.uniform(0, self.span))
         os.kill(process, signal.SIGKILL)
         acknowledged = ended(process, pipe) == b"s"
+        self.span *= IF_SAVED if acknowledged else IF_NOT
         self.seen["kills"] += 1
         self.seen["acknowledged"] += acknowledged
         self.seen["left_behind"] += any(self.directory.glob(f".{name}.saving-*"))

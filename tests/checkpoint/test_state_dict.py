@@ -137,6 +137,13 @@ def test_a_state_dict_of_something_else_is_refused(tensors):
         from_state_dict(small_config(), tensors)
 
 
+def test_a_name_that_is_no_text_is_refused(without_shape_checks):
+    with pytest.raises(
+        ValueError, match=r"from_state_dict\(tensors=3\): must be named"
+    ):
+        from_state_dict(small_config(), {3: np.zeros(3)})
+
+
 def faults_of(tensors, **options):
     """The lines of the error."""
     with pytest.raises(ValueError, match="from_state_dict: ") as error:

@@ -204,18 +204,28 @@ REFUSALS = {
     "beyond the last position": (dict(max_new_tokens=1020), "1020 are beyond"),
     "an empty prompt": (dict(lengths=np.array([5, 0])), "row 1 has no token"),
     "no key": (dict(temperature=1.0), "key=None"),
+    "a number for a key": (dict(temperature=1.0, key=0), "key=0"),
     "a token that there is not": (dict(eos_id=97), "eos_id=97"),
+    "numpy's count": (dict(max_new_tokens=np.int64(3)), "give max_new_tokens.tolist"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSALS)
-def test_bad_input_is_refused_before_the_model_is_compiled(what):
+def test_bad_input_is_refused_before_the_model_is_compiled(what, without_shape_checks):
     changes, message = REFUSALS[what]
     arguments = dict(max_new_tokens=NEW) | changes
     nothing_to_run = eqx.filter_eval_shape(lambda model: model, SMALL())
     for call in (dsv4.generate, dsv4.generate_stream):
         with pytest.raises(ValueError, match=f"{call.__name__}\\W.*{message}"):
             call(nothing_to_run, random_tokens(9, 5, 2), **arguments)
+
+
+def test_prompts_that_are_traced_are_refused():
+    def call(tokens):
+        return dsv4.generate(SMALL(), tokens, max_new_tokens=3).tokens
+
+    with pytest.raises(ValueError, match="generate: the prompts are traced"):
+        jax.jit(call)(jnp.asarray(random_tokens(9)))
 
 
 def test_speculation_needs_a_prediction_block():

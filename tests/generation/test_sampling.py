@@ -53,6 +53,23 @@ def test_tokens_have_the_distribution_that_is_left(case):
     assert (np.abs(found - expected) <= bound).all(), found
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-46])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    rules = sampling(temperature=temperature)
+    logits = jnp.array([[-3.0, -1.0, -2.0], [5.0, -9.0, 4.0]])
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(rules(logits, key), [1, 0])
+    ahead = jnp.stack([logits, logits[::-1]], axis=1)
+    cut = rules.cut(logits)
+    stays, following = rules.verify(ahead, jnp.array([1, 1]), cut, key)
+    np.testing.assert_array_equal(stays, [True, False])
+    np.testing.assert_array_equal(following, [0, 0])
+
+
+def test_any_count_of_the_likeliest_may_be_asked_for():
+    assert sampling(top_k=2**40).top_k == sampling(top_k=None).top_k
+
+
 DRAFT_LOGITS = np.log(np.array([0.3, 0.1, 0.1, 0.45, 0.05], np.float32))
 NEXT_LOGITS = np.log(np.array([0.1, 0.1, 0.6, 0.1, 0.1], np.float32))
 
