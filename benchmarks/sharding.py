@@ -62,7 +62,8 @@ def main() -> None:
     print(f"{args.batch} x {args.seq} tokens, {len(os.sched_getaffinity(0))} threads")
     print("mesh                      operations  processor time", flush=True)
     for text, sizes in zip(args.meshes, meshes):
-        mesh = dsv4.make_mesh(**sizes)
+        devices = jax.devices()[: math.prod(sizes.values())]
+        mesh = dsv4.make_mesh(**sizes, devices=devices)
         sharded, operations = compiled(dsv4.shard(model, mesh), tokens)
         rounds = []
         for _ in range(_REPEATS + 1):  # the first does not count

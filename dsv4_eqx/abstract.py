@@ -129,7 +129,8 @@ class AbstractModel(eqx.Module):
         - `targets`: the tokens that followed.
 
         **Raises:** ValueError if the targets are not one for each position, or one is
-        outside the vocabulary, which is not checked under `jit`.
+        outside the vocabulary; under `jit`, which does not know them, the
+        cross-entropy of such a one is NaN.
         """
 
     @abc.abstractmethod

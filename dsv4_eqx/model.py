@@ -140,8 +140,10 @@ class DeepSeekV4(AbstractModel):
         """As `AbstractModel.cross_entropy`."""
         self.check_hidden("cross_entropy", hidden, targets)
         logits = self.unembed(hidden)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        is_token = (targets >= 0) & (targets < logits.shape[-1])
+        index = jnp.where(is_token, targets, 0)[..., None]
+        chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+        return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
 
     @jax.named_scope("unembed")
     def unembed(

@@ -98,6 +98,13 @@ def test_example_of_several_processes_agrees_with_one():
 
 
 @pytest.mark.slow
+def test_example_of_several_processes_splits_weights_over_data():
+    mesh = ("--mesh", "data=2,context=2", "--fsdp", "--steps", 1)
+    done = run("multi_process.py", *mesh)
+    assert done.returncode == 0 and "they agree" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_example_of_several_processes_leaves_none_when_it_is_killed():
     example = str(ROOT / "examples" / "multi_process.py")
     command = [sys.executable, example, str(NANO)]

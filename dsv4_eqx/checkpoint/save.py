@@ -130,7 +130,8 @@ def _quantization(model: DeepSeekV4) -> dict[str, Any]:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, DeepSeekV4):
-        raise refusal(_CALL, "model", type(model).__name__, "a DeepSeekV4")
+        allowed = "a DeepSeekV4; of a ShardedModel give `.model`"
+        raise refusal(_CALL, "model", type(model).__name__, allowed)
     dtype = checked_dtype(_CALL, getattr(model.embedding, "dtype", None))
     wanted = abstract_model(model.config, dtype)
     found, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_packed)

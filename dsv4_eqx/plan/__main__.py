@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else options.seq,
             fsdp=options.fsdp,
             dtype=checked_dtype("plan", options.dtype),
-            optimizer_dtype=checked_dtype("plan", options.optimizer_dtype),
+            optimizer_dtype=checked_dtype(
+                "plan --optimizer-dtype", options.optimizer_dtype
+            ),
         )
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

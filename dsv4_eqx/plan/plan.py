@@ -18,6 +18,7 @@ from dsv4_eqx.model import DeepSeekV4
 from dsv4_eqx.plan.live import peak_bytes
 from dsv4_eqx.plan.sent import Sent, sent
 from dsv4_eqx.plan.steps import decoding_step, program_of, training_step
+from dsv4_eqx.sharding.mesh import AXES
 from dsv4_eqx.sharding.rules import DEFAULT_RULES, annotated_leaves, axes_of
 from dsv4_eqx.sharding.sharded_model import ShardedModel, shard
 
@@ -67,9 +68,12 @@ def make_plan(
     - `dtype`: of the weights that need not stay float32.
     - `optimizer_dtype`: of the two moments that Adam keeps of each trained number.
 
-    **Raises:** ValueError that lists all that the mesh does not divide, or if `batch`
-    or `seq` is no integer or out of its range.
+    **Raises:** ValueError that lists all that the mesh does not divide, or if `sizes`
+    are not those of all axes, or `batch` or `seq` is no integer or out of its range.
     """
+    counts = [sizes.get(axis, 0) for axis in AXES]
+    if len(sizes) != len(AXES) or not all(is_int(n) and n > 0 for n in counts):
+        raise refusal("plan", "sizes", dict(sizes), "as from mesh_sizes")
     for name, value, most in (
         ("batch", batch, _MOST_ROWS),
         ("seq", seq, config.max_position_embeddings),

@@ -78,18 +78,26 @@ class Processes:
         - `timeout`: seconds, as `initialize` was told by default. Give more where
             something is compiled: nobody knows how long that takes.
 
-        **Raises:** ValueError inside another such region.
+        **Raises:** ValueError inside another such region, and if an argument is
+        something else.
         """
+        if not isinstance(name, str):
+            raise refusal("together", "name", name, "a text")
         if self._is_together:
             raise ValueError(f"together({name!r}): this is inside another region.")
-        seconds = self.timeout if timeout is None else _seconds("timeout", timeout)
-        self._is_together = True
+        seconds = self.timeout
+        if timeout is not None:
+            seconds = _seconds("together", "timeout", timeout)
+        self._is_together, failure = True, ""
         self._tell({"kind": "enter", "name": name, "timeout": seconds})
         try:
             yield
+        except BaseException as error:
+            failure = _described(error)
+            raise
         finally:
             self._is_together = False
-        self._tell({"kind": "leave"})
+            self._tell({"kind": "leave", "failure": failure})
 
     def _tell(self, message: dict[str, Any]) -> None:
         """Writes a line to the monitor; short enough to be written in one piece."""
@@ -149,18 +157,20 @@ def initialize(
     """
     host, port = _checked_address(coordinator_address)
     _check_counts(num_processes, process_id)
+    if not isinstance(settings, Mapping | None):
+        raise refusal(_CALL, "settings", settings, "a mapping of names to values")
     hello = dict(
         index=process_id,
         host=socket.gethostname(),
         pid=os.getpid(),
         settings=_settings(num_processes, settings or {}),
     )
-    start = _seconds("initialization_timeout", initialization_timeout)
-    timeout = _seconds("timeout", timeout)
+    start = _seconds(_CALL, "initialization_timeout", initialization_timeout)
+    timeout = _seconds(_CALL, "timeout", timeout)
     asked = dict(
         hello=hello,
         host=host,
-        port=port + 1 if monitor_port is None else monitor_port,
+        port=_checked_port(port + 1 if monitor_port is None else monitor_port),
         num_processes=num_processes,
         timeout=timeout,
         initialization_timeout=start,
@@ -176,7 +186,7 @@ def initialize(
         with processes.together("the end"):
             jax.distributed.shutdown()
     except BaseException as error:
-        why = f"{RAISED}{type(error).__name__}: {error}"[:1000]
+        why = RAISED + _described(error)
         processes._ended.set()
         processes._tell({"kind": "ended", "why": why})
         raise
@@ -254,6 +264,12 @@ def _checked_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _checked_port(port: int) -> int:
+    if type(port) is not int or not 0 < port < 65536:
+        raise refusal(_CALL, "monitor_port", port, "an integer in [1, 65,535]")
+    return port
+
+
 def _check_counts(num_processes: int, process_id: int) -> None:
     if type(num_processes) is not int or num_processes < 1:
         raise refusal(_CALL, "num_processes", num_processes, "a positive integer")
@@ -262,7 +278,12 @@ def _check_counts(num_processes: int, process_id: int) -> None:
         raise refusal(_CALL, "process_id", process_id, wanted)
 
 
-def _seconds(name: str, value: float) -> float:
+def _described(error: BaseException) -> str:
+    """What it is, so short that a message with it is written in one piece."""
+    return f"{type(error).__name__}: {error}"[:1000]
+
+
+def _seconds(call: str, name: str, value: float) -> float:
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise refusal(_CALL, name, value, "a positive number of seconds")
+        raise refusal(call, name, value, "a positive number of seconds")
     return float(value)

@@ -34,6 +34,7 @@ class Peer:
         self.heard = self.beat = self.since = now
         self.where, self.state = "", ""
         self.num_entered, self.inside, self.limit = 0, "", 0.0
+        self.failed_in, self.failure = 0, ""  # the last region left by an exception
         self.ended, self.is_done = "", False
         self.ended_order = False, False, now
 
@@ -81,6 +82,8 @@ class Peer:
             self.inside, self.limit = message["name"], message["timeout"]
         elif kind == "leave":
             self.beat, self.inside = now, ""
+            if message["failure"]:
+                self.failed_in, self.failure = self.num_entered, message["failure"]
         elif kind == "done":
             self.is_done, self.inside = True, ""
         elif kind == "ended" and not self.ended:
@@ -151,6 +154,11 @@ def _judge_progress(running: list[Peer], now: float) -> Verdict | None:
         if late:
             faults = ", ".join(p.fault(now, peer.limit) for p in late)
             text = f"{faults}: not in {peer.inside!r}, where {peer.name} has waited"
+            return Verdict("RuntimeError", f"{text} for {seconds}")
+        gone = [p for p in running if p.failed_in == peer.num_entered]
+        if gone:
+            faults = ", ".join(f"{p.name_and_place} left by {p.failure}" for p in gone)
+            text = f"{faults}: {peer.inside!r}, where {peer.name} has waited"
             return Verdict("RuntimeError", f"{text} for {seconds}")
         inside = [p for p in waiting if p.num_entered == peer.num_entered]
         names = ", ".join(p.name_and_place for p in inside)

@@ -10,7 +10,6 @@ what the heads give in the same step that splits the tokens again.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.entries import Entries
 from dsv4_eqx.primitives.packed import unpacked
+from dsv4_eqx.sharding.gather import gather, size_of, sum_and_split
 
 _SEQ = 1  # the dimension of tokens
 
@@ -54,7 +54,7 @@ class SplitSequence(eqx.Module):
         tokens = [part for one in compressors for part in one.project(x)]
         pending = [one.num_pending for one in compressors for _ in range(2)]
         context = tuple(axis for axis in self.axes if axis != self.heads_axis)
-        num_before = min(attention.window, x.shape[1] * _size(self.axes)) - 1
+        num_before = min(attention.window, x.shape[1] * size_of(self.axes)) - 1
         # In the same message, unless there are keys to gather first.
         own, counts = ([], []) if self._gathers else ([keys], [num_before])
         before = tokens_before([*tokens, *own], [*pending, *counts], self.axes)
@@ -90,14 +90,14 @@ class SplitSequence(eqx.Module):
         """Positions of the tokens of all devices of `heads_axis`."""
         local = positions.shape[1]
         first = positions[:, :1] - lax.axis_index(self.heads_axis) * local
-        return first + jnp.arange(local * _size((self.heads_axis,)), dtype=jnp.int32)
+        return first + jnp.arange(local * size_of((self.heads_axis,)), dtype=jnp.int32)
 
     def _compressors(self, attention: Attention, local: int) -> list:
         """The layer's compressor, then the indexer's, as far as they are needed."""
         if attention.compressor is None:
             return []
         ratio = attention.compressor.position_bias.shape[0]
-        windows = local * _size(self.axes) // ratio
+        windows = local * size_of(self.axes) // ratio
         if windows == 0:
             return []
         if attention.indexer is None or windows <= attention.indexer.topk:
@@ -130,7 +130,7 @@ class SplitSequence(eqx.Module):
         for one, values, gates in zip(compressors, tokens[::2], tokens[1::2]):
             pooled = one.pool_after(values, gates, start).astype(x.dtype)
             made.append(one.finish(pooled, first).values)
-        place = _places_of_windows(_size(self.axes), local, ratio)
+        place = _places_of_windows(size_of(self.axes), local, ratio)
         joined = gathered_tokens(jnp.concatenate(made, axis=2), self.axes)[:, place]
         last = (jnp.arange(len(place), dtype=jnp.int32) + 1) * ratio - 1
         last = jnp.broadcast_to(last, joined.shape[:2])
@@ -197,13 +197,8 @@ def _from_before(
     x: Shaped[Array, "..."], distance: int, axes: tuple[str, ...]
 ) -> Shaped[Array, "..."]:
     """What the device so many places before this one has; zeros if there is none."""
-    pairs = [(i, i + distance) for i in range(_size(axes) - distance)]
+    pairs = [(i, i + distance) for i in range(size_of(axes) - distance)]
     return lax.ppermute(x, axes, pairs) if pairs else jnp.zeros_like(x)
-
-
-def _size(axes: tuple[str | None, ...]) -> int:
-    """Devices along mesh axes together."""
-    return math.prod(map(lax.axis_size, axes))
 
 
 def _places_of_windows(devices: int, local: int, ratio: int) -> np.ndarray:
@@ -227,7 +222,7 @@ def gathered_tokens(
     - `x`: this device's.
     - `axes`: that split the sequence, major first.
     """
-    return lax.all_gather(x, axes, axis=_SEQ, tiled=True)
+    return gather(x, axes, _SEQ)
 
 
 def summed_and_split(
@@ -240,4 +235,4 @@ def summed_and_split(
     - `x`: partial sums of all tokens.
     - `axis`: the mesh axis.
     """
-    return lax.psum_scatter(x, axis, scatter_dimension=_SEQ, tiled=True)
+    return sum_and_split(x, axis, _SEQ)

@@ -10,7 +10,6 @@ from typing import Any, Final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
@@ -18,6 +17,7 @@ from jaxtyping import Array
 
 from dsv4_eqx.block import Block
 from dsv4_eqx.mtp import MTP
+from dsv4_eqx.sharding.gather import gather
 from dsv4_eqx.sharding.rules import AnnotatedLeaf, annotated_leaves, axes_of, entry_of
 
 _WHOLE: Final = "whole weights"
@@ -66,7 +66,7 @@ def gathered(module: Any, axis: str, dims: tuple[int | None, ...]) -> Any:
     def whole(x: Array, dim: int | None) -> Array:
         if dim is None:
             return x
-        x = lax.all_gather(x, axis, axis=x.ndim + dim, tiled=True)
+        x = gather(x, axis, x.ndim + dim)
         return checkpoint_name(x, _WHOLE)
 
     leaves, structure = jax.tree.flatten(module)

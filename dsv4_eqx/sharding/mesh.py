@@ -40,9 +40,11 @@ def make_mesh(
     sizes = [checked_size("make_mesh", axis, size) for axis, size in given]
     devices = jax.devices() if devices is None else devices
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-    if not all(isinstance(device, jax.Device) for device in devices):
+    are_listed = isinstance(devices, Sequence | np.ndarray) and len(devices) > 0
+    if not are_listed or not all(isinstance(x, jax.Device) for x in devices):
         raise ValueError(
-            f"make_mesh(devices={devices!r}): must be devices, as from jax.devices()."
+            f"make_mesh(devices={devices!r}): must be devices, one or more, as from "
+            "jax.devices()."
         )
     if len(set(devices)) != len(devices):
         raise ValueError(f"make_mesh(devices={devices!r}): must be different devices.")

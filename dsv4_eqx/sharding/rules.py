@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx
-from dsv4_eqx.checks import shown
+from dsv4_eqx.checks import refusal, shown
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -228,3 +228,24 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else entry
+
+
+def check_rules(rules: Rules) -> None:
+    """Refuses rules that the whole model has no collectives for.
+
+    **Arguments:**
+
+    - `rules`: what was given.
+
+    **Raises:** ValueError if they are others than `DEFAULT_RULES`, but for the
+    vocabulary's, which may be None.
+    """
+    if not isinstance(rules, Mapping):
+        raise refusal("shard", "rules", rules, "DEFAULT_RULES, or a mapping like it")
+    wanted = dict(DEFAULT_RULES)
+    given = {name: axis for name, axis in rules.items() if axis is not None}
+    if {"vocab": wanted["vocab"], **given} != wanted:
+        raise ValueError(
+            f"shard: the rules split {given}; the collectives that go with them are "
+            f"those of {wanted}, of which only 'vocab' may be None."
+        )

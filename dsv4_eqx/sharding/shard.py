@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import equinox as eqx
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv4_eqx.attention.attention import Attention
@@ -35,10 +35,14 @@ def parallelize(
     - `sequence`: the mesh axes that split sequences, in order; `context`, `tensor`, or
         both, each of more than one device.
 
-    **Raises:** ValueError if the module has such wrappers already, or the mesh lacks an
-    axis.
+    **Raises:** ValueError if the module has such wrappers already, the mesh lacks an
+    axis, or `sequence` is something else.
     """
     check_mesh("parallelize", mesh)
+    able = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] > 1)
+    if sequence not in ((), able, *((axis,) for axis in able)):
+        allowed = f"a tuple of axes of {able}, in this order"
+        raise refusal("parallelize", "sequence", sequence, allowed)
     tensor = "tensor" if mesh.shape["tensor"] > 1 else None
 
     def exchanging(node: Any) -> Any:
@@ -79,7 +83,8 @@ def check_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
     - `call`: what the user called.
     - `mesh`: what was given.
 
-    **Raises:** ValueError if it is no mesh, or lacks an axis.
+    **Raises:** ValueError if it is no mesh, lacks an axis, or has axes that are not
+    `Auto`.
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise refusal(call, "mesh", mesh, "from make_mesh")
@@ -88,6 +93,11 @@ def check_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
         raise ValueError(
             f"{call}: the mesh has the axes {tuple(mesh.shape)} and needs "
             f"{AXES}, whatever their sizes: make it with make_mesh."
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"{call}: the mesh's axes are {mesh.axis_types} and must be Auto: make it "
+            "with make_mesh."
         )
 
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.abstract import AbstractModel, Cache, Lookahead
+from dsv4_eqx.checks import check_flag, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.inputs import Lengths, TokenIds
 from dsv4_eqx.model import DeepSeekV4
@@ -31,6 +32,7 @@ from dsv4_eqx.sharding.rules import (
     DEFAULT_RULES,
     Rules,
     annotated_leaves,
+    check_rules,
     entry_of,
     partition_specs,
 )
@@ -64,10 +66,13 @@ def shard(
         of an optimizer; a layer's weights are gathered while it runs.
 
     **Raises:** ValueError if the mesh lacks an axis, an axis does not divide a
-    dimension, or the rules are others.
+    dimension, the rules are others, the model is none and makes none, or has numbers
+    where the mesh is abstract.
     """
     check_mesh("shard", mesh)
-    _check_rules(rules)
+    check_rules(rules)
+    check_flag("shard", "fsdp", fsdp)
+    _check_made(model, mesh)
     specs_of = functools.partial(_specs, rules=rules, mesh=mesh, fsdp=fsdp)
     if isinstance(model, DeepSeekV4):
         placed = place(model, specs_of(model), mesh)
@@ -274,7 +279,9 @@ class ShardedModel(AbstractModel):
         batch = tuple(axis for axis in _BATCH_AXES if sizes[axis] > 1)
         sequence = tuple(axis for axis in (_CONTEXT, _HEADS) if sizes[axis] > 1)
         rows = math.prod(sizes[axis] for axis in batch)
-        if not shape or shape[0] % rows != 0:
+        if not shape:  # one token: all devices do the same
+            return _Split((), ())
+        if shape[0] % rows != 0:
             raise ValueError(
                 f"{call}: a batch of shape {shape} does not divide over data="
                 f"{sizes['data']} x expert={sizes['expert']}: give a multiple of "
@@ -372,11 +379,16 @@ def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
     return jnp.broadcast_to(index, token_ids.shape)
 
 
-def _check_rules(rules: Rules) -> None:
-    wanted = dict(DEFAULT_RULES)
-    given = {name: axis for name, axis in rules.items() if axis is not None}
-    if {"vocab": wanted["vocab"], **given} != wanted:
+def _check_made(model: Any, mesh: Mesh | AbstractMesh) -> None:
+    is_model, made = isinstance(model, DeepSeekV4), model
+    if not is_model and callable(model) and not isinstance(model, AbstractModel):
+        made = eqx.filter_eval_shape(model)
+    if not isinstance(made, DeepSeekV4):
+        name = type(made).__name__
+        raise refusal("shard", "model", name, "a DeepSeekV4, or what makes one")
+    is_abstract = is_model and isinstance(made.embedding, jax.ShapeDtypeStruct)
+    if isinstance(mesh, AbstractMesh) and not is_abstract:
         raise ValueError(
-            f"shard: the rules split {given}; the collectives that go with them are "
-            f"those of {wanted}, of which only 'vocab' may be None."
+            "shard: an abstract mesh holds no numbers: give a model of shapes, as from "
+            "equinox.filter_eval_shape."
         )

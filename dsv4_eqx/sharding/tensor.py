@@ -96,21 +96,27 @@ def cross_entropy_split_vocab(
 ) -> Float[Array, "*batch"]:
     """Cross-entropy in nats of each target, from logits that stay where they are.
 
+    It is NaN for what is no token.
+
     **Arguments:**
 
     - `logits`: this device's part of the vocabulary.
     - `targets`: equal on all devices of the axis.
     - `axis`: the mesh axis that splits the vocabulary, if one does.
     """
-    if axis is None:
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
     columns = logits.shape[-1]
+    devices = 1 if axis is None else lax.axis_size(axis)
+    is_token = (targets >= 0) & (targets < columns * devices)
+    if axis is None:
+        index = jnp.where(is_token, targets, 0)[..., None]
+        chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+        return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
     top = lax.pmax(jnp.max(lax.stop_gradient(logits), axis=-1), axis)
     total = lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
     local = targets - lax.axis_index(axis) * columns
     is_here = (local >= 0) & (local < columns)
     index = jnp.where(is_here, local, 0)[..., None]
     found = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    target_logit = lax.psum(jnp.where(is_here, found, 0), axis)
+    elsewhere = jnp.where(is_token, 0, jnp.nan).astype(found.dtype)
+    target_logit = lax.psum(jnp.where(is_here, found, elsewhere), axis)
     return jnp.log(total) + top - target_logit

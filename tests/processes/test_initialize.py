@@ -1,5 +1,6 @@
 """Several processes that watch each other: who fails, and what the others say."""
 
+import json
 import re
 import socket
 import subprocess
@@ -149,7 +150,7 @@ def test_silent_and_stopped_processes_are_told_apart():
 def test_those_that_others_wait_for_are_named():
     some = peers()
     enter(some, 1.0)
-    tell(some, 2.0, kind="leave")
+    tell(some, 2.0, kind="leave", failure="")
     enter(some[:1], 3.0)
     tell(some[1:2], 4.0, kind="beat", where="")
     tell(some[2:], 7.0, kind="beat", where="data.py:7 in load")
@@ -174,6 +175,20 @@ def test_different_regions_at_the_same_time_are_found():
     enter(some[:1], 1.0)
     enter(some[1:], 1.0, name="the end")
     assert "process 1 (a, pid 11) is in 'the end'" in str(verdict(some, 1.0))
+
+
+def test_who_left_a_region_by_an_exception_is_named_if_others_stay_in_it():
+    some = peers()
+    enter(some, 1.0)
+    tell(some[1:2], 2.0, kind="leave", failure="KeyError: 'batch'")
+    tell(some, 6.0, kind="beat", where="")
+    assert verdict(some, 6.0) is None
+    assert verdict(some, 6.5) == (
+        "process 1 (a, pid 11) left by KeyError: 'batch': 'step', where process 0 (a, "
+        "pid 10) has waited for 5 s"
+    )
+    tell(some[::2], 6.5, kind="leave", failure="KeyError: 'batch'")
+    assert verdict(some, 10.0) is None
 
 
 def test_the_first_to_end_is_named_though_it_is_heard_of_last():
@@ -224,6 +239,16 @@ def test_wrong_arguments_are_refused(arguments, wrong):
             pass
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(monitor_port=70000), dict(monitor_port=0), dict(settings=[1])],
+)
+def test_wrong_options_are_refused(options, without_shape_checks):
+    with pytest.raises(ValueError, match=rf"^initialize\({next(iter(options))}="):
+        with initialize("here:1", 2, 0, **options):
+            pass
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
 def test_times_that_are_none_are_refused(timeout):
     for name in ("timeout", "initialization_timeout"):
@@ -240,6 +265,25 @@ def test_a_port_in_use_is_said():
         with pytest.raises(OSError, match=f"process 0 cannot listen on port {port}"):
             with initialize("127.0.0.1:1", 2, 0, monitor_port=port):
                 pass
+
+
+def test_regions_end_by_exceptions_and_have_names_and_times(without_shape_checks):
+    with subprocess.Popen(
+        ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as cat:
+        processes = Processes(cat, 0, 5.0)
+        with pytest.raises(KeyError), processes.together("a"):
+            raise KeyError("x" * 9999)
+        with pytest.raises(ValueError, match="^together.name=b'a'"):
+            with processes.together(b"a"):  # type: ignore[arg-type]
+                pass
+        with pytest.raises(ValueError, match="^together.timeout=0"):
+            with processes.together("a", timeout=0):
+                pass
+        out, _ = cat.communicate()
+    entered, left = map(json.loads, out.splitlines())
+    assert entered["kind"] == "enter" and left["kind"] == "leave"
+    assert left["failure"].startswith("KeyError: 'xxx") and len(left["failure"]) == 1000
 
 
 def test_regions_do_not_nest():

@@ -163,6 +163,15 @@ def test_a_mesh_without_the_axes_or_in_another_order_is_refused(axes, text):
         parallelize(abstract(dsv4.Block, 0), mesh)
 
 
+@pytest.mark.parametrize(
+    "sequence", [("tensor", "context"), ("data",), "context", ("context", "context")]
+)
+def test_axes_that_split_no_sequence_are_refused(sequence, without_shape_checks):
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    with pytest.raises(ValueError, match=r"parallelize\(sequence=.*in this order"):
+        parallelize(abstract(dsv4.Block, 0), mesh, sequence)
+
+
 def test_split_experts_without_their_wrapper_are_refused():
     moe, mesh = abstract(dsv4.MoE, HASH_MOE), make_mesh(expert=2)
     specs = dsv4.partition_specs(moe, mesh=mesh)

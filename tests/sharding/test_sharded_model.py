@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.sharding.collectives import collectives
+from dsv4_eqx.sharding.mesh import AXES
 from tests.models import QUICKLY
 from tests.sharded import (
     BATCH,
@@ -86,7 +87,6 @@ def name_of(value):
 
 
 QUICK = dict(data=2, context=2, tensor=2, fsdp=True)
-AXES = ("data", "expert", "context", "tensor")
 SLOW = [
     *((ONE_KIND, {axis: size}) for axis in AXES for size in (2, 4, 8)),
     (CONFIG, QUICK),
@@ -382,6 +382,8 @@ REFUSED = [
     (lambda m: m(tokens(46)), r"46 tokens do not divide over context=4"),
     (lambda m: m(tokens(batch=7)), r"batch of shape \(7, 48\).*data=2"),
     (lambda m: m.init_cache(3, 5), r"init_cache.*multiple of 2 rows"),
+    (lambda m: m.init_cache("x", 5), r"init_cache\(batch='x'\)"),
+    (lambda m: m.init_mtp_cache(2, 0), r"init_mtp_cache\(capacity=0\)"),
     (lambda m: m(tokens()[0]), r"\(batch, seq\)"),
     (lambda m: dsv4.generate(m, tokens(5, 3), max_new_tokens=2), r"multiple of 2 rows"),
 ]
@@ -391,6 +393,44 @@ REFUSED = [
 def test_what_does_not_divide_is_refused(call, text, without_shape_checks):
     with pytest.raises(ValueError, match=text):
         call(over(dict(data=2, context=4)))
+
+
+NO_MODELS = [
+    ((3,), {}, r"shard\(model='int'\): must be a DeepSeekV4"),
+    ((lambda: 3,), {}, r"shard\(model='int'\)"),
+    ((lambda: over(dict(data=2)),), {}, r"shard\(model='ShardedModel'\)"),
+    ((plain,), dict(rules=None), r"shard\(rules=None\)"),
+    ((plain,), dict(fsdp="no"), r"shard\(fsdp='no'\)"),
+]
+
+
+@pytest.mark.parametrize("arguments, options, text", NO_MODELS)
+def test_what_makes_no_model_is_refused(arguments, options, text, without_shape_checks):
+    with pytest.raises(ValueError, match=text):
+        dsv4.shard(*arguments, make_mesh(data=2), **options)
+
+
+def test_meshes_that_cannot_hold_the_model_are_refused():
+    explicit = jax.make_mesh((1, 1, 1, 8), AXES)
+    with pytest.raises(ValueError, match="must be Auto: make it with make_mesh"):
+        dsv4.shard(plain(), explicit)
+    sizes, kinds = (1, 1, 2, 4), (AxisType.Auto,) * 4
+    with pytest.raises(ValueError, match="an abstract mesh holds no numbers"):
+        dsv4.shard(plain(), AbstractMesh(sizes, AXES, axis_types=kinds))
+
+
+def test_a_token_alone_and_no_token_at_all():
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    model = dsv4.shard(plain(), mesh)
+    hidden = normal((CONFIG.hidden_size,), 8)
+    np.testing.assert_allclose(model.unembed(hidden), plain().unembed(hidden), 1e-5)
+    hidden = normal((BATCH, SEQ, CONFIG.hidden_size), 8)
+    for one in (plain(), model):
+        nats = quick_jit(lambda model, *args: model.cross_entropy(*args))
+        found = nats(one, hidden, tokens().at[2, 3].set(-100).at[0, 1].set(9999))
+        assert np.argwhere(np.isnan(found)).tolist() == [[0, 1], [2, 3]]
+        with pytest.raises(ValueError, match=r"target 9999 at \[0, 1\]"):
+            one.cross_entropy(hidden, tokens().at[0, 1].set(9999))
 
 
 def test_rules_without_their_collectives_are_refused():

@@ -1,0 +1,79 @@
+"""Gathering over mesh axes, and its transpose: a sum of which each device keeps a part.
+
+On CPU devices of several processes the sum is an all-reduce. XLA's reduce-scatter gives
+wrong numbers there now and then, and fails where one process comes half a minute after
+another (jax-ml/jax issues 40830 and 40831).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+Axes = str | tuple[str | None, ...]
+
+
+def gather(
+    x: Shaped[Array, "*part"], axes: Axes | None, dim: int
+) -> Shaped[Array, "*whole"]:
+    """The parts of all devices of some mesh axes, in order.
+
+    **Arguments:**
+
+    - `x`: this device's part.
+    - `axes`: that split the array, major first.
+    - `dim`: the dimension that is split.
+    """
+    if _sums_whole() and jnp.issubdtype(x.dtype, jnp.inexact):
+        return _gather(x, axes, dim)
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def sum_and_split(
+    x: Float[Array, "*whole"], axes: Axes | None, dim: int
+) -> Float[Array, "*part"]:
+    """This device's part of the sum over all devices of some mesh axes.
+
+    **Arguments:**
+
+    - `x`: what is summed.
+    - `axes`: over which, and which split the sum, major first.
+    - `dim`: the dimension that is split.
+    """
+    if not _sums_whole():
+        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    part = x.shape[dim] // size_of(axes)
+    start = lax.axis_index(axes) * part
+    return lax.dynamic_slice_in_dim(lax.psum(x, axes), start, part, dim)
+
+
+def size_of(axes: Axes | None) -> int:
+    """Devices along some mesh axes together.
+
+    **Arguments:**
+
+    - `axes`: of the mesh.
+    """
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(map(lax.axis_size, names))
+
+
+def _sums_whole() -> bool:
+    """Whether XLA would leave reduce-scatter to Gloo."""
+    return jax.distributed.is_initialized() and jax.default_backend() == "cpu"
+
+
+# The transpose of JAX's own is a reduce-scatter.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, axes, dim):
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _backward(axes, dim, _, cotangent):
+    return (sum_and_split(cotangent, axes, dim),)
+
+
+_gather.defvjp(lambda x, axes, dim: (_gather(x, axes, dim), None), _backward)
