@@ -138,7 +138,8 @@ class DeepSeekV4(AbstractModel):
         self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`."""
-        self.check_hidden("cross_entropy", hidden, targets)
+        positions, vocab = hidden.shape[:-1], self.config.vocab_size
+        check_targets("cross_entropy", targets, positions, vocab)
         logits = self.unembed(hidden)
         is_token = (targets >= 0) & (targets < logits.shape[-1])
         index = jnp.where(is_token, targets, 0)[..., None]
@@ -281,17 +282,6 @@ class DeepSeekV4(AbstractModel):
                 f"{len(lengths)} rows need one from init_mtp_cache."
             )
         return token_ids, jnp.asarray(lengths, jnp.int32)
-
-    def check_hidden(
-        self, call: str, hidden: Float[Array, "*batch dim"], targets: Array
-    ) -> None:
-        """Refuses targets that are not a token id for each position.
-
-        **Arguments:** as for `cross_entropy`; `call`: what the user called.
-
-        **Raises:** ValueError as `cross_entropy` does.
-        """
-        check_targets(call, targets, hidden.shape[:-1], self.embedding.shape[0])
 
     def _prediction_block(self, call: str) -> MTP:
         if len(self.mtp) != 1:

@@ -46,6 +46,7 @@ _OPTIONS: Final = (
     "jax_threefry_partitionable",
 )
 _LONGEST: Final = 80  # characters of a setting that is shown as it is
+_LONGEST_ERROR: Final = 300  # characters, of 12 bytes each at most in a message
 
 
 class Processes:
@@ -280,7 +281,7 @@ def _check_counts(num_processes: int, process_id: int) -> None:
 
 def _described(error: BaseException) -> str:
     """What it is, so short that a message with it is written in one piece."""
-    return f"{type(error).__name__}: {error}"[:1000]
+    return f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
 
 
 def _seconds(call: str, name: str, value: float) -> float:

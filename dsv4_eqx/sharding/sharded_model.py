@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from dsv4_eqx.abstract import AbstractModel, Cache, Lookahead
 from dsv4_eqx.checks import check_flag, refusal
 from dsv4_eqx.config import Config
-from dsv4_eqx.inputs import Lengths, TokenIds
+from dsv4_eqx.inputs import Lengths, TokenIds, check_targets
 from dsv4_eqx.model import DeepSeekV4
 from dsv4_eqx.mtp import MTPCache
 from dsv4_eqx.primitives.varying import varying
@@ -172,7 +172,8 @@ class ShardedModel(AbstractModel):
         self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`; the logits stay where they are."""
-        self.model.check_hidden("cross_entropy", hidden, targets)
+        positions, vocab = hidden.shape[:-1], self.config.vocab_size
+        check_targets("cross_entropy", targets, positions, vocab)
         split = self._split("cross_entropy", targets.shape)
         join, spec = self._for_vocab(split)
 
