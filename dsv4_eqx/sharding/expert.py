@@ -31,6 +31,8 @@ class ExpertParallel(eqx.Module):
 
     experts: Experts | StackedExperts
     axis: str = eqx.field(static=True)
+    # Whether the platform sends rows as they are, without filling up.
+    is_ragged: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self,
@@ -63,13 +65,14 @@ class ExpertParallel(eqx.Module):
             index = _outgoing(counts, number, room)
             slot = order.at[index].get(mode="fill", fill_value=0)
             weight = sorted_weights.at[index].get(mode="fill", fill_value=0)
+            sizes = [_sizes(sent, number, room) for sent in (counts, incoming)]
             rows, weight = (
-                lax.all_to_all(values, self.axis, 0, 0, tiled=True)
+                self._exchanged(values, *sizes, room)
                 for values in (x[slot // slots], weight)
             )
             expert = _experts_of(incoming, number, room)
             out = experts(rows, expert[:, None], weight[:, None])
-            return lax.all_to_all(out.astype(x.dtype), self.axis, 0, 0, tiled=True)
+            return self._exchanged(out.astype(x.dtype), *sizes[::-1], room)
 
         def add(out: Array, number: Array, brought: Array) -> Array:
             return out.at[_outgoing(counts, number, room)].add(brought, mode="drop")
@@ -84,6 +87,29 @@ class ExpertParallel(eqx.Module):
             out = _further_rounds(out, exchange, add, brought, needed, most)
         out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
         return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])
+
+    def _exchanged(
+        self,
+        values: Float[Array, "rows ..."],
+        sent: Int[Array, " devices"],
+        received: Int[Array, " devices"],
+        room: int,
+    ) -> Float[Array, "rows ..."]:
+        """What each device has for this one, in its `room` among the rows.
+
+        **Arguments:**
+
+        - `values`: for each device, in its room.
+        - `sent`, `received`: rows that mean something, to and from each device.
+        - `room`: rows for each device.
+        """
+        if not self.is_ragged:
+            return lax.all_to_all(values, self.axis, 0, 0, tiled=True)
+        starts = jnp.arange(len(sent), dtype=sent.dtype) * room
+        there = jnp.full_like(starts, room) * lax.axis_index(self.axis)
+        sizes = starts, sent, there, received
+        nothing = jnp.zeros_like(values)
+        return lax.ragged_all_to_all(values, nothing, *sizes, axis_name=self.axis)
 
 
 def _further_rounds(
@@ -121,6 +147,13 @@ def _rounds_needed(
     needed = -(-jnp.max(jnp.sum(everyones, axis=2)) // room)
     others = jax.typeof(needed).manual_axis_type.varying - {axis}
     return lax.pmax(needed, tuple(sorted(others))) if others else needed
+
+
+def _sizes(
+    counts: Int[Array, "devices experts"], number: Array, room: int
+) -> Int[Array, " devices"]:
+    """Rows of each device in a round."""
+    return jnp.clip(jnp.sum(counts, axis=1) - number * room, 0, room)
 
 
 def _outgoing(

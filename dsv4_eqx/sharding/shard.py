@@ -52,7 +52,7 @@ def parallelize(
                 "taken twice. Give it the module without wrappers."
             )
         if isinstance(node, Experts) and mesh.shape["expert"] > 1:
-            return ExpertParallel(node, "expert")
+            return ExpertParallel(node, "expert", _has_ragged_exchange(mesh))
         return node
 
     def wrap(node: Any) -> Any:
@@ -73,6 +73,15 @@ def parallelize(
         return isinstance(node, parts | _WRAPPERS)
 
     return jax.tree.map(wrap, module, is_leaf=is_part)
+
+
+def _has_ragged_exchange(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether XLA has a ragged all-to-all for these devices.
+
+    It has none for CPUs. An abstract mesh has no devices, so that a plan counts filled
+    rows: the most that is sent.
+    """
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform in ("gpu", "tpu")
 
 
 def check_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:

@@ -3,12 +3,16 @@
 import functools
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
+from dsv4_eqx.sharding import shard
 from tests.sharded import (
     BATCH,
     CONFIG,
@@ -123,3 +127,55 @@ def test_a_bias_may_send_all_tokens_to_few_experts(experts):
     moe = eqx.tree_at(lambda moe: moe.router.bias, case.module, jnp.asarray(bias))
     case = case._replace(module=moe)
     assert_equal_to_plain(Parallel(case, mesh), case)
+
+
+def ragged_by_hand(operand, output, starts, sent, places, received, *, axis_name):
+    """What JAX documents of `ragged_all_to_all`, which XLA has not for CPUs."""
+    me = lax.axis_index(axis_name)
+    operands, starts, sent, places = (
+        lax.all_gather(x, axis_name) for x in (operand, starts, sent, places)
+    )
+    for source in range(len(sent)):
+        row = jnp.arange(len(output)) - places[source, me]
+        is_new = (row >= 0) & (row < received[source])
+        new = operands[source][jnp.where(is_new, row + starts[source, me], 0)]
+        new = jnp.where(sent[source, me] == received[source], new, jnp.nan)
+        is_new = is_new.reshape(-1, *[1] * (output.ndim - 1))
+        output = jnp.where(is_new, new.astype(output.dtype), output)
+    return output
+
+
+@pytest.mark.parametrize(
+    "expert, tensor", [(8, 1), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_a_ragged_exchange_brings_the_same(expert, tensor, monkeypatch):
+    monkeypatch.setattr(shard, "_has_ragged_exchange", lambda mesh: True)
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged_by_hand)
+    program = Parallel(moe_case(HASH_MOE), make_mesh(expert=expert, tensor=tensor))
+    assert ("all-to-all", ("expert",)) not in program.sent()
+    for routing in ("all to the last", "all to three of one device", "to all"):
+        assert_equal_to_plain(program, routed_by(ROUTINGS[routing]))
+
+
+def test_a_ragged_exchange_and_its_gradient_are_programs_for_accelerators(monkeypatch):
+    assert not shard._has_ragged_exchange(make_mesh(expert=2))
+    monkeypatch.setattr(shard, "_has_ragged_exchange", lambda mesh: True)
+    case, mesh = moe_case(HASH_MOE), make_mesh(expert=2)
+    moe = shard.parallelize(case.module, mesh)
+    rows, specs = P("expert"), dsv4.partition_specs(moe, mesh=mesh)
+
+    def loss(moe, x, ids):
+        call = jax.shard_map(
+            lambda moe, x, ids: moe(x, ids),
+            mesh=mesh,
+            in_specs=(specs, rows, rows),
+            out_specs=rows,
+        )
+        return jnp.sum(call(moe, x, ids))
+
+    step = jax.jit(jax.grad(loss, allow_int=True))
+    traced = step.trace(moe, case.x, case.token_ids)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        # Rows and weights there and results back, and again in the backward pass.
+        assert text.count("@ragged_all_to_all") >= 6
