@@ -151,7 +151,7 @@ class Config:
         **Raises:** ValueError if there is no such layer.
         """
         blocks = self.num_hidden_layers + self.num_nextn_predict_layers
-        if not 0 <= layer < blocks:
+        if not is_int(layer) or not 0 <= layer < blocks:
             raise ValueError(
                 f"Config.layer_kind(layer={layer}): there are layers 0 to {blocks - 1}."
             )

@@ -82,10 +82,10 @@ def generate(
         that the model would have chosen. The likeliest tokens are the same; drawn ones
         are others, of the same distribution.
 
-    **Raises:** ValueError before anything is compiled if the prompts are no token ids
-    or empty, prompt and new tokens are beyond `max_position_embeddings`, the model has
-    no prediction block for speculation, or another argument is out of its range or
-    missing.
+    **Raises:** ValueError before anything is compiled if the model is none, the prompts
+    are no token ids, empty or traced, prompt and new tokens are beyond
+    `max_position_embeddings`, the model has no prediction block for speculation, or
+    another argument is out of its range or missing.
     """
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     asked = _checked(
@@ -155,6 +155,9 @@ def _checked(
     key: PRNGKeyArray | None,
     speculative: bool,
 ) -> _Asked:
+    if not isinstance(model, AbstractModel):
+        allowed = "a DeepSeekV4 or a ShardedModel"
+        raise refusal(call, "model", type(model).__name__, allowed)
     if not are_known(tokens, lengths):
         raise ValueError(
             f"{call}: the prompts are traced, or lie over several processes; it "

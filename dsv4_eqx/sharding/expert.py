@@ -65,14 +65,15 @@ class ExpertParallel(eqx.Module):
             index = _outgoing(counts, number, room)
             slot = order.at[index].get(mode="fill", fill_value=0)
             weight = sorted_weights.at[index].get(mode="fill", fill_value=0)
-            sizes = [_sizes(sent, number, room) for sent in (counts, incoming)]
+            sent = _sizes(counts, number, room)
+            received = _sizes(incoming, number, room)
             rows, weight = (
-                self._exchanged(values, *sizes, room)
+                self._exchanged(values, sent, received, room)
                 for values in (x[slot // slots], weight)
             )
             expert = _experts_of(incoming, number, room)
             out = experts(rows, expert[:, None], weight[:, None])
-            return self._exchanged(out.astype(x.dtype), *sizes[::-1], room)
+            return self._exchanged(out.astype(x.dtype), received, sent, room)
 
         def add(out: Array, number: Array, brought: Array) -> Array:
             return out.at[_outgoing(counts, number, room)].add(brought, mode="drop")

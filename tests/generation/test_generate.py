@@ -220,6 +220,11 @@ def test_bad_input_is_refused_before_the_model_is_compiled(what, without_shape_c
             call(nothing_to_run, random_tokens(9, 5, 2), **arguments)
 
 
+def test_what_is_no_model_is_refused(without_shape_checks):
+    with pytest.raises(ValueError, match=r"generate\(model='NoneType'\): must be a"):
+        dsv4.generate(None, random_tokens(9), max_new_tokens=3)
+
+
 def test_prompts_that_are_traced_are_refused():
     def call(tokens):
         return dsv4.generate(SMALL(), tokens, max_new_tokens=3).tokens
