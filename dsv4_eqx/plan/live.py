@@ -124,8 +124,8 @@ def _inside(equation: Any, lives: _Lives, new: int, *, whole: bool) -> int:
     if name in ("scan", "while", "cond"):
         slices = 0
         if name == "scan":
-            skipped = equation.params["num_consts"] + equation.params["num_carry"]
-            slices = sum(map(bytes_of, inner[0].invars[skipped:]))
+            pairs = zip(equation.invars, inner[0].invars, strict=True)
+            slices = sum(bytes_of(x) for of, x in pairs if _shape(of) != _shape(x))
         return new + slices + max(_peak(body, (), whole=whole) for body in inner)
     outs = enumerate(equation.outvars)
     free = {i for i, x in outs if lives.holder[x] in lives.costless}

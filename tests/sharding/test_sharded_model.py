@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
@@ -267,6 +266,7 @@ def test_a_loss_without_whole_logits_equals_the_plain_one(rules):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_three_steps_of_an_optimizer_give_the_same_weights(fsdp):
+    optax = pytest.importorskip("optax")
     mesh = make_mesh(data=2, expert=2, tensor=2)
     # An epsilon above rounding: before the first layer all streams are equal, so that
     # the gradient of how they mix is 0, and Adam would make a step of its rounding.
