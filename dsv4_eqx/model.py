@@ -177,9 +177,9 @@ class DeepSeekV4(AbstractModel):
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """As `AbstractModel.init_mtp_cache`."""
-        block = self._prediction_block("init_mtp_cache")
+        self._check_prediction_block("init_mtp_cache")
         self._check_sizes("init_mtp_cache", batch, capacity)
-        return block.init_cache(batch, capacity, self.embedding.dtype)
+        return self.mtp[0].init_cache(batch, capacity, self.embedding.dtype)
 
     def extend_mtp(
         self,
@@ -241,7 +241,7 @@ class DeepSeekV4(AbstractModel):
 
         **Raises:** ValueError as `multi_token_logits` does.
         """
-        self._prediction_block("multi_token_logits")
+        self._check_prediction_block("multi_token_logits")
         token_ids = self.check_tokens(tokens)
         if token_ids.shape[1] < 2:
             raise ValueError("multi_token_logits: give at least two tokens a row.")
@@ -272,9 +272,10 @@ class DeepSeekV4(AbstractModel):
         **Raises:** ValueError as `extend_mtp` does.
         """
         call = "extend_mtp"
-        self._prediction_block(call)
+        self._check_prediction_block(call)
         lengths = check_lengths(call, lengths, following)
-        token_ids = check_token_ids(call, following, self.embedding.shape[0], lengths)
+        vocab = self.config.vocab_size
+        token_ids = check_token_ids(call, following, vocab, lengths)
         rows = cache.lengths.shape if isinstance(cache, MTPCache) else None
         if rows != lengths.shape:
             raise ValueError(
@@ -283,13 +284,12 @@ class DeepSeekV4(AbstractModel):
             )
         return token_ids, jnp.asarray(lengths, jnp.int32)
 
-    def _prediction_block(self, call: str) -> MTP:
+    def _check_prediction_block(self, call: str) -> None:
         if len(self.mtp) != 1:
             raise ValueError(
                 f"{call}: the model has {len(self.mtp)} prediction blocks "
                 "(num_nextn_predict_layers); it needs one."
             )
-        return self.mtp[0]
 
     def _check_sizes(self, call: str, batch: int, capacity: int) -> None:
         for name, value, most in (
