@@ -74,16 +74,20 @@ def check_targets(
     **Raises:** ValueError if the targets are no array of integers of this shape or,
     unless traced, one of them is outside `[0, vocab)`.
     """
-    is_array = isinstance(targets, jax.Array | np.ndarray)
-    if not is_array or not jnp.issubdtype(targets.dtype, jnp.integer):
-        found = targets.dtype if is_array else type(targets).__name__
-        raise ValueError(f"{call}: targets must be an array of integers, not {found}.")
+    _check_integers(call, "targets", targets)
     if targets.shape != shape:
         raise ValueError(
             f"{call}: targets of shape {targets.shape} are not one for each position "
             f"of hidden, {shape}."
         )
     _check_range(call, "target", targets, vocab)
+
+
+def _check_integers(call: str, name: str, values: Any) -> None:
+    is_array = isinstance(values, jax.Array | np.ndarray)
+    if not is_array or not jnp.issubdtype(values.dtype, jnp.integer):
+        found = values.dtype if is_array else type(values).__name__
+        raise ValueError(f"{call}: {name} must be an array of integers, not {found}.")
 
 
 def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
@@ -142,10 +146,7 @@ def check_counts(call: str, lengths: Lengths, most: Lengths) -> Lengths:
     **Raises:** ValueError if there is not an integer for each row, or, unless traced,
     one of them is outside `[0, most]`.
     """
-    is_array = isinstance(lengths, jax.Array | np.ndarray)
-    if not is_array or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        found = lengths.dtype if is_array else type(lengths).__name__
-        raise ValueError(f"{call}: lengths must be an array of integers, not {found}.")
+    _check_integers(call, "lengths", lengths)
     if lengths.shape != most.shape:
         raise ValueError(
             f"{call}: lengths must be one for each of the {len(most)} rows, not of the "

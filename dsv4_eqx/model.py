@@ -140,11 +140,7 @@ class DeepSeekV4(AbstractModel):
         """As `AbstractModel.cross_entropy`."""
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         check_targets("cross_entropy", targets, positions, vocab)
-        logits = self.unembed(hidden)
-        is_token = (targets >= 0) & (targets < logits.shape[-1])
-        index = jnp.where(is_token, targets, 0)[..., None]
-        chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-        return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
+        return nats_of(self.unembed(hidden), targets)
 
     @jax.named_scope("unembed")
     def unembed(
@@ -298,6 +294,22 @@ class DeepSeekV4(AbstractModel):
         ):
             if not is_int(value) or not 1 <= value <= most:
                 raise refusal(call, name, value, f"an integer in [1, {most}]")
+
+
+def nats_of(
+    logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Cross-entropy in nats of each target; NaN for what is no token.
+
+    **Arguments:**
+
+    - `logits`: of all tokens.
+    - `targets`: the tokens that followed.
+    """
+    is_token = (targets >= 0) & (targets < logits.shape[-1])
+    index = jnp.where(is_token, targets, 0)[..., None]
+    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
 
 
 def count_params(tree: object) -> int:

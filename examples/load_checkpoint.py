@@ -67,9 +67,8 @@ def main():
     print(f"{here:,} bytes on each of {len(leaves[0].devices())} devices")
     tokenizer = dsv4.load_tokenizer(asked.checkpoint, revision=asked.revision)
     tokens = tokenizer.encode(asked.text)[None]
-    check_token_ids(
-        "load_checkpoint", tokens, len(model.embedding)
-    )  # under jit they are not known
+    # Under jit they are not known.
+    check_token_ids("load_checkpoint", tokens, len(model.embedding))
     logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
     probabilities = np.asarray(jax.nn.softmax(logits[0, -1]))
     print(f"after {asked.text!r}:")

@@ -15,8 +15,9 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA, SLIDING, TOPK_MOE
+from dsv4_eqx.hf_config import CSA, TOPK_MOE
 from dsv4_eqx.inputs import check_token_ids
+from tests.checkpoint.saving import one_layer
 from tests.models import (
     LENGTH,
     QUICKLY,
@@ -271,14 +272,7 @@ def test_a_model_of_something_else_is_refused(changes, message, without_shape_ch
 
 
 def test_gradients_are_finite_without_an_epsilon():
-    config = small_config(
-        num_hidden_layers=1,
-        layer_types=(SLIDING,),
-        compress_ratios=(0,),
-        mlp_layer_types=(TOPK_MOE,),
-        num_nextn_predict_layers=0,
-        rms_norm_eps=0.0,
-    )
+    config = one_layer(mlp_layer_types=(TOPK_MOE,), rms_norm_eps=0.0)
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def gradient(model):

@@ -8,11 +8,11 @@ are, and the loss never gathers the logits.
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv4_eqx.model import nats_of
 from dsv4_eqx.sharding.context import gathered_tokens, summed_and_split
 
 
@@ -104,13 +104,10 @@ def cross_entropy_split_vocab(
     - `targets`: equal on all devices of the axis.
     - `axis`: the mesh axis that splits the vocabulary, if one does.
     """
-    columns = logits.shape[-1]
-    devices = 1 if axis is None else lax.axis_size(axis)
-    is_token = (targets >= 0) & (targets < columns * devices)
     if axis is None:
-        index = jnp.where(is_token, targets, 0)[..., None]
-        chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-        return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
+        return nats_of(logits, targets)
+    columns = logits.shape[-1]
+    is_token = (targets >= 0) & (targets < columns * lax.axis_size(axis))
     top = lax.pmax(jnp.max(lax.stop_gradient(logits), axis=-1), axis)
     total = lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
     local = targets - lax.axis_index(axis) * columns
