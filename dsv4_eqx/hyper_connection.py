@@ -5,7 +5,6 @@ written back to all of them while a doubly stochastic matrix mixes the streams a
 themselves. The coefficients depend on the token and are float32, as are their weights.
 """
 
-import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
-from dsv4_eqx.primitives.precision import at_least_float32, wide_einsum
+from dsv4_eqx.kernels.mix import mix, sinkhorn
+from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.product import project
-from dsv4_eqx.primitives.varying import alike
 
 
 class StreamMixing(NamedTuple):
@@ -177,57 +175,6 @@ class HyperHead(eqx.Module):
         return _collapse(streams, pre)
 
 
-def sinkhorn(
-    logits: Float[Array, "rows columns *batch"], *, iterations: int, eps: float
-) -> Float[Array, "rows columns *batch"]:
-    """Nearly doubly stochastic matrices: columns sum to 1, rows approach it.
-
-    Softmax over the columns' index, then columns and rows are divided by their sums in
-    turn, ending with the columns (paper section 2.2, released kernel).
-
-    **Arguments:**
-
-    - `logits`: matrices in the two leading dimensions.
-    - `iterations`: how often the columns are divided by their sums.
-    - `eps`: added to the softmax and to every sum.
-
-    **Raises:** ValueError if `iterations` is negative.
-    """
-    if not is_int(iterations) or iterations < 0:
-        raise refusal("sinkhorn", "iterations", iterations, "an integer of at least 0")
-    matrix = jax.nn.softmax(logits, axis=1) + eps
-    if iterations == 0:
-        return matrix
-
-    def divide_and_turn(matrix, _):
-        return jnp.swapaxes(_by_column_sums(matrix, eps), 0, 1), None
-
-    matrix, _ = lax.scan(divide_and_turn, matrix, length=2 * iterations - 1)
-    return jnp.swapaxes(matrix, 0, 1)
-
-
-# Sums of slices: XLA on CPU is many times as slow at the derivative of a sum over a
-# leading dimension.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _by_column_sums(matrix, eps):
-    return matrix / (sum(matrix[1:], matrix[0]) + eps)
-
-
-def _by_column_sums_forward(matrix, eps):
-    divided = _by_column_sums(matrix, eps)
-    return divided, (matrix, divided)
-
-
-def _by_column_sums_backward(eps, residuals, cotangent):
-    matrix, divided = residuals
-    weighted = cotangent * divided
-    total = sum(matrix[1:], matrix[0]) + eps
-    return ((cotangent - sum(weighted[1:], weighted[0])) / total,)
-
-
-_by_column_sums.defvjp(_by_column_sums_forward, _by_column_sums_backward)
-
-
 def _project(
     streams: Float[Array, "*batch streams dim"],
     weight: Float[Array, "mixes streams dim"],
@@ -251,45 +198,6 @@ def _collapse(
 ) -> Float[Array, "*batch dim"]:
     weights = jnp.moveaxis(pre, 0, -1)[..., None]
     return mix(weights, streams)[..., 0, :].astype(streams.dtype)
-
-
-def mix(
-    weights: Float[Array, "*batch sources targets"],
-    streams: Float[Array, "*batch sources dim"],
-) -> Float[Array, "*batch targets dim"]:
-    r"""$Y_k = \sum_j w_{jk} X_j$ for each token, at least float32.
-
-    **Arguments:**
-
-    - `weights`: from each source to each target.
-    - `streams`: the sources.
-    """
-    return _mix(*alike(weights, streams))
-
-
-# XLA on CPU is slow to reduce a dimension in the middle and slower to differentiate it:
-# sums of slices here, and one product for the weights' gradient.
-@jax.custom_vjp
-def _mix(weights, streams):
-    wide = at_least_float32(streams)
-    terms = [
-        weights[..., j, :, None] * wide[..., j, None, :] for j in range(wide.shape[-2])
-    ]
-    return sum(terms[1:], terms[0])
-
-
-def _mix_forward(weights, streams):
-    return _mix(weights, streams), (weights, streams)
-
-
-def _mix_backward(residuals, cotangent):
-    weights, streams = residuals
-    d_weights = wide_einsum("...jd,...kd->...jk", at_least_float32(streams), cotangent)
-    d_streams = _mix(jnp.swapaxes(weights, -1, -2), cotangent)
-    return d_weights, d_streams.astype(streams.dtype)
-
-
-_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _check_streams(name: str, streams: Array, expected: tuple[int, ...]) -> None:

@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from dsv4_eqx.attention.cache import AttentionCache, mark_entries
-from dsv4_eqx.attention.entries import StackedEntries
 from dsv4_eqx.block import Block
 from dsv4_eqx.config import Config
+from dsv4_eqx.kernels.entries import StackedEntries
 from dsv4_eqx.moe.experts import Experts, StackedExperts
 
 

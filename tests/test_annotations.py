@@ -23,11 +23,11 @@ from jax.sharding import PartitionSpec as P
 import dsv4_eqx as dsv4
 from dsv4_eqx.abstract import Cache, Lookahead
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState
-from dsv4_eqx.attention.entries import Entries, StackedEntries
 from dsv4_eqx.generation.generate import Generated
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import Draft, State
+from dsv4_eqx.kernels.entries import Entries, StackedEntries
 from dsv4_eqx.moe.experts import StackedExperts
 from dsv4_eqx.mtp import MTPCache
 from dsv4_eqx.primitives.packed import PackedWeight

@@ -12,7 +12,8 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HyperConnection, HyperHead
-from dsv4_eqx.hyper_connection import StreamMixing, mix, sinkhorn
+from dsv4_eqx.hyper_connection import StreamMixing
+from dsv4_eqx.kernels.mix import mix, sinkhorn
 from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config

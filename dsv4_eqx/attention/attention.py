@@ -11,18 +11,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.attend import Selection, attend, map_queries
 from dsv4_eqx.attention.cache import (
     AttentionCache,
     CompressorState,
     positions_after,
 )
 from dsv4_eqx.attention.compressor import Compressor
-from dsv4_eqx.attention.entries import Entries
 from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.checks import check_activations, check_ids, is_int, refusal
 from dsv4_eqx.config import Config
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
+from dsv4_eqx.kernels.attend import attend, query_block
+from dsv4_eqx.kernels.entries import Entries, Selection
+from dsv4_eqx.kernels.query_blocks import map_queries
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
 from dsv4_eqx.primitives.packed import unpacked
@@ -254,7 +255,8 @@ class Attention(eqx.Module):
             return self.project_output(out, positions)
 
         per_query = (latent, positions, selection, owners)
-        return map_queries(attend_block, per_query, window_keys)
+        block = query_block(window_keys)
+        return map_queries(attend_block, per_query, window_keys, block)
 
     def project_queries(
         self,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from dsv4_eqx.attention.entries import Values
+from dsv4_eqx.kernels.entries import Values
 
 
 class CompressorState(eqx.Module):

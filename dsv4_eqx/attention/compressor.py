@@ -5,24 +5,23 @@ Paper sections 2.3.1 and 2.3.2. The same module serves heavily compressed attent
 the window before its own, through a second series of channels).
 """
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import CompressorState, rows_from
-from dsv4_eqx.attention.entries import Entries, Values, replaced
 from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.config import Config
+from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
+from dsv4_eqx.kernels.pool import pool_windows
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.precision import wide_dtype
 from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
-from dsv4_eqx.primitives.varying import alike
 
 # Finite, so that a window of nothing else has no NaN.
 _NO_WEIGHT: Final = -1e30
@@ -122,7 +121,7 @@ class Compressor(eqx.Module):
             of them there is nothing.
         """
         gates = gates + self.position_bias.astype(gates.dtype)
-        return _pool(*alike(values, gates))
+        return pool_windows(values, gates)
 
     def init_state(
         self, batch: int, capacity: int, dtype: DTypeLike
@@ -170,16 +169,13 @@ class Compressor(eqx.Module):
         window = start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
-        def write(i: Array, entries: Values) -> Values:
-            # With i, which is 0, XLA does not pool before it knows whether to.
-            pooled = self.pool_after(values, gates, start + i)
+        def write(entries: Values, start: Int[Array, " batch"]) -> Values:
+            pooled = self.pool_after(values, gates, start)
             new = self._rotated(pooled.astype(x.dtype), window * ratio)
             place = jnp.where(is_new, window, entries.shape[1])
             return replaced(entries, place, new)
 
-        # A loop of at most one round leaves the entries where they are.
-        rounds = jnp.any(is_new).astype(jnp.int32)
-        entries = lax.fori_loop(0, rounds, write, state.entries)
+        entries = write_if(jnp.any(is_new), write, state.entries, start)
         index = jnp.arange(1, entries.shape[1] + 1, dtype=jnp.int32)
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
         return Entries(entries, last_positions), CompressorState(values, gates, entries)
@@ -255,74 +251,3 @@ class Compressor(eqx.Module):
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
     return x.reshape(x.shape[0], x.shape[1] // ratio, ratio, *x.shape[2:])
-
-
-class _Softmax(NamedTuple):
-    """A softmax-weighted sum over some tokens, relative to the exponential of `top`."""
-
-    weighted: Float[Array, "*shape"]
-    total: Float[Array, "*shape"]
-    top: Float[Array, "*shape"]
-
-    def join(self, other: "_Softmax") -> "_Softmax":
-        top = jnp.maximum(self.top, other.top)
-        own, others = jnp.exp(self.top - top), jnp.exp(other.top - top)
-        return _Softmax(
-            self.weighted * own + other.weighted * others,
-            self.total * own + other.total * others,
-            top,
-        )
-
-
-# Token by token: XLA on CPU is slow to reduce a dimension in the middle. The backward
-# pass has nothing to reduce.
-@jax.custom_vjp
-def _pool(values, gates):
-    return _pool_forward(values, gates)[0]
-
-
-def _pool_forward(values, gates):
-    ratio, num_series = gates.shape[2:4]
-
-    def token(i):
-        gate = gates[:, :, i]
-        return _Softmax(values[:, :, i], jnp.ones_like(gate), gate)
-
-    softmax = lax.fori_loop(
-        1, ratio, lambda i, softmax: softmax.join(token(i)), token(0), unroll=ratio <= 8
-    )
-    *first, softmax = [
-        jax.tree.map(lambda x, n=n: x[:, :, n], softmax) for n in range(num_series)
-    ]
-    for others in first:  # of two series, the first belongs to the next window
-        before = map(_shifted, others, (1, 1, 1), (0, 0, -jnp.inf))
-        softmax = softmax.join(_Softmax(*before))
-    pooled = softmax.weighted / softmax.total
-    return pooled, (values, gates, pooled, softmax.top + jnp.log(softmax.total))
-
-
-def _pool_backward(residuals, d_pooled):
-    values, gates, pooled, log_total = residuals
-
-    def for_tokens(x, past_end):
-        """For each window's tokens and series, of the window it was pooled in."""
-        if gates.shape[3] == 1:
-            return x[:, :, None, None]
-        return jnp.stack([_shifted(x, -1, past_end), x], axis=2)[:, :, None]
-
-    weights = jnp.exp(gates - for_tokens(log_total, jnp.inf))
-    d_values = weights * for_tokens(d_pooled, 0)
-    return d_values, d_values * (values - for_tokens(pooled, 0))
-
-
-_pool.defvjp(_pool_forward, _pool_backward)
-
-
-def _shifted(
-    x: Float[Array, "batch windows head_dim"], by: int, fill: float
-) -> Float[Array, "batch windows head_dim"]:
-    """Each window's predecessor, or for `by = -1` its successor; `fill` for none."""
-    end = jnp.full_like(x[:, :1], fill)
-    if by == 1:
-        return jnp.concatenate([end, x], axis=1)[:, :-1]
-    return jnp.concatenate([x, end], axis=1)[:, 1:]

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.checks import check_activations
 from dsv4_eqx.config import Config
-from dsv4_eqx.moe.grouped import clamped_swiglu, grouped_swiglu
+from dsv4_eqx.kernels.activation import clamped_swiglu
+from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
 from dsv4_eqx.primitives.packed import unpacked
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike

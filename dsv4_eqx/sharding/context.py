@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_eqx.attention.attention import Attention
-from dsv4_eqx.attention.entries import Entries
+from dsv4_eqx.kernels.entries import Entries
 from dsv4_eqx.primitives.packed import unpacked
 from dsv4_eqx.sharding.gather import gather, size_of, sum_and_split
 

@@ -13,16 +13,16 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Attention
-from dsv4_eqx.attention.attend import QUERY_BLOCK
-from dsv4_eqx.attention.entries import visible
 from dsv4_eqx.hf_config import CSA, HCA, SLIDING
+from dsv4_eqx.kernels.entries import visible
+from dsv4_eqx.kernels.form import FORMS
 from tests.captured import captured, positions, reference_gradients
 from tests.models import QUICKLY, T, pair, relative
 from tests.tiny import tiny_config
 
 LAYERS = {SLIDING: 0, HCA: 1, CSA: 2}
 RATIOS = {SLIDING: 0, HCA: 16, CSA: 4}
-SEVERAL = 4 * QUERY_BLOCK  # queries in whole blocks
+SEVERAL = 4 * FORMS["cpu"].query_block  # queries in whole blocks
 
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)

@@ -1,5 +1,6 @@
 """The indexer's picks against transformers, and the rule for ties."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from dsv4_eqx import Indexer, RotaryEmbedding
-from dsv4_eqx.attention import indexer as module
-from dsv4_eqx.attention.entries import Entries
-from dsv4_eqx.attention.indexer import highest
+from dsv4_eqx.kernels import select as module
+from dsv4_eqx.kernels.entries import Entries
+from dsv4_eqx.kernels.form import FORMS, use_kernels
+from dsv4_eqx.kernels.select import highest, listed
 from tests.captured import captured, positions
 from tests.models import QUICKLY, T, pair
 from tests.tiny import tiny_config
@@ -82,7 +84,8 @@ def run_highest(scores, count):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 30, 31])
 @pytest.mark.parametrize("kinds", [1, 2, 5, 1000])
-def test_highest_marks_what_a_stable_sort_does(count, kinds):
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_highest_marks_what_a_stable_sort_does(count, kinds, form):
     # Few kinds of values: many ties, at the threshold too.
     rng = np.random.default_rng(10 * count + kinds)
     values = rng.standard_normal(kinds).astype(np.float32)
@@ -91,17 +94,33 @@ def test_highest_marks_what_a_stable_sort_does(count, kinds):
     # Rows that see fewer entries than `count`, down to none.
     hidden = np.arange(30) >= rng.integers(0, 31, (3, 40, 1))
     scores = np.where(hidden, -np.inf, scores).astype(np.float32)
-    found = np.asarray(run_highest(scores, count))
+    with use_kernels(form):
+        found = np.asarray(run_highest(scores, count))
     np.testing.assert_array_equal(found, stable_highest(scores, count))
 
 
-def test_highest_orders_extreme_and_tiny_values():
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_highest_orders_extreme_and_tiny_values(form):
     top, tiny = np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal
     row = [0.0, tiny, -tiny, top, -top, 1.0, -1.0, np.inf, -np.inf, 1 + 2**-23]
     scores = np.float32([[np.random.default_rng(s).permutation(row) for s in range(9)]])
     for count in range(1, 10):
-        found = np.asarray(run_highest(scores, count))
+        with use_kernels(form):
+            found = np.asarray(run_highest(scores, count))
         np.testing.assert_array_equal(found, stable_highest(scores, count))
+
+
+@pytest.mark.parametrize("entries", [1, 31, 32, 33, 100, 300])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_listed_names_each_mark_once_in_order(entries, count):
+    rng = np.random.default_rng(entries + count)
+    marks = rng.random((2, 9, entries)) < rng.random((2, 9, 1))
+    marks &= np.cumsum(marks, axis=-1) <= count
+    found = np.asarray(jax.jit(listed, static_argnums=1)(marks, count))
+    assert found.shape == (2, 9, count)
+    for row, mark in zip(found.reshape(18, -1), marks.reshape(18, -1)):
+        expected = np.flatnonzero(mark)
+        assert row.tolist() == [*expected, *[-1] * (count - len(expected))]
 
 
 def small_indexer(topk, seed=0, heads=3):
@@ -145,15 +164,17 @@ def exact_scores(indexer, latent, weights, at, keys):
 def run_select(indexer, given, gather_cost):
     """`gather_cost` is traced in: 0 gives indices, much gives a mask."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_GATHER_COST", gather_cost)
+        patch.setattr(module, "GATHER_COST", gather_cost)
         return indexer.select(*given)
 
 
 @pytest.mark.parametrize("seq", [3, 7, 30, 64, 65, 130, 200])
 @pytest.mark.parametrize("gather_cost, dtype", [(0, np.int32), (10**6, np.bool_)])
-def test_selection_equals_sorted_float64_scores(seq, gather_cost, dtype):
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_selection_equals_sorted_float64_scores(seq, gather_cost, dtype, form):
     indexer, given = small_indexer(topk=4), operands(seq, seed=seq)
-    found = run_select(indexer, given, gather_cost)
+    with use_kernels(form):
+        found = run_select(indexer, given, gather_cost)
     scores = exact_scores(indexer, *given)
     assert found.dtype == dtype and found.shape[:2] == (2, seq)
     best = np.maximum(-np.sort(-scores, axis=-1), -1e30)
@@ -200,7 +221,7 @@ def test_no_score_is_minus_zero():
     queries = jnp.ones((2, 40, 1, 8))
     seen = jnp.ones((2, 40, 13), bool)
     weights = jnp.where(weights > 0, -1.0, -0.0)
-    scores = np.asarray(jax.jit(module._scores)(queries, weights, keys, seen))
+    scores = np.asarray(jax.jit(module.score)(queries, weights, keys, seen))
     assert 0.3 < (scores == 0).mean() < 1
     assert not np.signbit(scores[scores == 0]).any()
 
@@ -224,7 +245,8 @@ def test_entries_over_a_tile_are_scored_alike(gather_cost, monkeypatch):
     indexer, given = small_indexer(topk=4), operands(130)
     expected = picks(run_select(indexer, given, gather_cost))
     for tile in (1, 7, 42, 43, 44):
-        monkeypatch.setattr(module, "_ENTRY_TILE", tile)
+        form = dataclasses.replace(FORMS["cpu"], entry_tile=tile)
+        monkeypatch.setitem(FORMS, "cpu", form)
         run_select.clear_cache()
         assert picks(run_select(indexer, given, gather_cost)) == expected
     monkeypatch.undo()
@@ -263,7 +285,7 @@ def test_bfloat16_scores_are_float32():
     queries = jnp.einsum("bsr,hcr->bshc", given[0], indexer.query_up)
     queries = indexer.rope(queries, at[..., None])
     seen = jnp.ones((2, 40, 13), bool)
-    scores = module._scores(queries, weights, low, seen)
+    scores = module.score(queries, weights, low, seen)
     assert scores.dtype == jnp.float32
     products = np.einsum(
         "bqhc,bec->bqhe", np.asarray(queries, "f8"), np.asarray(low.values, "f8")

@@ -12,7 +12,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Experts, SharedExpert
-from dsv4_eqx.moe.grouped import clamped_swiglu
+from dsv4_eqx.kernels.activation import clamped_swiglu
 from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx.attention.attend import attend
-from dsv4_eqx.attention.entries import Entries, visible
+from dsv4_eqx.kernels.attend import attend
+from dsv4_eqx.kernels.entries import Entries, visible
 from tests.models import QUICKLY, relative
 
 BATCH, HEADS, DIM, WINDOW, RATIO, TOPK = 2, 3, 5, 9, 4, 3

@@ -5,10 +5,15 @@ cache that a scan over layers extends: to take them out and put them back would 
 the whole cache for each token. The functions that read and write take both.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from dsv4_eqx.kernels.form import current_form
 
 
 class StackedEntries(eqx.Module):
@@ -38,6 +43,45 @@ class Entries(eqx.Module):
     last_positions: Int[Array, "batch entries"]
     # The document that each belongs to; None where a row is a single one.
     owners: Int[Array, "batch entries"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values: batch, entries, head_dim."""
+        return self.values.shape
+
+
+# Which entries a query attends to: a mask over all of them, or the indices of some,
+# -1 for none. Without either, it attends to all it may see.
+Selection = Bool[Array, "batch seq entries"] | Int[Array, "batch seq selected"] | None
+
+
+def is_index(selection: Any) -> bool:
+    """Whether a selection names entries, rather than marking them.
+
+    **Arguments:**
+
+    - `selection`: a `Selection`.
+    """
+    return selection is not None and jnp.issubdtype(selection.dtype, jnp.integer)
+
+
+def in_window(
+    positions: Int[Array, "batch block"], num_keys: int
+) -> Bool[Array, "batch block keys"]:
+    """Whether a window key is one of the last `window` tokens of a query's document.
+
+    **Arguments:**
+
+    - `positions`: of consecutive queries.
+    - `num_keys`: those of the `window - 1` tokens before the first query, and the
+        queries' own.
+    """
+    block = positions.shape[1]
+    window = num_keys - block + 1
+    index = jnp.arange(block, dtype=positions.dtype)[:, None]
+    distance = index + window - 1 - jnp.arange(num_keys, dtype=positions.dtype)
+    in_band = (distance >= 0) & (distance < window)
+    return in_band & (distance <= positions[..., None])
 
 
 def visible(
@@ -75,7 +119,7 @@ def tile_of(
     - `begin`: the first of them.
     - `size`: how many.
     """
-    at = _stacked(values)
+    at = stacked(values)
     batch, _, dim = at.shape
     start, sizes = (at.layer, 0, begin, 0), (1, batch, size, dim)
     return lax.dynamic_slice(at.stack, start, sizes)[0]
@@ -91,7 +135,7 @@ def gathered(
     - `values`: of the entries.
     - `index`: which of its row's a query is given; never past the last.
     """
-    at, index = _stacked(values), jnp.maximum(index, 0)
+    at, index = stacked(values), jnp.maximum(index, 0)
     place = at.layer, _rows(index), index
     return at.stack.at[place].get(mode="promise_in_bounds")
 
@@ -128,12 +172,45 @@ def replaced(
     - `index`: which; past the last for none.
     - `new`: what to put there.
     """
-    at = _stacked(values)
+    at = stacked(values)
     stack = at.stack.at[at.layer, _rows(index), index].set(new, mode="drop")
     return _like(values, stack)
 
 
-def _stacked(values: Values) -> StackedEntries:
+def write_if(
+    is_any: Bool[Array, ""],
+    write: Callable[..., Values],
+    entries: Values,
+    start: Int[Array, " batch"],
+) -> Values:
+    """The entries after a write that may have nothing to write, left where they are.
+
+    **Arguments:**
+
+    - `is_any`: whether there is anything.
+    - `write`: takes the entries and `start`, and drops what is not to be written.
+    - `entries`: before.
+    - `start`: what `write` computes from.
+    """
+    if not current_form().stops_early:
+        return write(entries, start)
+
+    # XLA on CPU copies the operands of a conditional. A loop of at most one round
+    # leaves the entries where they are; with i, which is 0, XLA does not compute what
+    # to write before it knows whether to.
+    def run(i: Array, entries: Values) -> Values:
+        return write(entries, start + i)
+
+    return lax.fori_loop(0, is_any.astype(jnp.int32), run, entries)
+
+
+def stacked(values: Values) -> StackedEntries:
+    """Values where they lie, those of a single layer too.
+
+    **Arguments:**
+
+    - `values`: of the entries.
+    """
     if isinstance(values, StackedEntries):
         return values
     return StackedEntries(values[None], 0)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from dsv4_eqx.moe import grouped
-from dsv4_eqx.moe.grouped import clamped_swiglu, grouped_swiglu
+from dsv4_eqx.kernels.activation import clamped_swiglu
+from dsv4_eqx.kernels.form import use_kernels
+from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
 from tests.models import QUICKLY
 
 DIM, HIDDEN, LIMIT = 5, 3, 1.0
@@ -100,34 +101,31 @@ def test_rows_past_the_last_group_get_no_gradient():
 
 
 @pytest.mark.parametrize("sizes", [s for s in SIZES.values() if sum(s)], ids=str)
-def test_both_paths_give_the_same(sizes):
-    given = operands(sizes)
-    cotangent = normal(given[0].shape, 4)
-
-    @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICKLY)
-    def run(forward, backward, given):
-        out, before = forward(*given, 0, limit=LIMIT)
-        return out, backward(*given, before, cotangent, limit=LIMIT)
-
-    blocked = run(grouped._blocked_forward, grouped._blocked_backward, given)
-    ragged = run(grouped._ragged_forward, grouped._ragged_backward, given)
-    for one, other in zip(jax.tree.leaves(blocked), jax.tree.leaves(ragged)):
+@pytest.mark.parametrize("form", ["gpu", "tpu", "hopper"])
+def test_all_forms_give_the_same(sizes, form):
+    *floats, sizes = operands(sizes)
+    cotangent = normal(floats[0].shape, 4)
+    expected = with_gradients(ours, floats, sizes, cotangent)
+    with use_kernels(form):
+        found = with_gradients(ours, floats, sizes, cotangent)
+    for one, other in zip(found, expected, strict=True):
         close(one, other, 3e-5)
 
 
-@pytest.mark.parametrize("path", ["_blocked", "_ragged"])
+@pytest.mark.parametrize("form", ["cpu", "tpu"])
 @pytest.mark.parametrize("first", [0, 2, 5])
-def test_groups_have_their_matrices_among_others(path, first):
+def test_groups_have_their_matrices_among_others(form, first):
     rows, weights, *matrices, sizes = operands([5, 0, 9, 2])
     others = [normal((9, *x.shape[1:]), 7) for x in matrices]
     stacks = [x.at[first : first + 4].set(own) for x, own in zip(others, matrices)]
-    forward = functools.partial(getattr(grouped, f"{path}_forward"), limit=LIMIT)
-    found, expected = (
-        jax.jit(forward)(rows, weights, *given, sizes, index)
-        for given, index in ((stacks, first), (matrices, 0))
-    )
-    for one, other in zip(found, expected):
-        np.testing.assert_array_equal(one, other)
+    with use_kernels(form):
+        found, expected = (
+            jax.jit(lambda *args: ours(*args[:-1], first=args[-1]))(
+                rows, weights, *given, sizes, index
+            )
+            for given, index in ((stacks, first), (matrices, 0))
+        )
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("first", [0, 2, 5])
@@ -153,12 +151,13 @@ def test_matrices_of_no_group_get_no_gradient(first):
         assert np.flatnonzero(filled).tolist() == [first, first + 2, first + 3]
 
 
-@pytest.mark.parametrize("path", ["_blocked", "_ragged"])
-def test_a_nan_stays_in_its_group(path):
+@pytest.mark.parametrize("form", ["cpu", "tpu"])
+def test_a_nan_stays_in_its_group(form):
     rows, *rest = operands([3, 2, 4], past_end=2)
-    forward = jax.jit(functools.partial(getattr(grouped, f"{path}_forward"), limit=1.0))
-    clean, _ = forward(rows, *rest, 0)
-    poisoned, _ = forward(rows.at[3:5].set(jnp.nan), *rest, 0)
+    with use_kernels(form):
+        forward = jax.jit(ours)
+        clean = forward(rows, *rest)
+        poisoned = forward(rows.at[3:5].set(jnp.nan), *rest)
     assert jnp.isnan(poisoned[3:5]).all()
     close(poisoned[:3], clean[:3], 1e-6)
     close(poisoned[5:9], clean[5:9], 1e-6)

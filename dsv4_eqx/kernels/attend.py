@@ -1,0 +1,111 @@
+"""Core attention: one softmax over a sliding window, compressed entries and a sink.
+
+Paper section 2.3. Keys are values, and one key head serves every query head. The
+functions know positions, not tensors' places in a sequence: a training step, a chunk of
+a prompt and one decoded token call the same code. `attend_reference` is the meaning;
+`attend` chooses the form that runs.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv4_eqx.kernels.attend_blocked import attend_blocked
+from dsv4_eqx.kernels.attend_listed import attend_listed, fits_lists
+from dsv4_eqx.kernels.entries import (
+    Entries,
+    Selection,
+    gathered,
+    in_window,
+    is_index,
+    visible,
+)
+from dsv4_eqx.kernels.form import current_form
+from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.primitives.varying import alike
+
+
+def attend_reference(
+    queries: Float[Array, "batch seq heads head_dim"],
+    positions: Int[Array, "batch seq"],
+    window_keys: Float[Array, "batch keys head_dim"],
+    sinks: Float[Array, " heads"],
+    entries: Entries | None = None,
+    selection: Selection = None,
+    owners: Int[Array, "batch seq"] | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """What `attend` computes, in a few lines; all logits exist at once.
+
+    **Arguments:** as for `attend`.
+    """
+    wide = at_least_float32(queries)
+    seen = in_window(positions, window_keys.shape[1])
+    keys = jnp.broadcast_to(window_keys[:, None], (*seen.shape, wide.shape[-1]))
+    if entries is not None and entries.shape[1] > 0:
+        every = jnp.arange(entries.shape[1])
+        index = jnp.broadcast_to(every, (*positions.shape, len(every)))
+        sees = visible(entries, positions, owners)
+        if is_index(selection):
+            index, sees = selection, selection >= 0
+        elif selection is not None:
+            sees = sees & selection
+        keys = jnp.concatenate([keys, gathered(entries.values, index)], axis=2)
+        seen = jnp.concatenate([seen, sees], axis=2)
+    keys = keys.astype(wide.dtype)
+    logits = jnp.einsum("bqhc,bqkc->bqhk", wide, keys) * wide.shape[-1] ** -0.5
+    sink = jnp.broadcast_to(sinks[:, None], (*wide.shape[:3], 1)).astype(wide.dtype)
+    logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([logits, sink], axis=3), axis=3)
+    out = jnp.einsum("bqhk,bqkc->bqhc", weights[..., :-1], keys)
+    return out.astype(queries.dtype)
+
+
+def attend(
+    queries: Float[Array, "batch seq heads head_dim"],
+    positions: Int[Array, "batch seq"],
+    window_keys: Float[Array, "batch keys head_dim"],
+    sinks: Float[Array, " heads"],
+    entries: Entries | None = None,
+    selection: Selection = None,
+    owners: Int[Array, "batch seq"] | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Attention of a block of consecutive queries over window, entries and sink.
+
+    **Arguments:**
+
+    - `queries`: rotated, of consecutive tokens.
+    - `positions`: of the queries, starting at 0 in each document of a row; a negative
+        one sees nothing and yields zeros.
+    - `window_keys`: rotated, of the `window - 1` tokens before the first query, then of
+        the queries' own tokens. What lies before position 0, another document, is
+        never seen.
+    - `sinks`: a logit for each head that takes weight and gives nothing.
+    - `entries`: compressed entries, if the layer has them.
+    - `selection`: which of them each query attends to. A mask shows none that the
+        query may not see; indices must be of entries that it may see.
+    - `owners`: document of each query, if the entries have owners.
+    """
+    if entries is not None and entries.shape[1] == 0:
+        entries = selection = None
+    operands = queries, window_keys, sinks, entries, positions, owners, selection
+    leaves, structure = jax.tree.flatten(operands)
+    operands = jax.tree.unflatten(structure, alike(*leaves))
+    floats, others = eqx.partition(operands, eqx.is_inexact_array)
+    form = current_form()
+    if form.hopper and fits_lists(queries.dtype, queries.shape[-1]):
+        return attend_listed(floats, others)
+    return attend_blocked(floats, others, form)
+
+
+def query_block(window_keys: Float[Array, "batch keys head_dim"]) -> int:
+    """How many queries to give to `attend` at a time.
+
+    **Arguments:**
+
+    - `window_keys`: as for `attend`.
+    """
+    form = current_form()
+    if form.hopper and fits_lists(window_keys.dtype, window_keys.shape[-1]):
+        return form.hopper_query_block
+    return form.query_block

@@ -1,0 +1,74 @@
+"""Which form of every kernel runs: the one place that chooses by machine.
+
+Each operation in this folder has a reference, a few lines that anyone can read, and
+forms for machines. A CPU wants blocks that fit its caches and loops that stop as soon
+as the data allow it. A GPU wants few large steps, and no loop whose trips only the
+device knows, since each of its rounds waits for the host. What runs is chosen while a
+program is traced, by the default backend, or by `use_kernels`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Final
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the kernels of one kind of machine work.
+
+    **Arguments:**
+
+    - `name`: as in `use_kernels`.
+    - `query_block`: queries that attention and the indexer take at a time, where XLA
+        multiplies.
+    - `entry_tile`: entries whose logits exist at a time.
+    - `stops_early`: whether loops may end where the data say so.
+    - `hopper`: whether the kernels written for Hopper GPUs run.
+    - `hopper_query_block`: as `query_block`, where they do.
+    """
+
+    name: str
+    query_block: int
+    entry_tile: int
+    stops_early: bool = False
+    hopper: bool = False
+    hopper_query_block: int = 4096
+
+
+FORMS: Final = {
+    form.name: form
+    for form in (
+        Form("cpu", query_block=64, entry_tile=256, stops_early=True),
+        Form("gpu", query_block=512, entry_tile=2048),
+        Form("hopper", query_block=2048, entry_tile=1024, hopper=True),
+        Form("tpu", query_block=512, entry_tile=2048),
+    )
+}
+# Part of jit's cache key: a program is traced again where this is another.
+_chosen = jax.make_user_context(None)
+
+
+def current_form() -> Form:
+    """The form that a program traced now is made of."""
+    return FORMS[_chosen.value or jax.default_backend()]
+
+
+@contextlib.contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Programs traced inside are made of the kernels for one kind of machine.
+
+    **Arguments:**
+
+    - `name`: `"cpu"`, `"gpu"`, `"hopper"` or `"tpu"`.
+
+    **Raises:** ValueError if there is no such form.
+    """
+    if name not in FORMS:
+        raise ValueError(
+            f"use_kernels was called with {name!r}: the forms are {sorted(FORMS)}."
+        )
+    with _chosen(name):
+        yield

@@ -1,0 +1,162 @@
+"""The experts' products: each row through the matrices of its own group.
+
+Rows lie sorted by group. A CPU runs a loop over groups and blocks of their rows
+(`grouped_blocked`); other machines multiply all rows at once by grouped products
+(`grouped_products`), which read the matrices as they lie.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from dsv4_eqx.kernels.activation import activate
+from dsv4_eqx.kernels.form import Form, current_form
+from dsv4_eqx.kernels.grouped_blocked import blocked_backward, blocked_forward
+from dsv4_eqx.kernels.grouped_products import outer_product, product
+from dsv4_eqx.primitives.packed import PackedWeight, is_packed, unpacked
+from dsv4_eqx.primitives.varying import alike
+
+_Index = Int[Array, ""] | int
+
+
+def grouped_swiglu_reference(rows, weights, gate_up, down, group_sizes, limit, first=0):
+    """What `grouped_swiglu` computes: every row gathers its own matrices.
+
+    **Arguments:** as for `grouped_swiglu`.
+    """
+    ends = jnp.cumsum(group_sizes)
+    group = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= ends, axis=1)
+    own = first + jnp.minimum(group, len(group_sizes) - 1)
+    gate_up, down = unpacked((gate_up, down))
+    before = jnp.einsum("ri,roi->ro", rows, gate_up[own])
+    hidden = activate(before, weights, limit).astype(rows.dtype)
+    return jnp.einsum("rh,roh->ro", hidden, down[own])
+
+
+def grouped_swiglu(
+    rows: Float[Array, "rows dim"],
+    weights: Float[Array, " rows"],
+    gate_up: Float[Array, "matrices both_hidden dim"] | PackedWeight,
+    down: Float[Array, "matrices dim hidden"] | PackedWeight,
+    group_sizes: Int[Array, " groups"],
+    limit: float,
+    *,
+    first: _Index = 0,
+) -> Float[Array, "rows dim"]:
+    """A clamped SwiGLU of each row with its group's matrices, times the row's weight.
+
+    The weight is applied in float32, before `down`. Flatten rows instead of `vmap`.
+
+    **Arguments:**
+
+    - `rows`: sorted by group; what lies past the last group gives finite values.
+    - `weights`: of the rows.
+    - `gate_up`, `down`: matrices of each group, the gate in the first half, and perhaps
+        others that are not read. Packed ones are unpacked a group at a time and get no
+        gradient.
+    - `group_sizes`: rows of each group.
+    - `limit`: as for `clamped_swiglu`.
+    - `first`: which matrix is the first group's.
+    """
+    if rows.shape[0] == 0:
+        return rows
+    operands = rows, weights, gate_up, down, group_sizes, jnp.asarray(first)
+    leaves, structure = jax.tree.flatten(operands)
+    operands = jax.tree.unflatten(structure, alike(*leaves))
+    return _grouped_swiglu(*operands, limit, current_form())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _grouped_swiglu(rows, weights, gate_up, down, group_sizes, first, limit, form):
+    operands = rows, weights, gate_up, down, group_sizes, first
+    if _runs_in_blocks(form):
+        return blocked_forward(*operands, limit=limit, keep=False)[0]
+    return _at_once(*operands, limit=limit, form=form)[0]
+
+
+def _forward(rows, weights, gate_up, down, group_sizes, first, limit, form):
+    operands = rows, weights, gate_up, down, group_sizes, first
+    if _runs_in_blocks(form):
+        out, before = blocked_forward(*operands, limit=limit)
+    else:
+        out, before = _at_once(*operands, limit=limit, form=form)
+    return out, (*operands, before)
+
+
+def _backward(limit, form, residuals, cotangent):
+    rows, weights, gate_up, down, group_sizes, first, before = residuals
+    own = _of_groups((gate_up, down), first, len(group_sizes))
+    operands = rows, weights, *own, group_sizes, before, cotangent
+    if _runs_in_blocks(form):
+        d_rows, d_weights, *d_own = blocked_backward(*operands, limit=limit)
+    else:
+        d_rows, d_weights, *d_own = _at_once_backward(*operands, limit, form)
+    d_matrices = [
+        None if d is None else _among_all(d, first, matrices)
+        for matrices, d in zip((gate_up, down), d_own)
+    ]
+    return d_rows, d_weights, *d_matrices, None, None
+
+
+_grouped_swiglu.defvjp(_forward, _backward)
+
+
+def _runs_in_blocks(form: Form) -> bool:
+    """XLA's grouped products are dense on CPU, and on GPU as JAX lowers them."""
+    return form.name in ("cpu", "gpu")
+
+
+def _of_groups(matrices: PyTree, first: _Index, num_groups: int) -> PyTree:
+    """The matrices that are some group's."""
+
+    def take(x: Array) -> Array:
+        if len(x) == num_groups:
+            return x
+        return lax.dynamic_slice_in_dim(x, first, num_groups)
+
+    return jax.tree.map(take, matrices)
+
+
+def _among_all(d_own: Array, first: _Index, matrices: Array) -> Array:
+    """The gradient of all matrices, from that of those which are some group's."""
+    if d_own.shape == matrices.shape:
+        return d_own
+    zeros = jnp.zeros_like(matrices)
+    return lax.dynamic_update_slice_in_dim(zeros, d_own, first, 0)
+
+
+def _at_once(rows, weights, gate_up, down, group_sizes, first, limit, form):
+    """The output, and what the activation is given."""
+    if is_packed(gate_up) or is_packed(down):
+        own = _of_groups((gate_up, down), first, len(group_sizes))
+        (gate_up, down), first = unpacked(own), 0
+    before = product(rows, gate_up, group_sizes, first, form=form)
+    hidden = activate(before, weights, limit).astype(rows.dtype)
+    return product(hidden, down, group_sizes, first, form=form), before
+
+
+def _at_once_backward(
+    rows, weights, gate_up, down, sizes, before, cotangent, limit, form
+):
+    trained = not is_packed(gate_up), not is_packed(down)
+    gate_up, down = unpacked((gate_up, down))
+    past_end = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)
+    cotangent = jnp.where(past_end[:, None], 0, cotangent)
+    hidden, pullback = jax.vjp(
+        functools.partial(activate, limit=limit), before, weights
+    )
+    d_hidden = product(cotangent, down, sizes, transposed=True, form=form)
+    d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
+    d_rows = product(d_before, gate_up, sizes, transposed=True, form=form)
+    hidden = hidden.astype(rows.dtype)
+    d_gate_up, d_down = (
+        outer_product(left, right, sizes, form=form) if is_trained else None
+        for is_trained, left, right in (
+            (trained[0], d_before, rows),
+            (trained[1], cotangent, hidden),
+        )
+    )
+    return d_rows, d_weights, d_gate_up, d_down

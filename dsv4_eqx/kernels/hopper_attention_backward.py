@@ -1,0 +1,176 @@
+"""Gradients of attention over lists of keys, on Hopper GPUs.
+
+The tile of `hopper_attention` again: 64 heads of one query, and the keys that its list
+names, which are the values too. With S the scores and P the weights of the softmax,
+
+    P  = exp(scale S - log_sum_exp)           S  = Q K^T
+    dS = scale P (dP - sum(out d_out))        dP = d_out K^T
+    d_queries += dS K                         d_keys = dS^T Q + P^T d_out
+
+Gradients of keys are added up in global memory, in float32 and in no fixed order: two
+runs may differ in the last bits.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int
+
+from dsv4_eqx.kernels.hopper_attention_backward_kernel import (
+    HEADS,
+    LOG2_E,
+    Memory,
+    Sizes,
+    differentiate_tile,
+    memory_and_barriers,
+)
+from dsv4_eqx.kernels.hopper_gather import BLOCK
+from dsv4_eqx.primitives.varying import alike
+
+
+def attend_lists_backward(
+    queries: Float[Array, "queries heads head_dim"],
+    window: Float[Array, "window_rows head_dim"],
+    entries: Float[Array, "entry_rows head_dim"],
+    lists: Int[Array, "queries keys"],
+    num_keys: Int[Array, " queries"],
+    out: Float[Array, "queries heads head_dim"],
+    log_sum_exp: Float32[Array, "queries heads"],
+    d_out: Float[Array, "queries heads head_dim"],
+    *,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[
+    Float[Array, "queries heads head_dim"],
+    Float32[Array, "window_rows head_dim"],
+    Float32[Array, "entry_rows head_dim"],
+]:
+    """Gradients with respect to queries, window keys and entries.
+
+    **Arguments:**
+
+    - `queries`, `window`, `entries`, `lists`, `num_keys`, `scale`: as for
+        `attend_lists`.
+    - `out`: of the attention.
+    - `log_sum_exp`: of all that took part in the softmax, a sink included.
+    - `d_out`: gradient with respect to `out`.
+    - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
+    """
+    heads, head_dim = queries.shape[1:]
+    num_rows = window.shape[0], entries.shape[0]
+    mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    # exp2 of -inf is 0, where nothing took part as where heads are none.
+    log2_sum = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * LOG2_E)
+    mean, log2_sum = _padded(mean, 1, HEADS), _padded(log2_sum, 1, HEADS, jnp.inf)
+    # Two warpgroups have half of the channels each, in whole tiles of memory.
+    queries, d_out = (_padded(_padded(x, 1, HEADS), 2, 128) for x in (queries, d_out))
+    window, entries = _padded(window, 1, 128), _padded(_padded(entries, 1, 128), 0, 1)
+    lists, num_blocks = _whole_blocks(lists, num_keys)
+    operands = queries, window, entries, lists, num_blocks, log2_sum, mean, d_out
+    sizes = Sizes(
+        num_queries=queries.shape[0],
+        tiles=queries.shape[1] // HEADS,
+        head_dim=queries.shape[2],
+        num_keys=lists.shape[1],
+        dtype=queries.dtype,
+        scale=scale,
+        interprets=bool(interpret),
+    )
+    run = _run_interpreted if sizes.interprets else _run
+    d_queries, *d_rows = run(sizes, operands, interpret)
+    # Pallas does not know over which axes of a mesh its results vary.
+    d_queries, *d_rows = alike(d_queries, *d_rows, *operands)[:3]
+    d_rows = (x[:n, :head_dim] for x, n in zip(d_rows, num_rows, strict=True))
+    return d_queries[:, :heads, :head_dim], *d_rows
+
+
+def _whole_blocks(lists, num_keys):
+    """The lists with -1 after their ends, and the number of their blocks with keys."""
+    place = jnp.arange(lists.shape[1], dtype=jnp.int32)
+    lists = jnp.where(place < num_keys[:, None], lists.astype(jnp.int32), -1)
+    lists = _padded(lists, 1, BLOCK, -1)
+    num_blocks = lax.div(num_keys.astype(jnp.int32) + (BLOCK - 1), BLOCK)
+    return lists, jnp.clip(num_blocks, 0, lists.shape[1] // BLOCK)
+
+
+def _padded(x, axis, multiple, value=0):
+    """With more of `value` at the end of an axis, to a multiple, at least one."""
+    widths = [(0, 0)] * x.ndim
+    size = max(1, -(-x.shape[axis] // multiple)) * multiple
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value) if size > x.shape[axis] else x
+
+
+def _run(sizes, operands, _):
+    """On a GPU. Gradients of keys are references which the kernel adds to."""
+    _, window, entries, *_ = operands
+    sums = [jax.new_ref(jnp.zeros(x.shape, jnp.float32)) for x in (window, entries)]
+    num_operands = len(operands)
+
+    def body(*refs, **kept):
+        *inputs, d_window, d_entries, d_queries = refs
+        assert len(inputs) == num_operands
+        differentiate_tile(
+            sizes, Memory(*inputs, (d_window, d_entries), d_queries, **kept)
+        )
+
+    d_queries = _result(operands[0].shape, sizes.dtype)
+    (d_queries,) = _kernel(sizes, body, [d_queries], None)(*operands, *sums)
+    return d_queries, *(jax.freeze(x) for x in sums)
+
+
+def _run_interpreted(sizes, operands, interpret):
+    """By the interpreter, which cannot add: it keeps the gradients of all keys."""
+    queries, window, entries, lists, num_blocks, *_ = operands
+    shape = sizes.num_queries, sizes.tiles, sizes.num_keys, sizes.head_dim
+
+    def body(*refs, **kept):
+        *inputs, d_queries, d_keys = refs
+        differentiate_tile(sizes, Memory(*inputs, (d_keys,), d_queries, **kept))
+
+    types = [_result(queries.shape, sizes.dtype), _result(shape, jnp.float32)]
+    d_queries, d_keys = _kernel(sizes, body, types, interpret)(*operands)
+    # Blocks past a list's last were never written.
+    place = jnp.arange(sizes.num_keys) < num_blocks[:, None] * BLOCK
+    valid = place & (lists >= 0)
+    d_keys = jnp.where(valid[..., None], jnp.sum(d_keys, axis=1), 0)
+    sums = jnp.zeros((len(window) + len(entries), sizes.head_dim), jnp.float32)
+    sums = sums.at[jnp.where(valid, lists, 0)].add(d_keys)
+    return d_queries, sums[: len(window)], sums[len(window) :]
+
+
+def _result(shape, dtype):
+    """A kernel's output, the same on all of a mesh as far as types go."""
+    same = jax.typeof(jnp.zeros(())).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=same)
+
+
+def _kernel(sizes, body, out_type, interpret):
+    """Not `plgpu.kernel`, through which jax 0.10 cannot pass references."""
+    mesh = plgpu.Mesh(
+        grid=(sizes.num_queries * sizes.tiles,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name="attend_lists_backward",
+    )
+
+    def scoped(*refs):
+        inner = functools.partial(body, *refs)
+        pl.run_scoped(inner, collective_axes="warpgroup", **memory_and_barriers(sizes))
+
+    return pl.kernel(
+        scoped,
+        out_type=out_type,
+        mesh=mesh,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret,
+        name="attend_lists_backward",
+    )
