@@ -47,14 +47,14 @@ PARTS: Final = (
 # Seconds after which a part is stopped, and in which a case must say something.
 LIMITS: Final = dict(
     device=60,
-    correctness=150,
+    correctness=210,
     layers=240,
     attention=180,
     experts=150,
     indexer=100,
     decoding=150,
-    transformers=120,
-    agreement=60,
+    transformers=150,
+    agreement=120,
 )
 SILENCE: Final = 120
 

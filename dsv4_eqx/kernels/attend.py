@@ -16,12 +16,12 @@ from dsv4_eqx.kernels.attend_listed import attend_listed, fits_lists
 from dsv4_eqx.kernels.entries import (
     Entries,
     Selection,
-    gathered,
     in_window,
     is_index,
+    tile_of,
     visible,
 )
-from dsv4_eqx.kernels.form import current_form
+from dsv4_eqx.kernels.form import current_form, is_reference
 from dsv4_eqx.primitives.precision import at_least_float32
 from dsv4_eqx.primitives.varying import alike
 
@@ -41,23 +41,23 @@ def attend_reference(
     """
     wide = at_least_float32(queries)
     seen = in_window(positions, window_keys.shape[1])
-    keys = jnp.broadcast_to(window_keys[:, None], (*seen.shape, wide.shape[-1]))
-    if entries is not None and entries.shape[1] > 0:
-        every = jnp.arange(entries.shape[1])
-        index = jnp.broadcast_to(every, (*positions.shape, len(every)))
+    keys = window_keys
+    if entries is not None:
         sees = visible(entries, positions, owners)
-        if is_index(selection):
-            index, sees = selection, selection >= 0
+        if selection is not None and is_index(selection):
+            every = jnp.arange(entries.shape[1])
+            sees = jnp.any(selection[..., None] == every, axis=2)
         elif selection is not None:
             sees = sees & selection
-        keys = jnp.concatenate([keys, gathered(entries.values, index)], axis=2)
+        values = tile_of(entries.values, 0, entries.shape[1])
+        keys = jnp.concatenate([keys, values], axis=1)
         seen = jnp.concatenate([seen, sees], axis=2)
     keys = keys.astype(wide.dtype)
-    logits = jnp.einsum("bqhc,bqkc->bqhk", wide, keys) * wide.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhc,bkc->bqhk", wide, keys) * wide.shape[-1] ** -0.5
     sink = jnp.broadcast_to(sinks[:, None], (*wide.shape[:3], 1)).astype(wide.dtype)
     logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([logits, sink], axis=3), axis=3)
-    out = jnp.einsum("bqhk,bqkc->bqhc", weights[..., :-1], keys)
+    out = jnp.einsum("bqhk,bkc->bqhc", weights[..., :-1], keys)
     return out.astype(queries.dtype)
 
 
@@ -88,6 +88,10 @@ def attend(
     """
     if entries is not None and entries.shape[1] == 0:
         entries = selection = None
+    if is_reference():
+        return attend_reference(
+            queries, positions, window_keys, sinks, entries, selection, owners
+        )
     operands = queries, window_keys, sinks, entries, positions, owners, selection
     leaves, structure = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(structure, alike(*leaves))

@@ -75,7 +75,8 @@ def _forward(floats, others):
     )
     # The sink takes its share of the softmax's total.
     with_sink = jnp.logaddexp(log_total, sinks.astype(log_total.dtype))
-    out = out * jnp.exp(log_total - with_sink)[..., None]
+    share = jnp.exp(log_total - with_sink)[..., None]
+    out = out.astype(share.dtype) * share
     out = checkpoint_name(out.reshape(queries.shape).astype(queries.dtype), KEPT)
     with_sink = checkpoint_name(with_sink, KEPT)
     return out, (floats, others, out, with_sink)
@@ -166,7 +167,7 @@ def _chosen_entries(
     owners: Int[Array, "batch seq"] | None,
 ) -> Int[Array, "batch seq chosen"]:
     """The entries that each query attends to, -1 for none."""
-    if is_index(selection):
+    if selection is not None and is_index(selection):
         return selection
     seen = visible(entries, positions, owners)
     if selection is not None:

@@ -1,16 +1,18 @@
 """Which form of every kernel runs: the one place that chooses by machine.
 
 Each operation in this folder has a reference, a few lines that anyone can read, and
-forms for machines. A CPU wants blocks that fit its caches and loops that stop as soon
-as the data allow it. A GPU wants few large steps, and no loop whose trips only the
-device knows, since each of its rounds waits for the host. What runs is chosen while a
-program is traced, by the default backend, or by `use_kernels`.
+forms for machines, with derivatives of their own. A CPU wants blocks that fit its
+caches and loops that stop as soon as the data allow it. A GPU wants few large steps,
+and no loop whose trips only the device knows, since each of its rounds waits for the
+host. What runs is chosen while a program is traced, by the default device, or by
+`use_kernels`.
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import jax
 
@@ -38,9 +40,11 @@ class Form:
     hopper_query_block: int = 4096
 
 
+_WHOLE: Final = 1 << 30
 FORMS: Final = {
     form.name: form
     for form in (
+        Form("reference", query_block=_WHOLE, entry_tile=_WHOLE),
         Form("cpu", query_block=64, entry_tile=256, stops_early=True),
         Form("gpu", query_block=512, entry_tile=2048),
         Form("hopper", query_block=2048, entry_tile=1024, hopper=True),
@@ -53,16 +57,44 @@ _chosen = jax.make_user_context(None)
 
 def current_form() -> Form:
     """The form that a program traced now is made of."""
-    return FORMS[_chosen.value or jax.default_backend()]
+    return FORMS[_chosen.value or _form_of_default_device()]
+
+
+def is_reference() -> bool:
+    """Whether every operation is to be its reference."""
+    return current_form().name == "reference"
+
+
+def _form_of_default_device() -> str:
+    # None, a device, or a platform's name.
+    device: Any = jax.config.jax_default_device  # pyright: ignore
+    if device is None or isinstance(device, str):
+        return _form_of_platform(device)
+    return _form_of_device(device)
+
+
+@functools.cache
+def _form_of_platform(platform: str | None) -> str:
+    return _form_of_device(jax.local_devices(backend=platform)[0])
+
+
+def _form_of_device(device: Any) -> str:
+    if getattr(device, "compute_capability", None) == "9.0":
+        return "hopper"
+    return device.platform if device.platform in FORMS else "gpu"
 
 
 @contextlib.contextmanager
 def use_kernels(name: str) -> Iterator[None]:
     """Programs traced inside are made of the kernels for one kind of machine.
 
+    By default they are those of the default device. `"reference"` computes with plain
+    operations alone, slowly and with much memory; derivatives of every order, forward
+    mode and float64 work there.
+
     **Arguments:**
 
-    - `name`: `"cpu"`, `"gpu"`, `"hopper"` or `"tpu"`.
+    - `name`: `"reference"`, `"cpu"`, `"gpu"`, `"hopper"` (H100 and H200) or `"tpu"`.
 
     **Raises:** ValueError if there is no such form.
     """

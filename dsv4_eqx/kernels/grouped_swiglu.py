@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsv4_eqx.kernels.activation import activate
-from dsv4_eqx.kernels.form import Form, current_form
+from dsv4_eqx.kernels.form import Form, current_form, is_reference
 from dsv4_eqx.kernels.grouped_blocked import blocked_backward, blocked_forward
 from dsv4_eqx.kernels.grouped_products import outer_product, product
 from dsv4_eqx.primitives.packed import PackedWeight, is_packed, unpacked
@@ -22,7 +22,15 @@ from dsv4_eqx.primitives.varying import alike
 _Index = Int[Array, ""] | int
 
 
-def grouped_swiglu_reference(rows, weights, gate_up, down, group_sizes, limit, first=0):
+def grouped_swiglu_reference(
+    rows: Array,
+    weights: Array,
+    gate_up: Array | PackedWeight,
+    down: Array | PackedWeight,
+    group_sizes: Array,
+    limit: float,
+    first: _Index = 0,
+) -> Array:
     """What `grouped_swiglu` computes: every row gathers its own matrices.
 
     **Arguments:** as for `grouped_swiglu`.
@@ -30,10 +38,11 @@ def grouped_swiglu_reference(rows, weights, gate_up, down, group_sizes, limit, f
     ends = jnp.cumsum(group_sizes)
     group = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= ends, axis=1)
     own = first + jnp.minimum(group, len(group_sizes) - 1)
-    gate_up, down = unpacked((gate_up, down))
-    before = jnp.einsum("ri,roi->ro", rows, gate_up[own])
+    matrices = unpacked((gate_up, down))
+    gate_up, down = (x[own] for x in matrices)
+    before = jnp.einsum("ri,roi->ro", rows, gate_up)
     hidden = activate(before, weights, limit).astype(rows.dtype)
-    return jnp.einsum("rh,roh->ro", hidden, down[own])
+    return jnp.einsum("rh,roh->ro", hidden, down)
 
 
 def grouped_swiglu(
@@ -63,6 +72,10 @@ def grouped_swiglu(
     """
     if rows.shape[0] == 0:
         return rows
+    if is_reference():
+        return grouped_swiglu_reference(
+            rows, weights, gate_up, down, group_sizes, limit, first
+        )
     operands = rows, weights, gate_up, down, group_sizes, jnp.asarray(first)
     leaves, structure = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(structure, alike(*leaves))
@@ -88,8 +101,8 @@ def _forward(rows, weights, gate_up, down, group_sizes, first, limit, form):
 
 def _backward(limit, form, residuals, cotangent):
     rows, weights, gate_up, down, group_sizes, first, before = residuals
-    own = _of_groups((gate_up, down), first, len(group_sizes))
-    operands = rows, weights, *own, group_sizes, before, cotangent
+    own_gate_up, own_down = _of_groups((gate_up, down), first, len(group_sizes))
+    operands = rows, weights, own_gate_up, own_down, group_sizes, before, cotangent
     if _runs_in_blocks(form):
         d_rows, d_weights, *d_own = blocked_backward(*operands, limit=limit)
     else:

@@ -30,7 +30,7 @@ from dsv4_eqx.kernels.hopper_attention_backward_kernel import (
     memory_and_barriers,
 )
 from dsv4_eqx.kernels.hopper_gather import BLOCK
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.primitives.varying import alike, shape_varying_like
 
 
 def attend_lists_backward(
@@ -61,12 +61,18 @@ def attend_lists_backward(
     - `d_out`: gradient with respect to `out`.
     - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
     """
+    if 0 in (len(queries), len(window) + len(entries)):
+        return _nothing(queries, window, entries, lists)
+    if len(window) == 0:
+        # Then entries are the rows that a list counts from 0.
+        rest = lists, num_keys, out, log_sum_exp, d_out
+        d_queries, d_entries, d_window = attend_lists_backward(
+            queries, entries, window, *rest, scale=scale, interpret=interpret
+        )
+        return d_queries, d_window, d_entries
     heads, head_dim = queries.shape[1:]
     num_rows = window.shape[0], entries.shape[0]
-    mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    # exp2 of -inf is 0, where nothing took part as where heads are none.
-    log2_sum = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * LOG2_E)
-    mean, log2_sum = _padded(mean, 1, HEADS), _padded(log2_sum, 1, HEADS, jnp.inf)
+    mean, log2_sum = _of_heads(out, log_sum_exp, d_out)
     # Two warpgroups have half of the channels each, in whole tiles of memory.
     queries, d_out = (_padded(_padded(x, 1, HEADS), 2, 128) for x in (queries, d_out))
     window, entries = _padded(window, 1, 128), _padded(_padded(entries, 1, 128), 0, 1)
@@ -83,10 +89,28 @@ def attend_lists_backward(
     )
     run = _run_interpreted if sizes.interprets else _run
     d_queries, *d_rows = run(sizes, operands, interpret)
-    # Pallas does not know over which axes of a mesh its results vary.
+    # Sums and what an interpreter did are as if they were equal all over a mesh.
     d_queries, *d_rows = alike(d_queries, *d_rows, *operands)[:3]
-    d_rows = (x[:n, :head_dim] for x, n in zip(d_rows, num_rows, strict=True))
-    return d_queries[:, :heads, :head_dim], *d_rows
+    d_window, d_entries = (x[:n, :head_dim] for x, n in zip(d_rows, num_rows))
+    return d_queries[:, :heads, :head_dim], d_window, d_entries
+
+
+def _nothing(queries, window, entries, *others):
+    """Gradients where there are no queries, or no keys."""
+    operands = queries, window, entries, *others
+    d_rows = (jnp.zeros(x.shape, jnp.float32) for x in (window, entries))
+    d_queries, d_window, d_entries, *_ = alike(
+        jnp.zeros_like(queries), *d_rows, *operands
+    )
+    return d_queries, d_window, d_entries
+
+
+def _of_heads(out, log_sum_exp, d_out):
+    """What dS takes off dP, and the logarithm to base 2, of whole tiles of heads."""
+    mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    # exp2 of -inf is 0, where nothing took part as where heads are none.
+    log2_sum = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * LOG2_E)
+    return _padded(mean, 1, HEADS), _padded(log2_sum, 1, HEADS, jnp.inf)
 
 
 def _whole_blocks(lists, num_keys):
@@ -98,7 +122,7 @@ def _whole_blocks(lists, num_keys):
     return lists, jnp.clip(num_blocks, 0, lists.shape[1] // BLOCK)
 
 
-def _padded(x, axis, multiple, value=0):
+def _padded(x, axis, multiple, value: float = 0):
     """With more of `value` at the end of an axis, to a multiple, at least one."""
     widths = [(0, 0)] * x.ndim
     size = max(1, -(-x.shape[axis] // multiple)) * multiple
@@ -110,16 +134,14 @@ def _run(sizes, operands, _):
     """On a GPU. Gradients of keys are references which the kernel adds to."""
     _, window, entries, *_ = operands
     sums = [jax.new_ref(jnp.zeros(x.shape, jnp.float32)) for x in (window, entries)]
-    num_operands = len(operands)
 
     def body(*refs, **kept):
         *inputs, d_window, d_entries, d_queries = refs
-        assert len(inputs) == num_operands
-        differentiate_tile(
-            sizes, Memory(*inputs, (d_window, d_entries), d_queries, **kept)
-        )
+        kept |= {"d_queries": d_queries, "d_keys": (d_window, d_entries)}
+        differentiate_tile(sizes, Memory(*inputs, **kept))
 
-    d_queries = _result(operands[0].shape, sizes.dtype)
+    # These references may not vary over a mesh, as far as types go, in a kernel.
+    d_queries = shape_varying_like(operands[0].shape, sizes.dtype, *operands)
     (d_queries,) = _kernel(sizes, body, [d_queries], None)(*operands, *sums)
     return d_queries, *(jax.freeze(x) for x in sums)
 
@@ -131,9 +153,13 @@ def _run_interpreted(sizes, operands, interpret):
 
     def body(*refs, **kept):
         *inputs, d_queries, d_keys = refs
-        differentiate_tile(sizes, Memory(*inputs, (d_keys,), d_queries, **kept))
+        kept |= {"d_queries": d_queries, "d_keys": (d_keys,)}
+        differentiate_tile(sizes, Memory(*inputs, **kept))
 
-    types = [_result(queries.shape, sizes.dtype), _result(shape, jnp.float32)]
+    types = [
+        shape_varying_like(queries.shape, sizes.dtype, *operands),
+        shape_varying_like(shape, jnp.float32, *operands),
+    ]
     d_queries, d_keys = _kernel(sizes, body, types, interpret)(*operands)
     # Blocks past a list's last were never written.
     place = jnp.arange(sizes.num_keys) < num_blocks[:, None] * BLOCK
@@ -144,13 +170,7 @@ def _run_interpreted(sizes, operands, interpret):
     return d_queries, sums[: len(window)], sums[len(window) :]
 
 
-def _result(shape, dtype):
-    """A kernel's output, the same on all of a mesh as far as types go."""
-    same = jax.typeof(jnp.zeros(())).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=same)
-
-
-def _kernel(sizes, body, out_type, interpret):
+def _kernel(sizes, body, out_type, interpret) -> Any:
     """Not `plgpu.kernel`, through which jax 0.10 cannot pass references."""
     mesh = plgpu.Mesh(
         grid=(sizes.num_queries * sizes.tiles,),

@@ -16,6 +16,7 @@ import functools
 import math
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -166,13 +167,14 @@ def _gather(sizes, memory, query):
 def _differentiate(sizes, memory, own, query, tile):
     """What the first or the second warpgroup computes of a tile."""
     heads = pl.ds(tile * HEADS, HEADS)
-    arrays = (memory.queries, memory.queries_tile), (memory.d_out, memory.d_out_tile)
     halves = [pl.ds(i * sizes.half, sizes.half) for i in range(2)]
-    source, tiled = arrays[own]
+    if own == _WEIGHTS:
+        source, tiled, of_heads = memory.queries, memory.queries_tile, memory.log2_sum
+    else:
+        source, tiled, of_heads = memory.d_out, memory.d_out_tile, memory.mean
     for i, channels in enumerate(halves):
         part = source.at[query, heads, channels]
         plgpu.copy_gmem_to_smem(part, tiled.at[i], memory.tiles_filled)
-    of_heads = memory.log2_sum if own == _WEIGHTS else memory.mean
     of_heads = _load(sizes, of_heads.at[query, heads], plgpu.Layout.WGMMA.reduce(1))
     plgpu.barrier_wait(memory.tiles_filled)
     count = memory.num_blocks[query]
@@ -245,7 +247,9 @@ def _exchange(sizes, memory, own, of_heads, block, zero):
 def _load(sizes, ref, layout):
     if sizes.interprets:
         return ref[...]
-    return plgpu.load(ref, (), layout=layout, optimized=False)
+    # Older ones have to be given an index.
+    index = ((),) if jax.__version_info__ < (0, 11, 2) else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def _zeros(sizes, columns):
@@ -278,7 +282,9 @@ def _products_with_keys(sizes, memory, tiled, zero):
             plgpu.wgmma(products, tiled.at[i + zero], keys)
         return products[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((HEADS, BLOCK), jnp.float32))
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((HEADS, BLOCK), jnp.float32)
+    )
 
 
 def _add_product(sizes, total, left, right):
@@ -288,7 +294,7 @@ def _add_product(sizes, total, left, right):
     def multiply(products):
         plgpu.wgmma(products, left, right)
 
-    return pl.run_state(multiply)(plgpu.ACC.init(total))
+    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(total))
 
 
 def _transposed_products(sizes, pairs):
@@ -300,7 +306,9 @@ def _transposed_products(sizes, pairs):
         for left, right in pairs:
             plgpu.wgmma(products, _transposed(left), right)
 
-    return pl.run_state(multiply)(plgpu.ACC.init(_zeros(sizes, sizes.chunk)))
+    return pl.run_state(multiply)(
+        plgpu.WGMMAAccumulatorRef.init(_zeros(sizes, sizes.chunk))
+    )
 
 
 def _add_to_rows(sizes, memory, indices, d_keys, at):
@@ -311,4 +319,5 @@ def _add_to_rows(sizes, memory, indices, d_keys, at):
         rows, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(first, sizes.chunk)
         kept[query, tile, rows, channels] = d_keys
         return
-    add_to_rows(d_keys, indices, *memory.d_keys, first)
+    window, entries = memory.d_keys
+    add_to_rows(d_keys, indices, window, entries, first)

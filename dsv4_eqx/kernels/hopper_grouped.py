@@ -30,6 +30,7 @@ from dsv4_eqx.kernels.hopper_outer import grouped_outer as grouped_outer
 from dsv4_eqx.kernels.hopper_tiles import (
     CHUNK,
     SUBTILE,
+    Place,
     Tiles,
     Views,
     Work,
@@ -103,7 +104,8 @@ def grouped_matmul(
         refs = _Refs(*refs, **buffers)
         views = {name: Views.of(getattr(refs, name), interpret) for name in two}
         refs = refs._replace(**views)
-        run(_work(refs, tiles, transposed), refs.loaded, refs.freed, tiles)
+        work = _work(refs, tiles, transposed)
+        run(work, refs.loaded, refs.freed, tiles, interpret)
 
     chunks = tiles.block_k // CHUNK
     two = {
@@ -134,7 +136,7 @@ class _Tile(NamedTuple):
     last: Array
     offset: Array
     size: Array  # of the group, at most 64
-    count: Array  # tiles that there are, in every column
+    num_tiles: Array  # that there are, in every column
 
 
 def _schedule(
@@ -164,7 +166,7 @@ def _schedule(
         last=jnp.where(is_whole, end - SUBTILE, few),
         offset=jnp.where(is_whole, 0, begin - few),
         size=jnp.minimum(size, SUBTILE),
-        count=jnp.full_like(tile, tile_ends[-1] + _num_tiles(past, block_m)),
+        num_tiles=jnp.full_like(tile, tile_ends[-1] + _num_tiles(past, block_m)),
     )
     return jnp.stack([x.astype(jnp.int32) for x in fields])
 
@@ -225,23 +227,9 @@ def _work(refs: _Refs, tiles: Tiles, transposed: bool) -> Work:
 
     def write(item, result):
         tile, column = item
-        column = column + place.column
-        start = tile.load + place.row * SUBTILE
-        buffers = Views(*(x.at[place.warpgroup] for x in refs.results))
-        # Of two subtiles that would be the same, one is written.
-        is_new = start < tile.last + SUBTILE
-        is_whole = tile.size == SUBTILE
+        _store_rows(refs, tile, column + place.column, result, place)
 
-        @pl.when(is_new & is_whole)
-        def _():
-            rows = pl.ds(jnp.minimum(start, tile.last), SUBTILE)
-            store(refs.out.at[rows], column, result, buffers)
-
-        @pl.when(is_new & jnp.logical_not(is_whole))
-        def _():
-            _store_few(refs.out, tile, column, result, buffers)
-
-    items = refs.schedule[_Tile._fields.index("count"), 0] * across
+    items = refs.schedule[_Tile._fields.index("num_tiles"), 0] * across
     return Work(items, plan, load, multiply, write, products=chunks)
 
 
@@ -260,6 +248,24 @@ def _load_rows(refs: _Refs, tile: _Tile, channel: Array, slot: Array, chunks: in
     # The rest keeps what it was: it makes rows that are not written.
     pl.when(tile.size <= _FEW)(lambda: load(_FEW))
     pl.when(tile.size > _FEW)(lambda: load(SUBTILE))
+
+
+def _store_rows(refs: _Refs, tile: _Tile, column: Array, result: Array, place: Place):
+    """Writes what a warpgroup has multiplied."""
+    start = tile.load + place.row * SUBTILE
+    buffers = Views(*(x.at[place.warpgroup] for x in refs.results))
+    # Of two subtiles that would be the same, one is written.
+    is_new = start < tile.last + SUBTILE
+    is_whole = tile.size == SUBTILE
+
+    @pl.when(is_new & is_whole)
+    def _():
+        rows = pl.ds(jnp.minimum(start, tile.last), SUBTILE)
+        store(refs.out.at[rows], column, result, buffers)
+
+    @pl.when(is_new & jnp.logical_not(is_whole))
+    def _():
+        _store_few(refs.out, tile, column, result, buffers)
 
 
 def _store_few(out: Any, tile: _Tile, column: Array, result: Array, buffers: Views):

@@ -68,10 +68,10 @@ def grouped_outer(
             f"grouped_outer was called with {len(left)} and {len(right)} rows: they "
             "must be as many."
         )
-    dtype = left.dtype if dtype is None else jnp.dtype(dtype)
-    result = jax.ShapeDtypeStruct((len(group_sizes), *sizes), dtype)
+    to_dtype = jnp.dtype(left.dtype if dtype is None else dtype)
+    result = jax.ShapeDtypeStruct((len(group_sizes), *sizes), to_dtype)
     if len(left) == 0:
-        return jnp.zeros_like(left, shape=result.shape, dtype=dtype)
+        return jnp.zeros_like(left, shape=result.shape, dtype=to_dtype)
     tiles = tiles or default_tiles()
     if sizes[0] % tiles.block_m:
         tiles = dataclasses.replace(tiles, block_m=SUBTILE, warpgroups=1)
@@ -81,20 +81,20 @@ def grouped_outer(
 
     def body(*refs, **buffers):
         refs = _Refs(*refs, **buffers)
-        run(_work(refs, tiles), refs.loaded, refs.freed, tiles)
+        run(_work(refs, tiles), refs.loaded, refs.freed, tiles, interpret)
 
     block_k, stages = tiles.block_k, tiles.stages
-    results = tiles.warpgroups, tiles.stores, SUBTILE, 128 // dtype.itemsize
+    results = tiles.warpgroups, tiles.stores, SUBTILE, 128 // to_dtype.itemsize
     buffers = {
         "left_ring": buffer((stages, block_k, tiles.block_m), left.dtype),
         "right_ring": buffer((stages, block_k, tiles.block_n), left.dtype),
-        "results": buffer(results, dtype),
+        "results": buffer(results, to_dtype),
         **barriers(tiles, copies=2),
     }
     kernel = kernel_of(body, "grouped_outer", result, buffers, tiles, interpret)
     group_sizes = group_sizes.astype(jnp.int32)
     ends = running_sums(group_sizes)
-    left, right = padded(left, block_k), padded(right, block_k)
+    left, right = padded(left, block_k, unit=8), padded(right, block_k, unit=8)
     return kernel(ends - group_sizes, ends, left, right)
 
 

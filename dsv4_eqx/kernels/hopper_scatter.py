@@ -39,7 +39,7 @@ _EXCHANGE: Final = """{
 
 def add_to_rows(
     numbers: Float32[Array, "64 channels"],
-    indices: Int[Array, "64"],
+    indices: Int[Array, " 64"],
     window: Any,
     entries: Any,
     first: int,
@@ -56,11 +56,11 @@ def add_to_rows(
     """
     layout, ref = plgpu.Layout.WGMMA, plgpu.RefType()
 
-    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1), ref, ref))
     def add(_, numbers, indices, window, entries):
         _add(numbers, indices, window, entries, first)
 
-    add(numbers, indices, window, entries)
+    inline: Any = plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1), ref, ref))
+    inline(add)(numbers, indices, window, entries)
 
 
 def _add(numbers, indices, window, entries, first):
@@ -95,7 +95,7 @@ def _exchanged(numbers):
     f32 = ir.F32Type.get()
     four = llvm.StructType.get_literal([f32] * 4)
     constraints = ",".join(["=&f"] * 4 + ["f"] * 4)
-    result = llvm.inline_asm(
+    result: Any = llvm.inline_asm(
         four, numbers, _EXCHANGE, constraints, has_side_effects=True
     )
     return [llvm.extractvalue(f32, result, [i]) for i in range(4)]

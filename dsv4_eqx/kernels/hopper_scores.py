@@ -28,6 +28,7 @@ from dsv4_eqx.kernels.hopper_scores_kernel import (
     Tiles,
     scores_kernel,
 )
+from dsv4_eqx.primitives.varying import alike
 
 # Columns of a product to aim at, where there are fewer heads.
 _COLUMNS: Final = 64
@@ -88,14 +89,15 @@ def index_scores(
     # The interpreter of jax 0.10 copies whole blocks only; the TMA needs one.
     tiles = sizes.tiles
     keys = _padded(keys, 0, len(keys) + tiles.block if interpret else tiles.rows)
-    run = scores_kernel(sizes, queries.dtype, interpret)
-    scores = run(
+    operands = (
         _starts(num_seen, sizes),
         first_rows.astype(jnp.int32),
         queries.reshape(batch, -1, dim),
         weights,
         keys,
     )
+    scores = scores_kernel(sizes, operands, interpret)(*operands)
+    scores = alike(scores, *operands)[0]
     return scores[:, :count, :num_entries]
 
 

@@ -11,13 +11,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from dsv4_eqx.kernels.hopper_tiles import computing_registers, transpose
+from dsv4_eqx.primitives.varying import shape_varying_like
 
 # Channels across which shared memory is laid out against bank conflicts.
 SWIZZLED: Final = 64
@@ -26,10 +28,6 @@ _LAYOUT: Final = plgpu.Layout.WGMMA
 # Multiprocessors of an H100 or H200. On another GPU this is only slower.
 _PROGRAMS: Final = 132
 _INTERPRETED_PROGRAMS: Final = 2
-# Of a multiprocessor; how many a thread may have at most; threads of a warpgroup.
-_REGISTERS: Final = 65536
-_MOST_REGISTERS: Final = 240
-_THREADS: Final = 128
 _LOADING_REGISTERS: Final = 32
 
 
@@ -67,11 +65,7 @@ class Tiles:
     @property
     def registers(self) -> int:
         """Of a thread that multiplies."""
-        # What a program starts with is all that its warpgroups can ever share out.
-        all_warpgroups = self.warpgroups + 1
-        each = _REGISTERS // (_THREADS * all_warpgroups) // 8 * 8
-        left = each * all_warpgroups - _LOADING_REGISTERS
-        return min(left // self.warpgroups // 8 * 8, _MOST_REGISTERS)
+        return computing_registers(self.warpgroups, _LOADING_REGISTERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +130,15 @@ class _Refs(NamedTuple):
     freed: Any
 
 
-def scores_kernel(sizes: Sizes, dtype: DTypeLike, interpret: Any) -> Callable:
+def scores_kernel(
+    sizes: Sizes, operands: tuple[Array, ...], interpret: Any
+) -> Callable[..., Array]:
     """Takes what global memory holds, in the order of `_Refs`, and returns scores.
 
     **Arguments:**
 
     - `sizes`: of the call.
-    - `dtype`: of queries and keys.
+    - `operands`: that it will be given.
     - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
     """
 
@@ -155,8 +151,8 @@ def scores_kernel(sizes: Sizes, dtype: DTypeLike, interpret: Any) -> Callable:
     shape = sizes.batch, sizes.num_queries, sizes.width
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
-        scratch_types=_scratch(sizes, dtype),
+        out_type=shape_varying_like(shape, jnp.float32, *operands),
+        scratch_types=_scratch(sizes, operands[-1].dtype),
         grid=(sizes.programs,),
         grid_names=("program",),
         num_threads=sizes.tiles.warpgroups + 1,
@@ -377,7 +373,7 @@ def _products(refs: _Refs, sizes: Sizes, keys: list[Array], slot: Array) -> Arra
         def multiply(products):
             for chunk, own in enumerate(keys):
                 channels = pl.ds(chunk * SWIZZLED, SWIZZLED)
-                plgpu.wgmma(products, own, _transpose(queries.at[:, channels]))
+                plgpu.wgmma(products, own, transpose(queries.at[:, channels]))
             return products[...]
 
         products = plgpu.WGMMAAccumulatorRef(
@@ -398,9 +394,3 @@ def _weighted_sum(products: Array, weights: Array, sizes: Sizes) -> Array:
 def _laid_out(x: Array, sizes: Sizes, layout: Any) -> Array:
     """In registers as the matrix instructions want it; the interpreter has none."""
     return x if sizes.interprets else plgpu.layout_cast(x, layout)
-
-
-def _transpose(ref: Any) -> Any:
-    if hasattr(ref, "transpose"):
-        return ref.transpose((1, 0))
-    return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10

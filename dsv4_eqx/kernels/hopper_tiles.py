@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from dsv4_eqx.primitives.varying import alike, shape_varying_like
+
 # Rows of a subtile: what a warpgroup's matrix instruction takes.
 SUBTILE: Final = 64
 # Channels, of 2 bytes, in the 128 bytes across which shared memory is swizzled, so that
@@ -23,9 +25,11 @@ SUBTILE: Final = 64
 CHUNK: Final = 64
 # Multiprocessors of an H100 or H200. On another GPU this is only slower.
 _BLOCKS: Final = 132
-# Registers of a thread, were there one warpgroup, and of one that only loads.
-_REGISTERS: Final = 512
+# Registers of a multiprocessor; of a thread at most; of one that only loads.
+_REGISTERS: Final = 65536
+_MOST_REGISTERS: Final = 240
 _LOADING: Final = 40
+_THREADS: Final = 128  # of a warpgroup
 _INTERPRETED_BLOCKS: Final = 2
 
 
@@ -98,14 +102,31 @@ class Place(NamedTuple):
     width: int
 
     @property
-    def rows(self) -> pl.Slice:
+    def rows(self) -> Any:
         """Its rows."""
         return pl.ds(pl.multiple_of(self.row * SUBTILE, SUBTILE), SUBTILE)
 
     @property
-    def columns(self) -> pl.Slice:
+    def columns(self) -> Any:
         """Its columns."""
         return pl.ds(pl.multiple_of(self.column, self.width), self.width)
+
+
+def computing_registers(warpgroups: int, loading: int) -> int:
+    """How many registers a thread that computes may ask for.
+
+    What a program starts with is all that its warpgroups can share out: one that asks
+    for more waits for ever.
+
+    **Arguments:**
+
+    - `warpgroups`: that compute; one more loads.
+    - `loading`: registers that a thread of that one keeps.
+    """
+    count = warpgroups + 1
+    start = _REGISTERS // (_THREADS * count) // 8 * 8
+    each = (start * count - loading) // warpgroups // 8 * 8
+    return min(each, _MOST_REGISTERS)
 
 
 def place_of(tiles: Tiles) -> Place:
@@ -123,8 +144,11 @@ def buffer(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
 
 
 def _layout(dtype: jnp.dtype) -> tuple[Any, Any]:
-    tiling = plgpu.TilingTransform((8, 128 // dtype.itemsize))
-    return tiling, plgpu.SwizzleTransform(128)
+    tiling = plgpu.TilingTransform(  # pyright: ignore[reportAbstractUsage]
+        (8, 128 // dtype.itemsize)
+    )
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    return tiling, swizzle
 
 
 def two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: Any) -> Any:
@@ -194,9 +218,9 @@ def transpose(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10
 
 
-def padded(rows: Array, least: int) -> Array:
-    """With rows of zeros below: at least so many, and a multiple of 8."""
-    count = max(least, -(-len(rows) // 8) * 8)
+def padded(rows: Array, least: int, unit: int = 1) -> Array:
+    """With rows of zeros below: at least so many, and a multiple of `unit`."""
+    count = max(least, -(-len(rows) // unit) * unit)
     if count == len(rows):
         return rows
     return jnp.pad(rows, ((0, count - len(rows)), (0, 0)))
@@ -224,17 +248,27 @@ def kernel_of(
 
         is_flag = interpret is True
         options["interpret"] = InterpretGPUParams() if is_flag else interpret
-    return plgpu.kernel(
-        body,
-        out_type=result,
-        scratch_types=buffers,
-        grid=(_INTERPRETED_BLOCKS if interpret else _BLOCKS,),
-        grid_names=("block",),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        **options,
-    )
+
+    def call(*operands):
+        out_type = shape_varying_like(result.shape, result.dtype, *operands)
+        kernel = plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=buffers,
+            grid=(_num_blocks(interpret),),
+            grid_names=("block",),
+            num_threads=tiles.warpgroups + 1,
+            thread_name="warpgroup",
+            kernel_name=name,
+            **options,
+        )
+        return alike(kernel(*operands), *operands)[0]
+
+    return call
+
+
+def _num_blocks(interpret: Any) -> int:
+    return _INTERPRETED_BLOCKS if interpret else _BLOCKS
 
 
 class Work(NamedTuple):
@@ -258,10 +292,10 @@ class Work(NamedTuple):
     products: int = 1
 
 
-def run(work: Work, loaded: Any, freed: Any, tiles: Tiles) -> None:
+def run(work: Work, loaded: Any, freed: Any, tiles: Tiles, interpret: Any) -> None:
     """Every block does every n-th item; one of its warpgroups loads for the others."""
     warpgroup = lax.axis_index("warpgroup")
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
+    block, blocks = lax.axis_index("block"), _num_blocks(interpret)
     count = lax.div(work.items - block + blocks - 1, blocks)
 
     def plan(i):
@@ -276,7 +310,7 @@ def run(work: Work, loaded: Any, freed: Any, tiles: Tiles) -> None:
     @pl.when(warpgroup < tiles.warpgroups)
     def _():
         if tiles.warpgroups > 1:
-            each = (_REGISTERS - _LOADING) // tiles.warpgroups // 8 * 8
+            each = computing_registers(tiles.warpgroups, _LOADING)
             plgpu.set_max_registers(each, action="increase")
         _multiply_all(work, plan, count, loaded, freed, tiles)
         plgpu.wait_smem_to_gmem(0)
@@ -324,7 +358,10 @@ def _multiply_all(
             return acc[...]
 
         width = tiles.block_n // tiles.column_warpgroups
-        result = pl.run_scoped(multiply_steps, plgpu.ACC((SUBTILE, width), jnp.float32))
+        acc = plgpu.ACC(  # pyright: ignore[reportPrivateImportUsage]
+            (SUBTILE, width), jnp.float32
+        )
+        result = pl.run_scoped(multiply_steps, acc)
         pl.when(steps > 0)(lambda: free(done + steps - 1))
         work.store(item, result)
         return done + steps

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv4_eqx.kernels.form import current_form
+from dsv4_eqx.kernels.form import current_form, is_reference
 from dsv4_eqx.primitives.varying import alike
 
 
@@ -50,6 +50,8 @@ def pool_windows(
     - `values`, `gates`: of consecutive windows' tokens, at least float32; before the
         first window there is nothing.
     """
+    if is_reference():
+        return pool_windows_reference(values, gates)
     return _pool(*alike(values, gates), current_form())
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dsv4_eqx.kernels.entries import Entries, Selection, stacked, tile_of
-from dsv4_eqx.kernels.form import Form, current_form
+from dsv4_eqx.kernels.form import Form, current_form, is_reference
 
 # Attending to an entry of one's own costs about this many times one in common.
 GATHER_COST: Final = 4
@@ -41,6 +41,8 @@ def select(
     - `topk`: how many each query selects at most.
     """
     form = current_form()
+    if is_reference():
+        return select_reference(queries, weights, seen, keys, topk)
     scores = jnp.where(seen, score(queries, weights, keys, seen), -jnp.inf)
     if form.hopper:
         return listed(seen & highest(scores, topk), min(topk, scores.shape[-1]))
@@ -50,6 +52,19 @@ def select(
         return listed(seen & highest(scores, topk), topk)
     best, index = lax.top_k(scores, min(topk, scores.shape[-1]))
     return jnp.where(best == -jnp.inf, -1, index)
+
+
+def select_reference(queries, weights, seen, keys, topk):
+    """What `select` does: by sorting, equal scores in the order of entries.
+
+    **Arguments:** as for `select`.
+    """
+    values = tile_of(keys.values, 0, keys.shape[1])
+    scores = score_reference(queries, weights, values)
+    scores = jnp.where(seen, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return seen & (rank < topk)
 
 
 def score_reference(

@@ -5,8 +5,6 @@ branch on both sides, before the activation; the routing weight is applied in fl
 before the down projection; the experts' outputs are added up in float32.
 """
 
-import functools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_eqx.checks import check_activations
 from dsv4_eqx.config import Config
 from dsv4_eqx.kernels.activation import clamped_swiglu
+from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
 from dsv4_eqx.primitives.packed import unpacked
 from dsv4_eqx.primitives.precision import at_least_float32
@@ -131,7 +130,7 @@ def _run_experts(
     inverse = jnp.argsort(order)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
     out = grouped_swiglu(
-        _dispatch(x, order, inverse, slots),
+        dispatch(x, order, inverse, slots),
         weights.reshape(-1)[order],
         gate_up,
         down,
@@ -139,7 +138,7 @@ def _run_experts(
         experts.limit,
         first=first,
     )
-    return _combine(out, order, inverse, slots)
+    return combine(out, order, inverse, slots)
 
 
 def check_routing(x: Array, chosen: Array, weights: Array) -> None:
@@ -199,51 +198,3 @@ class SharedExpert(eqx.Module):
         before = jnp.einsum("...d,hd->...h", x, gate_up.reshape(2 * hidden, dim))
         activated = clamped_swiglu(before, self.limit).astype(x.dtype)
         return at_least_float32(jnp.einsum("...h,dh->...d", activated, down))
-
-
-# Dispatch and combine are each other's transpose. Left alone, JAX would differentiate
-# the first one by scattering rows, which is slow on CPU.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(
-    x: Float[Array, "tokens dim"],
-    order: Int[Array, " rows"],
-    inverse: Int[Array, " rows"],
-    slots: int,
-) -> Float[Array, "rows dim"]:
-    """A row for each token and slot, in the experts' order."""
-    return x[order // slots]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(
-    rows: Float[Array, "rows dim"],
-    order: Int[Array, " rows"],
-    inverse: Int[Array, " rows"],
-    slots: int,
-) -> Float[Array, "tokens dim"]:
-    """Each token's sum over its slots, at least float32."""
-    rows = at_least_float32(rows[inverse]).reshape(-1, slots, rows.shape[1])
-    # Slices, not a sum over a dimension in the middle, which XLA on CPU is slow at.
-    return sum((rows[:, slot] for slot in range(1, slots)), rows[:, 0])
-
-
-def _dispatch_forward(x, order, inverse, slots):
-    return _dispatch(x, order, inverse, slots), (order, inverse)
-
-
-def _dispatch_backward(slots, places, d_rows):
-    d_x: Array = _combine(d_rows, *places, slots)
-    return d_x.astype(d_rows.dtype), None, None
-
-
-def _combine_forward(rows, order, inverse, slots):
-    return _combine(rows, order, inverse, slots), (order, inverse, rows[:0])
-
-
-def _combine_backward(slots, residuals, d_out):
-    *places, no_rows = residuals
-    return _dispatch(d_out.astype(no_rows.dtype), *places, slots), None, None
-
-
-_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-_combine.defvjp(_combine_forward, _combine_backward)

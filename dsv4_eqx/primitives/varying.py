@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
@@ -17,6 +18,22 @@ def alike(*arrays: Array) -> tuple[Array, ...]:
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = functools.reduce(frozenset.union, axes)
     return tuple(varying(x, union) for x in arrays)
+
+
+def shape_varying_like(
+    shape: tuple[int, ...], dtype: DTypeLike, *arrays: Array
+) -> jax.ShapeDtypeStruct:
+    """What a kernel's output is declared as, whose operands are these arrays.
+
+    Pallas may forget over which mesh axes it varies: join the result by `alike` too.
+
+    **Arguments:**
+
+    - `shape`, `dtype`: of the output.
+    - `arrays`: it varies over every mesh axis that any of them varies over.
+    """
+    kind = jax.typeof(alike(*arrays)[0]).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def varying(x: Array, axes: Iterable[str]) -> Array:

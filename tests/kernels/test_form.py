@@ -1,0 +1,109 @@
+"""Every form of the kernels gives the same model; the reference has all derivatives."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_eqx.kernels.form import FORMS, current_form, use_kernels
+from tests.models import QUICKLY, random_model, random_tokens, relative, small_config
+
+
+@functools.cache
+def small():
+    config = small_config(num_nextn_predict_layers=0)
+    return random_model(config), random_tokens(0, 53, config=config)
+
+
+@functools.cache
+def result_of(form):
+    """Logits and gradients, and the logits of a cache that is extended twice."""
+    model, tokens = small()
+
+    def loss(model):
+        logits = model(tokens)
+        return jnp.mean(jnp.sin(logits)), logits
+
+    def run(model, cache):
+        gradients, logits = eqx.filter_grad(loss, has_aux=True)(model)
+        parts = []
+        for part in (tokens[:, :50], tokens[:, 50:]):
+            hidden, cache = model.extend(part, cache)
+            parts.append(model.unembed(hidden))
+        return logits, gradients, jnp.concatenate(parts, axis=1)
+
+    with use_kernels(form):
+        compiled = jax.jit(run, compiler_options=QUICKLY)
+        return compiled(model, model.init_cache(2, 60))
+
+
+# In float32 the form for Hopper GPUs is made of the others' parts.
+@pytest.mark.parametrize("form", ["cpu", "gpu", "tpu"])
+def test_form_gives_the_reference(form):
+    logits, gradients, continued = result_of(form)
+    expected, others, _ = result_of("reference")
+    np.testing.assert_allclose(logits, expected, 1e-5, 1e-5)
+    np.testing.assert_allclose(continued, expected, 1e-5, 1e-5)
+    one, other = (
+        jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree) if x.dtype == "f4"])
+        for tree in (gradients, others)
+    )
+    assert relative(one, other) < 1e-5
+
+
+def test_reference_has_forward_mode_and_second_derivatives():
+    model, tokens = small()
+    block = model.layers[2]  # compressed sparse attention
+    tokens = jnp.asarray(tokens[:1, :23])
+    positions = jnp.arange(23)[None]
+    size = 1, 23, *block.attention_connection.weight.shape[1:]
+    streams, direction = jax.random.normal(jax.random.key(0), (2, *size))
+
+    def loss(streams):
+        return jnp.mean(jnp.sin(block(streams, tokens, positions)))
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def derivatives(streams, direction):
+        gradient, product = jax.jvp(jax.grad(loss), (streams,), (direction,))
+        _, slope = jax.jvp(loss, (streams,), (direction,))
+        along = jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), direction))
+        return jnp.vdot(gradient, direction), slope, product, along(streams)
+
+    with use_kernels("reference"):
+        expected, slope, product, reverse_twice = derivatives(streams, direction)
+    assert slope == pytest.approx(float(expected), rel=1e-4)
+    assert relative(product, reverse_twice) < 1e-4
+    assert jnp.any(product != 0)
+
+
+def test_form_is_that_of_the_default_device():
+    assert current_form() is FORMS["cpu"]
+    with use_kernels("gpu"):
+        assert current_form() is FORMS["gpu"]
+        with use_kernels("tpu"):
+            assert current_form() is FORMS["tpu"]
+        assert current_form() is FORMS["gpu"]
+    assert current_form() is FORMS["cpu"]
+
+
+def test_a_compiled_program_is_made_again_for_another_form():
+    names = []
+
+    @jax.jit
+    def function(x):
+        names.append(current_form().name)
+        return x
+
+    for form in ("gpu", "tpu", "gpu"):
+        with use_kernels(form):
+            function(1.0)
+    assert names == ["gpu", "tpu"]
+
+
+def test_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="'ampere'.*'cpu', 'gpu'"):
+        with use_kernels("ampere"):
+            pass
