@@ -49,6 +49,7 @@ from dsv4_eqx.generation.generate import generate_stream as generate_stream
 from dsv4_eqx.generation.stream import TokenStream as TokenStream
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead
+from dsv4_eqx.kernels.form import use_kernels as use_kernels
 from dsv4_eqx.layers import Layers as Layers
 from dsv4_eqx.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.moe.experts import Experts as Experts
