@@ -12,13 +12,15 @@ and the tables of `gpu.md`, again after each measurement, so that it may be stop
 - `--device cpu --tiny` rehearses all of it without a GPU.
 
 Each part runs in a process of its own, that a case which fails or hangs does not take
-the others with it: it is recorded, and the rest goes on. All cases of a part compile
-side by side before the first is timed. Times are medians of calls that each wait for
-the result; of short ones, the time of one among many that do not, if that is less.
+the others with it: it is recorded, and the rest goes on. The cases of a part compile
+side by side, then they are timed; layers four by four, which alone may take seven
+minutes. Times are medians of calls that each wait for the result; of short ones, the
+time of one among many that do not, if that is less.
 
 The share is that of the roofline: the longer of the useful products at the rate of a
 large product, and of the bytes that must move (weights once in each pass) at the rate
-of a large copy, both measured here.
+of a large copy, both measured here. Of the experts, a decoding step must read those
+that its router chose.
 """
 
 import argparse
@@ -48,7 +50,7 @@ PARTS: Final = (
 LIMITS: Final = dict(
     device=60,
     correctness=210,
-    layers=240,
+    layers=420,
     attention=180,
     experts=150,
     indexer=100,

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import equinox as eqx
-import gpu_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_cases import KINDS, Case, built, one_layer, random
+from gpu_cases import KINDS, Case, built, check_config, one_layer, random
 from gpu_child import begin_compiling, emit, end_if_fatal, error_text, wanted
+from gpu_operations import random_selection
 
 from dsv4_eqx import Attention, Block, Config, TopKRouter, from_pretrained
 from dsv4_eqx.hf_config import HASH_MOE
@@ -190,9 +190,8 @@ def attention(config: Config, tokens: int, forms: tuple[str, ...]) -> Iterator[C
 
         def make(dtype, kept, kind=kind, own=own, chosen=chosen, ratio=ratio):
             module = weights(attention_of(own, kind), f"attention {kind}", dtype, kept)
-            selection = gpu_cases.random_selection(
-                tokens, tokens // (ratio or 1), ratio, chosen
-            )
+            entries = tokens // (ratio or 1)
+            selection = random_selection(tokens, entries, ratio, chosen)
             return module, *data(shape, dtype), selection
 
         def make_all(dtype, kept, kind=kind, own=all_own):
@@ -371,12 +370,12 @@ def tiny_config() -> Config:
     small = dict(hidden_size=64, moe_intermediate_size=32, q_lora_rank=32)
     small |= dict(num_attention_heads=8, head_dim=64, qk_rope_head_dim=32)
     small |= dict(index_n_heads=16, index_head_dim=32, hc_sinkhorn_iters=3)
-    return dataclasses.replace(gpu_cases.check_config(), **small)
+    return dataclasses.replace(check_config(), **small)
 
 
 def correctness(args: argparse.Namespace) -> None:
     """Every form against the reference."""
-    config = gpu_cases.check_config()
+    config = check_config()
     short, long = 333, 1200
     if args.tiny:
         config, short, long = tiny_config(), 150, 300

@@ -3,7 +3,6 @@
 import argparse
 import concurrent.futures
 import importlib
-import itertools
 import json
 import os
 import pathlib
@@ -13,12 +12,25 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import gpu_cases
+import gpu_layers
+import gpu_operations
 import jax
 import jax.numpy as jnp
 from gpu_cases import Case, Sizes, name_of, num_bytes, random
 
-_COMPILING: Final = 100  # seconds that all cases of a part have to compile
+# Where the cases of a part come from.
+PARTS: Final = dict(
+    layers=gpu_layers.layers,
+    attention=gpu_operations.attention,
+    experts=gpu_operations.experts,
+    indexer=gpu_operations.indexer,
+    decoding=gpu_layers.decoding,
+)
+# How many cases compile side by side before they are timed, and the seconds they have.
+# Whole layers autotune many products, each waiting for the GPU.
+_COMPILING: Final = dict(layers=(4, 200))
+_COMPILING_OTHERS: Final = (1000, 100)
+_SIGN_OF_LIFE: Final = 30  # seconds after which a process that compiles says so
 _ENOUGH: Final = 2.0  # seconds of timed calls
 _TOO_MUCH: Final = 8.0  # after which fewer calls must do
 _SHORT: Final = 2e-3  # below, the time of one call among many counts
@@ -62,11 +74,16 @@ def begin_compiling(cases: list[Case]) -> dict[str, concurrent.futures.Future]:
     return {case.name: pool.submit(_compile, case) for case in cases}
 
 
-def compiled(cases: list[Case]) -> dict[str, Any]:
+def compiled(cases: list[Case], limit: float) -> dict[str, Any]:
     """The programs, or what came instead, of cases compiled side by side."""
+    deadline = time.monotonic() + limit
     begun = begin_compiling(cases)
-    concurrent.futures.wait(begun.values(), timeout=_COMPILING)
-    late = TimeoutError(f"not compiled after {_COMPILING} s")
+    waiting = set(begun.values())
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        emit(begin="compiling")
+        seconds = min(left, _SIGN_OF_LIFE)
+        _, waiting = concurrent.futures.wait(waiting, timeout=seconds)
+    late = TimeoutError(f"not compiled after {limit} s")
     for future in begun.values():
         future.cancel()
     return {
@@ -86,32 +103,42 @@ def ceilings(args: argparse.Namespace) -> tuple[float, float]:
     """Bytes and operations a second, as the part `device` found them."""
     path = pathlib.Path(args.folder) / "gpu.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    found = {row.get("what"): row.get("rate") for row in rows if row.get("rate")}
+    found: dict[str, float] = {}
+    for row in rows:
+        if rate := row.get("rate"):
+            found[row["what"]] = max(rate, found.get(row["what"], 0))
     return found.get("copy", 4.0e12), found.get("product", 790e12)
 
 
 def run_cases(cases: Iterable[Case], args: argparse.Namespace) -> None:
+    """Compiles and times cases, so many at once as their part allows.
+
+    No case is timed while others compile: they would autotune on the same GPU.
+    """
     cases = [case for case in cases if wanted(case.columns, args)]
-    programs = compiled(cases)
+    at_once, limit = _COMPILING.get(args.part, _COMPILING_OTHERS)
     rates = ceilings(args)
+    programs: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    for _, group in itertools.groupby(cases, lambda case: case.group):
-        kept.clear()
-        results.clear()
-        for case in group:
-            emit(begin=case.name)
-            row: dict[str, Any] = dict(case=case.name) | case.columns
-            program = programs.pop(case.name)
-            if isinstance(program, Exception):
-                emit(**row, error=error_text(program))
-                continue
-            try:
-                row |= measured(case, *program, kept, results, rates)
-            except Exception as error:
-                row["error"] = error_text(error)
-            emit(**row)
-            end_if_fatal(row.get("error", ""))
+    for index, case in enumerate(cases):
+        if index % at_once == 0:
+            programs = compiled(cases[index : index + at_once], limit)
+        if index and case.group != cases[index - 1].group:
+            kept.clear()
+            results.clear()
+        emit(begin=case.name)
+        row: dict[str, Any] = dict(case=case.name) | case.columns
+        program = programs.pop(case.name)
+        if isinstance(program, Exception):
+            emit(**row, error=error_text(program))
+            continue
+        try:
+            row |= measured(case, *program, kept, results, rates)
+        except Exception as error:
+            row["error"] = error_text(error)
+        emit(**row)
+        end_if_fatal(row.get("error", ""))
 
 
 def end_if_fatal(error: str) -> None:
@@ -154,14 +181,17 @@ def measured(
             state = (*state[:index], out[1], *state[index + 1 :])
         return out
 
+    out = run()
+    moved = case.bytes(out) if callable(case.bytes) else case.bytes
     if case.compare:
-        row |= compared(case, run(), results)
+        row |= compared(case, out, results)
+    del out
     waiting, among, _ = seconds_of(run)
     seconds = min(waiting, among) / case.divide
     row = dict(ms=1e3 * seconds, ms_waiting=1e3 * waiting / case.divide) | row
     if case.flops:
         row["TFLOPs"] = case.flops / seconds / 1e12
-    floor = max(case.bytes / rates[0], case.flops / rates[1])
+    floor = max(moved / rates[0], case.flops / rates[1])
     row |= dict(floor_ms=1e3 * floor, share=floor / seconds)
     return row | dict(compile_s=compile_seconds)
 
@@ -182,18 +212,37 @@ def compared(case: Case, out: Any, results: dict) -> dict[str, Any]:
     return dict(difference=distance / size if size else distance)
 
 
-def _copy(x: jax.Array) -> None:
-    copy = jax.jit(lambda x: -x)
-    seconds = min(seconds_of(lambda: copy(x))[:2])
-    emit(case="copy", what="copy", ms=1e3 * seconds, rate=2 * num_bytes(x) / seconds)
+def _copies(numbers: int) -> None:
+    """A large copy in several forms, of which the fastest counts.
+
+    Fewer than 2^31 numbers: beyond, XLA's kernels calculate 64-bit places for each.
+    """
+    x = random(0, (numbers,), jnp.float32)
+    forms = {
+        "jnp.copy": jax.jit(jnp.copy),
+        "x + 1": jax.jit(lambda x: x + 1),
+        "x + 1 in place": jax.jit(lambda x: x + 1, donate_argnums=0),
+    }
+    for form, copy in forms.items():
+        in_place = form.endswith("in place")
+
+        def run() -> jax.Array:
+            nonlocal x
+            out = copy(x)
+            x = out if in_place else x
+            return out
+
+        seconds = min(seconds_of(run)[:2])
+        rate = 2 * num_bytes(x) / seconds
+        emit(case=f"copy {form}", what="copy", form=form, ms=1e3 * seconds, rate=rate)
 
 
 def device(args: argparse.Namespace) -> None:
     """What the device is, and what a large copy and a large product reach."""
     found = jax.devices()[0]
     emit(case="name", what=found.device_kind, jax=jax.__version__)
-    numbers, size = (2**24, 512) if args.tiny else (2**32, 8192)
-    _copy(random(0, (numbers,), jnp.bfloat16))
+    numbers, size = (2**24, 512) if args.tiny else (2**30, 8192)
+    _copies(numbers)
     a, b = (random(i, (size, size), jnp.bfloat16) for i in range(2))
     multiply = jax.jit(jnp.matmul)
     seconds = min(seconds_of(lambda: multiply(a, b))[:2])
@@ -225,7 +274,7 @@ def main() -> None:
         importlib.import_module("gpu_agreement").agreement(args)
         return finish()
     sizes = Sizes.tiny() if args.tiny else Sizes.flash()
-    run_cases(gpu_cases.PARTS[args.part](sizes, args.forms), args)
+    run_cases(PARTS[args.part](sizes, args.forms), args)
     finish()
 
 

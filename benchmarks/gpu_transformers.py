@@ -15,20 +15,24 @@ import gc
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
 import torch
-from gpu_cases import KINDS, Sizes, layer_flops, name_of, one_layer
+
+# The oracle is in `tests`, beside this folder, wherever the command is given.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from gpu_cases import KINDS, PASSES, Sizes, layer_flops, name_of, one_layer
 from gpu_child import arguments, ceilings, emit, error_text, wanted
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek_v4
 
 from dsv4_eqx import Config
 from tests.reference import reference_config, reference_model
 
-PASSES: Final = ("forward", "forward + backward")
 _ENOUGH: Final = 2.0  # seconds of timed calls
 _TOO_MUCH: Final = 8.0  # after which fewer calls must do
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dsv4_eqx.checks import checked_dtype
 from dsv4_eqx.config import Config
+from dsv4_eqx.plan.compiled import compile_steps, compiled_report
 from dsv4_eqx.plan.picture import plot_mesh
 from dsv4_eqx.plan.plan import make_plan
 from dsv4_eqx.plan.report import report
@@ -34,24 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot_mesh(sizes, options.plot)
         config = _config(options.model)
         rows = sizes["data"] * sizes["expert"]
-        plan = make_plan(
-            config,
-            sizes,
+        longest = min(4096, config.max_position_embeddings)
+        given = dict(
             batch=rows if options.batch is None else options.batch,
-            seq=min(4096, config.max_position_embeddings)
-            if options.seq is None
-            else options.seq,
+            seq=longest if options.seq is None else options.seq,
             fsdp=options.fsdp,
             dtype=checked_dtype("plan", options.dtype),
-            optimizer_dtype=checked_dtype(
-                "plan --optimizer-dtype", options.optimizer_dtype
-            ),
         )
+        moments = checked_dtype("plan --optimizer-dtype", options.optimizer_dtype)
+        plan = make_plan(config, sizes, optimizer_dtype=moments, **given)
+        steps = {}
+        if options.compile is not None:
+            steps = compile_steps(options.compile, config, sizes, **given)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text, fits = report(plan, options.memory)
     print(text)
+    if options.compile is not None:
+        print("", *compiled_report(options.compile, steps), sep="\n")
     return 0 if fits else 1
 
 
@@ -86,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         "--optimizer-dtype", default="float32", help="of Adam's two moments"
     )
     parser.add_argument("--memory", type=float, help="of a device, in GB of 10**9")
+    parser.add_argument(
+        "--compile",
+        metavar="TARGET",
+        help="compile both steps for h100, h200, a TPU such as v5p:4x4x4, or the file "
+        "of a GPU's description, and tell what XLA says of them",
+    )
     parser.add_argument("--plot", help="a file for a picture of the mesh")
     return parser
 

@@ -1,0 +1,152 @@
+"""One layer of Flash compiled for a device that is not there: launches and memory.
+
+    python benchmarks/compiled.py h100            # needs pip install 'dsv4-eqx[cuda13]'
+    python benchmarks/compiled.py v5p:2x2x1       # needs pip install 'dsv4-eqx[tpu]'
+
+For each kind of layer, bfloat16: forward, forward and backward, of one row of 4,096
+tokens, and a decoded token of 8 rows after 8,192. On a GPU it counts the kernels that
+the program launches and the loops whose rounds only the device knows; on a TPU, XLA
+says what moves through memory, where it counts a loop once. The table is printed and
+written to benchmarks/results/.
+"""
+
+import argparse
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+import dsv4_eqx as dsv4
+from dsv4_eqx.plan.absent import absent_devices, compile_for, launches
+
+RESULTS: Final = pathlib.Path(__file__).parent / "results"
+TOKENS: Final = 4096
+ROWS, CONTEXT = 8, 8192
+# The first layers of each kind that route by scores; sliding ones route by token.
+LAYERS: Final = {"sliding": 0, "CSA": 4, "HCA": 3}
+PASSES: Final = ("forward", "forward + backward", "decoding")
+
+
+def block_of(kind: str) -> tuple[Any, Any]:
+    """A layer's arrays as shapes, and what else it is made of."""
+    config = dsv4.Config.flash()
+
+    def make(key):
+        return dsv4.Block(config, LAYERS[kind], key=key, dtype=jnp.bfloat16)
+
+    block = eqx.filter_eval_shape(make, jax.random.key(0))
+    return eqx.partition(block, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+
+def program(kind: str, what: str, tokens: int) -> tuple[Callable[..., Any], tuple]:
+    """A function and the shapes of its arguments."""
+    arrays, rest = block_of(kind)
+    dim = dsv4.Config.flash().hidden_size
+
+    def forward(arrays, streams, ids, positions):
+        return eqx.combine(arrays, rest)(streams, ids, positions)
+
+    def backward(arrays, streams, ids, positions):
+        floats, others = eqx.partition(
+            arrays, lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        )
+
+        def loss(floats, streams):
+            out = forward(eqx.combine(floats, others), streams, ids, positions)
+            return jnp.sum(out.astype(jnp.float32) * streams)
+
+        return jax.grad(loss, (0, 1))(floats, streams)
+
+    def decode(arrays, streams, ids, cache, start):
+        block = eqx.combine(arrays, rest)
+        lengths = jnp.ones_like(start)
+        out, cache = block.extend(streams, ids, cache, start, lengths)
+        return out, cache.keep(lengths, 1)
+
+    batch, seq = (ROWS, 1) if what == "decoding" else (1, tokens)
+    streams = jax.ShapeDtypeStruct((batch, seq, 4, dim), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+    if what != "decoding":
+        run = forward if what == "forward" else backward
+        return run, (arrays, streams, ids, ids)
+    cache = eqx.filter_eval_shape(
+        lambda arrays: eqx.combine(arrays, rest).attention.init_cache(
+            ROWS, CONTEXT, jnp.bfloat16
+        ),
+        arrays,
+    )
+    start = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return decode, (arrays, streams, ids, cache, start)
+
+
+def measure(device: Any, is_gpu: bool, kind: str, what: str, tokens: int) -> dict:
+    """One row of the table."""
+    began = time.perf_counter()
+    function, shapes = program(kind, what, tokens)
+    compiled = compile_for(device, function, *shapes)
+    row = {"layer": kind, "pass": what}
+    memory = compiled.memory_analysis()
+    if is_gpu:
+        found = launches(compiled.as_text())
+        row |= {"launches": found.count, "loops of unknown trips": len(found[1])}
+    else:
+        moved = compiled.cost_analysis()["bytes accessed"]
+        row |= {"bytes moved, GB": f"{moved / 1e9:.1f}"}
+    return row | {
+        "temporaries, GB": f"{memory.temp_size_in_bytes / 1e9:.2f}",
+        "arguments, GB": f"{memory.argument_size_in_bytes / 1e9:.2f}",
+        "compiled in, s": round(time.perf_counter() - began),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+
+    def lines() -> Iterator[list]:
+        yield list(rows[0])
+        yield ["---"] * len(rows[0])
+        yield from (list(row.values()) for row in rows)
+
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Launches and memory, compiled only.")
+    parser.add_argument("target", help="h100, h200, v5p:2x2x1, or a description")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--passes", default=",".join(PASSES))
+    options = parser.parse_args()
+    is_gpu = ":" not in options.target
+    device = absent_devices(options.target)[0]
+    cases = [
+        (kind, what)
+        for kind in options.layers.split(",")
+        for what in options.passes.split(",")
+    ]
+    with dsv4.use_kernels("hopper" if is_gpu else "tpu"):
+        rows = [
+            measure(device, is_gpu, kind, what, options.tokens)
+            for kind, what in tqdm(cases)
+        ]
+    title = (
+        f"# Compiled for {options.target}, jax {jax.__version__}\n\n"
+        f"One layer of Flash, bfloat16: one row of {options.tokens:,} tokens, and "
+        f"decoding {ROWS} rows after {CONTEXT:,}.\n\n"
+    )
+    text = title + table(rows) + "\n"
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    name = re.sub(r"\W+", "_", pathlib.Path(options.target).stem)
+    name += "" if options.tokens == TOKENS else f"_{options.tokens}"
+    (RESULTS / f"compiled_{name}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

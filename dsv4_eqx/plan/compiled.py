@@ -1,0 +1,113 @@
+"""The planned steps, compiled by the compiler of devices that are not there.
+
+What XLA itself says of them stands beside the plan's estimates: bytes on each device,
+the collectives of the real program, for a GPU the kernels that it launches.
+"""
+
+import collections
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dsv4_eqx.checkpoint.plan import abstract_model
+from dsv4_eqx.config import Config
+from dsv4_eqx.kernels.form import use_kernels
+from dsv4_eqx.plan.absent import Launches, absent_devices, is_gpu, launches
+from dsv4_eqx.plan.steps import decoding_step, training_step
+from dsv4_eqx.sharding.collectives import Collective, collectives
+from dsv4_eqx.sharding.mesh import make_mesh
+from dsv4_eqx.sharding.sharded_model import shard
+
+
+class CompiledStep(NamedTuple):
+    """What XLA says of one program on each device; collectives in a loop count once."""
+
+    arguments: int  # bytes
+    temporaries: int  # bytes
+    results: int  # bytes, without those that take an argument's place
+    moved: float | None  # bytes through memory, where XLA counts them
+    launches: Launches | None  # of a GPU
+    collectives: list[Collective]
+
+
+def compile_steps(
+    target: str,
+    config: Config,
+    sizes: Mapping[str, int],
+    *,
+    batch: int,
+    seq: int,
+    fsdp: bool = False,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> dict[str, CompiledStep]:
+    """A step of training and one of decoding, compiled: Flash takes minutes.
+
+    **Arguments:**
+
+    - `target`: as for `absent_devices`.
+    - `config`, `sizes`, `batch`, `seq`, `fsdp`, `dtype`: as for `make_plan`.
+
+    **Raises:** ValueError and ImportError as `absent_devices` does, and ValueError if
+    the target has not as many devices as the mesh.
+    """
+    devices = absent_devices(target, math.prod(sizes.values()))
+    mesh = make_mesh(**sizes, devices=devices)
+    model = shard(abstract_model(config, dtype), mesh, fsdp=fsdp)
+    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+    newest = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    with use_kernels("hopper" if is_gpu(target) else "tpu"):
+        training = jax.jit(training_step).lower(model, tokens, tokens).compile()
+        # A cache takes the place of the last.
+        step = jax.jit(decoding_step, donate_argnums=2)
+        decoding = step.lower(model, newest, model.init_cache(batch, seq)).compile()
+    programs = {"training": training, "decoding": decoding}
+    return {name: _said(x, mesh, target) for name, x in programs.items()}
+
+
+def _said(program: jax.stages.Compiled, mesh: Any, target: str) -> CompiledStep:
+    memory, text = program.memory_analysis(), program.as_text() or ""
+    assert memory is not None
+    cost = None if is_gpu(target) else program.cost_analysis()
+    return CompiledStep(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        cost["bytes accessed"] if cost else None,
+        launches(text) if is_gpu(target) else None,
+        collectives(text, mesh),
+    )
+
+
+def compiled_report(target: str, steps: Mapping[str, CompiledStep]) -> Iterator[str]:
+    """Lines of text.
+
+    **Arguments:**
+
+    - `target`: that was compiled for.
+    - `steps`: from `compile_steps`.
+    """
+    yield f"{'compiled for ' + target + ', bytes on each device':52}" + "".join(
+        f"{name:>18}" for name in steps
+    )
+    for name in ("arguments", "temporaries", "results"):
+        numbers = (getattr(step, name) for step in steps.values())
+        yield f"  {name:50}" + "".join(f"{x:>18,}" for x in numbers)
+    for name, step in steps.items():
+        if step.moved is not None:
+            yield f"a step of {name} moves {step.moved:,.0f} bytes; loops count once"
+        if step.launches is not None:
+            unknown = len(step.launches.unknown_loops)
+            yield (
+                f"a step of {name} launches {step.launches.count:,} kernels, and has "
+                f"{unknown} loops whose rounds only the device knows"
+            )
+        totals: dict[tuple, list[int]] = collections.defaultdict(list)
+        for item in step.collectives:
+            totals[item.kind, item.axes].append(item.num_bytes)
+        for (kind, axes), sizes in totals.items():
+            over = " x ".join(axes)
+            yield f"  {kind:20}{over:22}{len(sizes):>7,} times{sum(sizes):>20,} bytes"

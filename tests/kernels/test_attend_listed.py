@@ -1,0 +1,128 @@
+"""Lists of keys: attention over them is attention over window, entries and sink.
+
+The kernels for Hopper GPUs are replaced by a few lines over the same lists; the kernels
+themselves are compared with such lines in `test_hopper_attention*.py`.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_eqx.kernels import attend_listed as module
+from dsv4_eqx.kernels import hopper_attention, hopper_attention_backward
+from dsv4_eqx.kernels.attend import attend_reference
+from dsv4_eqx.kernels.attend_listed import attend_listed, key_lists
+from dsv4_eqx.kernels.entries import Entries, StackedEntries
+from tests.kernels.test_attend import operands, selections
+from tests.models import QUICKLY
+
+KINDS = ("none", "all", "mask", "index")
+
+
+def plain(queries, window, rows, lists, num_keys, *, scale, splits=1):
+    """Softmax over the listed keys, and the logarithm of its total."""
+    used = jnp.arange(lists.shape[1]) < num_keys[:, None]
+    is_key = (lists >= 0) & used
+    keys = jnp.concatenate([window, rows])[jnp.maximum(lists, 0)]
+    logits = scale * jnp.einsum("qhc,qkc->qhk", queries, keys)
+    logits = jnp.where(is_key[:, None], logits, -jnp.inf)
+    log_total = jax.nn.logsumexp(logits, axis=2)
+    weights = jnp.exp(logits - jnp.maximum(log_total, -1e30)[..., None])
+    return jnp.einsum("qhk,qkc->qhc", weights, keys), log_total
+
+
+def plain_backward(
+    queries, window, rows, lists, num_keys, out, log_total, d_out, *, scale
+):
+    """Gradients of queries, window keys and entries, from what was kept."""
+
+    def attention(queries, window, rows):
+        used = (jnp.arange(lists.shape[1]) < num_keys[:, None]) & (lists >= 0)
+        keys = jnp.concatenate([window, rows])[jnp.maximum(lists, 0)]
+        logits = scale * jnp.einsum("qhc,qkc->qhk", queries, keys)
+        # The total, with the sink, is given; its own derivative is subtracted.
+        weights = jnp.where(used[:, None], jnp.exp(logits - log_total[..., None]), 0)
+        mean = jnp.sum(out * d_out, axis=-1)[..., None]
+        fixed = jax.lax.stop_gradient(weights)
+        values = jnp.einsum("qhk,qkc->qhc", fixed, keys)
+        return jnp.sum(values * d_out), jnp.sum(
+            jax.lax.stop_gradient(
+                weights * (jnp.einsum("qhc,qkc->qhk", d_out, keys) - mean)
+            )
+            * logits
+        )
+
+    total = jax.grad(lambda *x: sum(attention(*x)), argnums=(0, 1, 2))
+    return total(queries, window, rows)
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    monkeypatch.setattr(hopper_attention, "attend_lists", plain)
+    monkeypatch.setattr(
+        hopper_attention_backward, "attend_lists_backward", plain_backward
+    )
+
+
+def attention_operands(seq, kind, start=0):
+    """What `attend` takes, for one kind of selection."""
+    given = operands(seq, start=start)
+    mask, index = selections(given)
+    entries = Entries(jnp.asarray(given["values"]), jnp.asarray(given["last"]))
+    selection = {"mask": jnp.asarray(mask), "index": jnp.asarray(index)}.get(kind)
+    if kind == "none" or given["values"].shape[1] == 0:
+        entries = selection = None
+    arrays = (jnp.asarray(given[n]) for n in ("queries", "positions", "keys", "sinks"))
+    return *arrays, entries, selection, None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seq, start", [(1, 40), (7, 0), (30, 3), (67, 0)])
+def test_listed_attention_equals_the_reference(seq, start, kind, plain_kernels):
+    given = attention_operands(seq, kind, start)
+    floats, others = eqx.partition(given, eqx.is_inexact_array)
+    d_out = jax.random.normal(jax.random.key(0), given[0].shape)
+
+    def listed(floats):
+        queries, positions, keys, sinks, *rest = eqx.combine(floats, others)
+        entries, selection, owners = rest
+        parts = queries, keys, sinks, entries, positions, owners, selection
+        return attend_listed(*eqx.partition(parts, eqx.is_inexact_array))
+
+    def reference(floats):
+        return attend_reference(*eqx.combine(floats, others))
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+    def with_gradients(attention, floats):
+        out, pullback = jax.vjp(attention, floats)
+        return out, pullback(d_out)
+
+    found = jax.tree.leaves(with_gradients(listed, floats))
+    expected = jax.tree.leaves(with_gradients(reference, floats))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, 3e-5, 3e-5)
+
+
+def test_entries_are_listed_where_they_lie_in_a_stack():
+    _, positions, keys, _, entries, *_ = attention_operands(30, "all")
+    lists, used = key_lists(positions, keys.shape[1], entries, None, None)
+    batch, count, _ = entries.shape
+    stack = jnp.zeros((3, *entries.shape)).at[2].set(entries.values)
+    stacked = Entries(StackedEntries(stack, jnp.array(2)), entries.last_positions)
+    others, also_used = key_lists(positions, keys.shape[1], stacked, None, None)
+    first = batch * keys.shape[1]
+    shifted = np.where(lists >= first, lists + 2 * batch * count, lists)
+    np.testing.assert_array_equal(others, shifted)
+    np.testing.assert_array_equal(used, also_used)
+
+
+@pytest.mark.parametrize(
+    "queries, heads, keys, splits",
+    [(1, 64, 640, 5), (32, 64, 640, 4), (1, 128, 8192, 64), (4096, 64, 640, 1)],
+)
+def test_lists_of_few_queries_are_split(queries, heads, keys, splits):
+    assert module._num_splits(queries, heads, keys) == splits

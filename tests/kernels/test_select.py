@@ -1,0 +1,65 @@
+"""The selection with the kernel for Hopper GPUs in it, which a few lines stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_eqx.kernels import hopper_scores
+from dsv4_eqx.kernels.entries import Entries, StackedEntries, visible
+from dsv4_eqx.kernels.form import use_kernels
+from dsv4_eqx.kernels.select import query_block, select
+
+HEADS, DIM, TOPK = 8, 64, 5
+
+
+def plain_scores(queries, weights, keys, first_rows, num_entries, num_seen):
+    """Every entry's score; garbage where nobody looks, as the kernel leaves it."""
+    rows = first_rows[:, None] + jnp.arange(num_entries)
+    products = jnp.einsum(
+        "bqhc,bec->bqhe", queries, keys[rows], preferred_element_type=jnp.float32
+    )
+    scores = jnp.einsum("bqhe,bqh->bqe", jax.nn.relu(products), weights)
+    seen = jnp.arange(num_entries) < num_seen[..., None]
+    return jnp.where(seen, scores, jnp.nan)
+
+
+def picks(selection):
+    """For each query the set of its entries, of marks or of a list."""
+    selection = np.asarray(selection)
+    rows = selection.reshape(-1, selection.shape[-1])
+    if selection.dtype == bool:
+        return [set(np.flatnonzero(row)) for row in rows]
+    return [set(row[row >= 0]) for row in rows]
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_hopper_selects_what_other_forms_do(layers, monkeypatch):
+    monkeypatch.setattr(hopper_scores, "index_scores", plain_scores)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    values = normal(2, 33, DIM)
+    last = jnp.broadcast_to(4 * jnp.arange(33) + 3, (2, 33))
+    positions = jnp.broadcast_to(jnp.arange(90, 131), (2, 41))
+    queries, weights = normal(2, 41, HEADS, DIM), normal(2, 41, HEADS).astype("f4")
+    keys = Entries(values, last)
+    expected = select(queries, weights, visible(keys, positions), keys, TOPK)
+    if layers is not None:
+        stack = normal(layers, 2, 33, DIM).at[1].set(values)
+        keys = Entries(StackedEntries(stack, jnp.array(1)), last)
+    with use_kernels("hopper"):
+        seen = visible(keys, positions)
+        found = jax.jit(select, static_argnums=4)(queries, weights, seen, keys, TOPK)
+    assert found.shape == (2, 41, TOPK)
+    assert picks(found) == picks(expected)
+
+
+@pytest.mark.parametrize("num_entries, block", [(0, 4096), (10**4, 4096), (10**6, 128)])
+def test_queries_at_a_time_leave_room_for_their_scores(num_entries, block):
+    values = jnp.zeros((1, num_entries, 1), jnp.bfloat16)
+    keys = Entries(values, jnp.zeros((1, num_entries), jnp.int32))
+    with use_kernels("hopper"):
+        assert query_block(keys) == block
