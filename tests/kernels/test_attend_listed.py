@@ -20,6 +20,8 @@ from dsv4_eqx.kernels.entries import Entries, StackedEntries
 from tests.kernels.test_attend import operands, selections
 from tests.models import QUICKLY
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 KINDS = ("none", "all", "mask", "index")
 
 

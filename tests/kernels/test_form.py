@@ -11,6 +11,8 @@ import pytest
 from dsv4_eqx.kernels.form import FORMS, current_form, use_kernels
 from tests.models import QUICKLY, random_model, random_tokens, relative, small_config
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 
 @functools.cache
 def small():

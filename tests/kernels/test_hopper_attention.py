@@ -11,6 +11,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from dsv4_eqx.kernels.hopper_attention import attend_lists
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 WINDOW, ENTRIES = 40, 30
 QUICKLY = {"xla_backend_optimization_level": 0}
 

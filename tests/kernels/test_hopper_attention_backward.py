@@ -11,6 +11,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from dsv4_eqx.kernels.hopper_attention_backward import attend_lists_backward
 from tests.models import QUICKLY
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 # Queries, heads, head_dim, keys in a list, rows of window and entries. A tile of 64
 # heads takes the interpreter some seconds, whatever its size.
 SHAPES = {

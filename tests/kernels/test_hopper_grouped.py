@@ -11,6 +11,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from dsv4_eqx.kernels.hopper_grouped import Tiles, grouped_matmul, grouped_outer
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 # jax 0.10's interpreter multiplies no transposed operand.
 IS_OLD = jax.__version_info__ < (0, 11)
 needs_transpose = pytest.mark.skipif(IS_OLD, reason="its interpreter cannot transpose")

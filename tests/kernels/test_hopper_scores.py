@@ -10,6 +10,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from dsv4_eqx.kernels.hopper_scores import Tiles, index_scores
 from dsv4_eqx.kernels.select import score_reference
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 
 @pytest.fixture(autouse=True)
 def compile_quickly():

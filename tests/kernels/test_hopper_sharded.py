@@ -15,6 +15,8 @@ from dsv4_eqx.kernels.hopper_attention_backward import attend_lists_backward
 from dsv4_eqx.kernels.hopper_grouped import grouped_matmul, grouped_outer
 from dsv4_eqx.kernels.hopper_scores import index_scores
 
+pytestmark = pytest.mark.slow  # the interpreter, or whole models
+
 QUERIES, HEADS, DIM, KEYS, WINDOW, ENTRIES = 2, 2, 64, 64, 6, 4
 SCALE = 0.125
 QUICKLY = {"xla_backend_optimization_level": 0}
