@@ -94,7 +94,10 @@ def measure(device: Any, is_gpu: bool, kind: str, what: str, tokens: int) -> dic
     memory = compiled.memory_analysis()
     if is_gpu:
         found = launches(compiled.as_text())
-        row |= {"launches": found.count, "loops of unknown trips": len(found[1])}
+        row |= {
+            "launches": found.kernels,
+            "loops of unknown trips": len(found.unknown_loops),
+        }
     else:
         moved = compiled.cost_analysis()["bytes accessed"]
         row |= {"bytes moved, GB": f"{moved / 1e9:.1f}"}

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from dsv4_eqx.checks import checked_dtype
 from dsv4_eqx.config import Config
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _config(options.model)
         rows = sizes["data"] * sizes["expert"]
         longest = min(4096, config.max_position_embeddings)
-        given = dict(
+        given: dict[str, Any] = dict(
             batch=rows if options.batch is None else options.batch,
             seq=longest if options.seq is None else options.seq,
             fsdp=options.fsdp,

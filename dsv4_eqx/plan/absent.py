@@ -41,7 +41,7 @@ _GPUS: Final = {
 class Launches(NamedTuple):
     """What a GPU's program starts."""
 
-    count: int  # kernels, those in a loop as often as it runs
+    kernels: int  # those in a loop as often as it runs
     unknown_loops: tuple[str, ...]  # loops whose rounds only the device knows
 
 

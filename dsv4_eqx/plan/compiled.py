@@ -102,7 +102,7 @@ def compiled_report(target: str, steps: Mapping[str, CompiledStep]) -> Iterator[
         if step.launches is not None:
             unknown = len(step.launches.unknown_loops)
             yield (
-                f"a step of {name} launches {step.launches.count:,} kernels, and has "
+                f"a step of {name} launches {step.launches.kernels:,} kernels, and has "
                 f"{unknown} loops whose rounds only the device knows"
             )
         totals: dict[tuple, list[int]] = collections.defaultdict(list)

@@ -43,7 +43,7 @@ KNOWN = 'backend_config={"known_trip_count":{"n":"7"}}'
 def test_launches_in_loops_count_as_often_as_they_run():
     # 7 rounds of 2 kernels, a round of unknown number, the longer branch, and a fusion.
     found = launches(PROGRAM.replace("KNOWN", KNOWN))
-    assert found.count == 7 * 2 + 2 + 2 + 1
+    assert found.kernels == 7 * 2 + 2 + 2 + 1
     assert found.unknown_loops == ("jit(f)/while",)
 
 
