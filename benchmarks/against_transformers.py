@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from dsv4_eqx import Config, YarnScaling, flops_per_token
-from dsv4_eqx.hf_config import CSA, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HCA, SLIDING, TOPK_MOE
 
 CONFIG: Final = Config(
     vocab_size=2048,

@@ -26,12 +26,12 @@ import numpy as np
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.checkpoint.quantized import SCALE
 from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.tensors import Reader
 from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.model.model import abstract_model
 
 MEGABYTE = 1e6
 
@@ -207,8 +207,8 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         plain, packed = pathlib.Path(name) / "plain", pathlib.Path(name) / "packed"
-        for directory, is_packed in ((plain, False), (packed, True)):
-            write(directory, config(arguments.gigabytes), is_packed)
+        for directory, is_quantized in ((plain, False), (packed, True)):
+            write(directory, config(arguments.gigabytes), is_quantized)
         report(plain, packed)
 
 

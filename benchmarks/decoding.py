@@ -33,7 +33,7 @@ import numpy as np
 from against_transformers import CONFIG, SIDES, save_weights, their_model, timed
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.hf_config import CSA, HCA, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HCA, TOPK_MOE
 
 _REPEATS: Final = 5
 

@@ -24,7 +24,7 @@ from gpu_cases import KINDS, Case, check_config
 from gpu_child import begin_compiling, emit, end_if_fatal, error_text, wanted
 
 from dsv4_eqx import Config, from_state_dict
-from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
+from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 
 _WAIT: Final = 100  # seconds, for transformers and then for the compiler
 

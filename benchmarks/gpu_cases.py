@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_eqx import Config, flops_per_token
-from dsv4_eqx.hf_config import CSA, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.kernels.form import use_kernels
 
 KINDS: Final = {"sliding": (SLIDING, 0), "CSA": (CSA, 4), "HCA": (HCA, 128)}

@@ -25,7 +25,7 @@ from gpu_child import begin_compiling, emit, end_if_fatal, error_text, wanted
 from gpu_operations import random_selection
 
 from dsv4_eqx import Attention, Block, Config, TopKRouter, from_pretrained
-from dsv4_eqx.hf_config import HASH_MOE
+from dsv4_eqx.config.kinds import HASH_MOE
 from dsv4_eqx.kernels.entries import is_index
 
 NANO: Final = pathlib.Path(__file__).parent.parent / "tests" / "data" / "nano-release"

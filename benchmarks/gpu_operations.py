@@ -25,7 +25,7 @@ from jax import lax
 
 from dsv4_eqx import Experts, Indexer
 from dsv4_eqx.attention.attention import Attention
-from dsv4_eqx.hf_config import CSA
+from dsv4_eqx.config.kinds import CSA
 from dsv4_eqx.kernels.attend import attend
 from dsv4_eqx.kernels.entries import Entries
 from dsv4_eqx.kernels.form import FORMS, use_kernels

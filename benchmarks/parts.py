@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_eqx import Attention, Config, DeepSeekV4, Experts
-from dsv4_eqx.hf_config import SLIDING
+from dsv4_eqx.config.kinds import SLIDING
 
 ROUNDS: Final = 15
 

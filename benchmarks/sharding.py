@@ -24,7 +24,7 @@ import numpy as np
 from against_transformers import CONFIG
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.plan.steps import training_step
+from dsv4_eqx.plan.programs import training_step
 from dsv4_eqx.sharding.mesh import mesh_sizes
 
 _REPEATS: Final = 3

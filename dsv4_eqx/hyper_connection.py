@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.mix import mix, sinkhorn
-from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.product import project
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.product import project
 
 
 class StreamMixing(NamedTuple):
@@ -74,7 +74,7 @@ class HyperConnection(eqx.Module):
         **Raises:** ValueError if the streams have other sizes than the weight or are
         not floating point.
         """
-        _check_streams("HyperConnection", streams, self.weight.shape[1:])
+        _validate_streams("HyperConnection", streams, self.weight.shape[1:])
         num_streams = streams.shape[-2]
         # Tokens last: the small matrices lie one element a row, all tokens in a vector.
         mixes = _project(streams, self.weight, self.norm_eps)
@@ -112,8 +112,8 @@ class HyperConnection(eqx.Module):
         **Raises:** ValueError if the three do not fit each other, or streams or output
         are not floating point.
         """
-        _check_streams("HyperConnection", streams, self.weight.shape[1:])
-        _check_floating("HyperConnection", "output", output)
+        _validate_streams("HyperConnection", streams, self.weight.shape[1:])
+        _validate_floating("HyperConnection", "output", output)
         leading, num_streams, dim = streams.shape[:-2], *streams.shape[-2:]
         shapes = output.shape, mixing.post.shape, mixing.combine.shape
         square = (num_streams, num_streams)
@@ -168,7 +168,7 @@ class HyperHead(eqx.Module):
 
         **Raises:** ValueError as `HyperConnection.read` does.
         """
-        _check_streams("HyperHead", streams, self.weight.shape[1:])
+        _validate_streams("HyperHead", streams, self.weight.shape[1:])
         mixes = _project(streams, self.weight, self.norm_eps)
         scale, base = self.scale.astype(mixes.dtype), _before_tokens(self.base, mixes)
         pre = jax.nn.sigmoid(mixes * scale + base) + self.eps
@@ -200,16 +200,16 @@ def _collapse(
     return mix(weights, streams)[..., 0, :].astype(streams.dtype)
 
 
-def _check_streams(name: str, streams: Array, expected: tuple[int, ...]) -> None:
+def _validate_streams(name: str, streams: Array, expected: tuple[int, ...]) -> None:
     if streams.shape[-2:] != expected:
         raise ValueError(
             f"{name} was called with streams of shape {streams.shape}: the last two "
             f"dimensions must be (streams, dim) = {expected}."
         )
-    _check_floating(name, "streams", streams)
+    _validate_floating(name, "streams", streams)
 
 
-def _check_floating(name: str, argument: str, x: Array) -> None:
+def _validate_floating(name: str, argument: str, x: Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} was called with {argument} of dtype {x.dtype}: it needs a "

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.tokenizer import ByteTokenizer
+from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer
 
 PROMPT = "The window slides over the last tokens"
 

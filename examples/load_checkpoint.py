@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.inputs import check_token_ids
+from dsv4_eqx.model.inputs import validate_token_ids
 from dsv4_eqx.sharding.mesh import mesh_sizes
 
 TINY_RELEASE = pathlib.Path(__file__).parent.parent / "tests" / "data" / "nano-release"
@@ -68,7 +68,7 @@ def main():
     tokenizer = dsv4.load_tokenizer(asked.checkpoint, revision=asked.revision)
     tokens = tokenizer.encode(asked.text)[None]
     # Under jit they are not known.
-    check_token_ids("load_checkpoint", tokens, len(model.embedding))
+    validate_token_ids("load_checkpoint", tokens, len(model.embedding))
     logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
     probabilities = np.asarray(jax.nn.softmax(logits[0, -1]))
     print(f"after {asked.text!r}:")

@@ -26,9 +26,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.sharding.collectives import collectives
+from dsv4_eqx.plan.collectives import collectives
+from dsv4_eqx.sharding.parallelize import parallelize, place
 from dsv4_eqx.sharding.rules import annotated_leaves
-from dsv4_eqx.sharding.shard import parallelize, place
 from dsv4_eqx.sharding.tensor import cross_entropy_split_vocab, embed_split_vocab
 
 BATCH, SEQ, MOST_DEVICES = 8, 128, 8

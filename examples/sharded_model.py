@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.sharding.collectives import collectives
+from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding.mesh import mesh_sizes
 
 BATCH, SEQ, NEW = 8, 128, 8

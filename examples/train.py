@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.tokenizer import ByteTokenizer
+from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer
 
 MTP_WEIGHT = 0.3  # of the prediction block's loss, as in DeepSeek-V3
 HELD_OUT = 0.1  # of the text

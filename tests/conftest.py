@@ -16,7 +16,7 @@ ORACLE = (
     "from safetensors",
     "tests.captured",
     "tests.reference",
-    "tests.test_block",
+    "tests.model.test_block",
 )
 if importlib.util.find_spec("torch") is None:
     collect_ignore = [

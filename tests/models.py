@@ -8,8 +8,8 @@ import numpy as np
 
 from dsv4_eqx import from_state_dict
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.model.model import abstract_model
 from dsv4_eqx.primitives.rotary import YarnScaling
 from tests.tiny import tiny_config
 

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, TOPK_MOE
+from dsv4_eqx.model.model import abstract_model
 from tests.models import small_config
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)

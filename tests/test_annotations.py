@@ -21,20 +21,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.abstract import Cache, Lookahead
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState
 from dsv4_eqx.generation.generate import Generated
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import Draft, State
 from dsv4_eqx.kernels.entries import Entries, StackedEntries
+from dsv4_eqx.model.abstract import Cache, Lookahead
+from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.moe.experts import StackedExperts
-from dsv4_eqx.mtp import MTPCache
-from dsv4_eqx.primitives.packed import PackedWeight
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
 from dsv4_eqx.sharding.context import SplitSequence, SplitTokens
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.fsdp import Gathered
-from dsv4_eqx.sharding.shard import parallelize
+from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.tensor import SplitEmbedding, SummedOver
 from tests.models import QUICKLY, T, random_tensors
 
@@ -52,7 +52,7 @@ OF_ACTIVATIONS = {
     MTPCache: {"batch"},
 }
 # What it stands for decides.
-OF_THE_FIELD_THAT_HOLDS_IT = {PackedWeight: {"..."}}
+OF_THE_FIELD_THAT_HOLDS_IT = {QuantizedWeight: {"..."}}
 # What wrappers hold, by the name of the field.
 WRAPPED = {
     ExpertParallel: "experts",
@@ -92,7 +92,9 @@ def of_a_mesh():
 def packed():
     """Twelve columns in FP8, four to a scale."""
     codes, scales = np.zeros((3, 5, 12), np.uint8), np.zeros((3, 5, 3), np.uint8)
-    return PackedWeight(jnp.array(codes), jnp.array(scales), FP8, np.dtype("float32"))
+    return QuantizedWeight(
+        jnp.array(codes), jnp.array(scales), FP8, np.dtype("float32")
+    )
 
 
 @functools.cache

@@ -132,7 +132,7 @@ def test_example_runs_where_64_bit_types_are_the_default(monkeypatch):
     check(done.stdout)
 
 
-def refusal(*args):
+def invalid_argument(*args):
     """What a run says that must fail, without a traceback."""
     done = run(*args)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
@@ -168,10 +168,10 @@ def slow(*args):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_example_says_what_does_not_fit(args, message):
-    assert re.search(message, refusal(*args))
+    assert re.search(message, invalid_argument(*args))
 
 
 def test_example_refuses_a_text_that_is_too_short(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("x" * 1031)
-    assert "short.txt has 1031 bytes; the example needs 1032." in refusal(path)
+    assert "short.txt has 1031 bytes; the example needs 1032." in invalid_argument(path)

@@ -1,7 +1,7 @@
 """A small configuration whose sizes are odd or unequal, so that none can be swapped."""
 
 from dsv4_eqx import Config, YarnScaling
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 
 
 def tiny_config(**changes) -> Config:

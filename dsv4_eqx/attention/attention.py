@@ -18,16 +18,21 @@ from dsv4_eqx.attention.cache import (
 )
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.indexer import Indexer
-from dsv4_eqx.checks import check_activations, check_ids, is_int, refusal
-from dsv4_eqx.config import Config
-from dsv4_eqx.hf_config import CSA, HCA, SLIDING
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import CSA, HCA, SLIDING
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.kernels.query_blocks import map_queries
+from dsv4_eqx.numerics.product import project
+from dsv4_eqx.numerics.quantized_weight import dequantize
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_int,
+    validate_activations,
+    validate_ids,
+)
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
-from dsv4_eqx.primitives.packed import unpacked
-from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 
@@ -75,7 +80,7 @@ class Attention(eqx.Module):
 
         **Raises:** ValueError if there is no such kind, or not with that ratio.
         """
-        _check_kind(kind, ratio)
+        _validate_kind(kind, ratio)
         keys = jax.random.split(key, 7)
         dim, rank = config.hidden_size, config.q_lora_rank
         heads, head_dim = config.num_attention_heads, config.head_dim
@@ -119,15 +124,15 @@ class Attention(eqx.Module):
         **Raises:** ValueError if `x` has other channels or another dtype than the
         weights or no tokens, or the positions are not one integer for each token.
         """
-        check_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
-        check_ids("Attention", "positions", positions, x.shape[:2])
+        validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
+        validate_ids("Attention", "positions", positions, x.shape[:2])
         if x.size == 0:
             raise ValueError(
                 f"Attention was called with x of shape {x.shape}: batch and seq must "
                 "be at least 1."
             )
         positions = positions.astype(jnp.int32)  # as those of compressed entries
-        self = unpacked(self)
+        self = dequantize(self)
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
         entries = None if self.compressor is None else self.compressor(x)
@@ -183,8 +188,8 @@ class Attention(eqx.Module):
 
         **Returns:** the output, and the cache with all new tokens; `keep` shortens it.
         """
-        check_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
-        self = unpacked(self)
+        validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
+        self = dequantize(self)
         positions = positions_after(start, lengths, x.shape[1])
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
@@ -232,7 +237,7 @@ class Attention(eqx.Module):
         window_keys: Float[Array, "batch keys head_dim"],
         entries: Entries | None,
         selection: Selection,
-        owners: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
         """From latents to the layer's output, a block of queries at a time.
 
@@ -242,19 +247,19 @@ class Attention(eqx.Module):
         **Arguments:**
 
         - `latent`: from `project_latent`.
-        - `positions`, `window_keys`, `entries`, `selection`, `owners`: as for the
+        - `positions`, `window_keys`, `entries`, `selection`, `segment_ids`: as for the
             function `attend`.
         """
 
         def attend_block(per_query, keys):
-            latent, positions, selection, owners = per_query
+            latent, positions, selection, segment_ids = per_query
             queries = self.project_queries(latent, positions)
             out = attend(
-                queries, positions, keys, self.sinks, entries, selection, owners
+                queries, positions, keys, self.sinks, entries, selection, segment_ids
             )
             return self.project_output(out, positions)
 
-        per_query = (latent, positions, selection, owners)
+        per_query = (latent, positions, selection, segment_ids)
         block = query_block(window_keys)
         return map_queries(attend_block, per_query, window_keys, block)
 
@@ -291,14 +296,14 @@ class Attention(eqx.Module):
         return project(latent, self.output_up, over=2)
 
 
-def _check_kind(kind: str, ratio: int) -> None:
+def _validate_kind(kind: str, ratio: int) -> None:
     if kind not in (SLIDING, CSA, HCA):
         allowed = f"{SLIDING!r}, {CSA!r} or {HCA!r}"
-        raise refusal("Attention", "kind", kind, allowed)
+        raise invalid_argument("Attention", "kind", kind, allowed)
     fits = is_int(ratio) and (ratio == 0 if kind == SLIDING else ratio >= 1)
     if not fits:
         allowed = "0" if kind == SLIDING else "an integer, at least 1,"
-        raise refusal("Attention", "ratio", ratio, f"{allowed} in {kind!r}")
+        raise invalid_argument("Attention", "ratio", ratio, f"{allowed} in {kind!r}")
 
 
 def _compression(

@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import CompressorState, rows_from
-from dsv4_eqx.checks import is_int, refusal
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
+from dsv4_eqx.numerics.precision import wide_dtype
+from dsv4_eqx.numerics.product import project
+from dsv4_eqx.numerics.validation import invalid_argument, is_int
 from dsv4_eqx.primitives.norm import RMSNorm
-from dsv4_eqx.primitives.precision import wide_dtype
-from dsv4_eqx.primitives.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 # Finite, so that a window of nothing else has no NaN.
@@ -67,7 +67,9 @@ class Compressor(eqx.Module):
         **Raises:** ValueError if `ratio` is no integer, at least 1.
         """
         if not is_int(ratio) or ratio < 1:
-            raise refusal("Compressor", "ratio", ratio, "an integer, at least 1")
+            raise invalid_argument(
+                "Compressor", "ratio", ratio, "an integer, at least 1"
+            )
         value_key, gate_key = jax.random.split(key)
         series = 2 if overlap else 1
         shape = (series, head_dim, config.hidden_size)
@@ -224,7 +226,7 @@ class Compressor(eqx.Module):
         self,
         pooled: Float[Array, "batch windows head_dim"],
         first_positions: Int[Array, "batch windows"],
-        owners: Int[Array, "batch windows"] | None = None,
+        segment_ids: Int[Array, "batch windows"] | None = None,
     ) -> Entries:
         """Normalised, rotated entries.
 
@@ -232,13 +234,13 @@ class Compressor(eqx.Module):
 
         - `pooled`: from `pool`, in the dtype that the entries will have.
         - `first_positions`: position of each window's first token.
-        - `owners`: document of each window, where a row has several.
+        - `segment_ids`: document of each window, where a row has several.
         """
         ratio = self.position_bias.shape[0]
         return Entries(
             values=self._rotated(pooled, first_positions),
             last_positions=first_positions + (ratio - 1),
-            owners=owners,
+            segment_ids=segment_ids,
         )
 
     def _rotated(

@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import CompressorState, positions_after
 from dsv4_eqx.attention.compressor import Compressor
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
 from dsv4_eqx.kernels.select import query_block, select
-from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.product import project
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.product import project
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 
@@ -147,7 +147,7 @@ class Indexer(eqx.Module):
         weights: Float[Array, "batch seq index_heads"],
         positions: Int[Array, "batch seq"],
         keys: Entries,
-        owners: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Selection:
         """The highest scores among what each query sees.
 
@@ -157,20 +157,20 @@ class Indexer(eqx.Module):
         - `weights`: from `project_weights`.
         - `positions`: of the queries.
         - `keys`: the indexer's own entries.
-        - `owners`: document of each query, if the entries have owners.
+        - `segment_ids`: document of each query, if the entries have segment_ids.
         """
         operands = lax.stop_gradient((latent, weights, keys, self.query_up))
         latent, weights, keys, query_up = operands
         seq = latent.shape[1]
 
         def select_block(operands):
-            latent, weights, positions, owners = operands
+            latent, weights, positions, segment_ids = operands
             queries = project(latent, query_up)
             queries = self.rope(queries, positions[..., None])
-            seen = visible(keys, positions, owners)
+            seen = visible(keys, positions, segment_ids)
             return select(queries, weights, seen, keys, self.topk)
 
-        operands = (latent, weights, positions, owners)
+        operands = (latent, weights, positions, segment_ids)
         block = query_block(keys)
         if seq <= block:
             return select_block(operands)

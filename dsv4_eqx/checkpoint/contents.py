@@ -11,13 +11,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dsv4_eqx.checkpoint.directory import CONFIG, read_config, read_tensors
-from dsv4_eqx.checkpoint.names import Source
-from dsv4_eqx.checkpoint.plan import (
+from dsv4_eqx.checkpoint.inventory import (
     Plan,
     faults_error,
     make_plan,
     naming_faults,
 )
+from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import (
     BLOCKS,
     FP8,
@@ -27,8 +27,8 @@ from dsv4_eqx.checkpoint.quantized import (
     scale_faults,
 )
 from dsv4_eqx.checkpoint.tensors import StoredTensor
-from dsv4_eqx.checks import FLOATS, shown
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.numerics.validation import FLOATS, shown
 
 Weight = StoredTensor | PackedTensor
 

@@ -10,14 +10,14 @@ from jax.typing import DTypeLike
 
 from dsv4_eqx.checkpoint.contents import Contents, open_checkpoint
 from dsv4_eqx.checkpoint.directory import other_files, read_config
-from dsv4_eqx.checkpoint.hub import local_directory
+from dsv4_eqx.checkpoint.download import local_directory
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, array_tensors, check_for_hf
 from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
-from dsv4_eqx.checks import check_flag, checked_dtype
-from dsv4_eqx.hf_config import NOT_OF_THE_MODEL
+from dsv4_eqx.config.hf import NOT_OF_THE_MODEL
+from dsv4_eqx.numerics.validation import validate_dtype, validate_flag
 
 _CALL: Final = "convert"
 _DTYPES: Final = ("dtype", "torch_dtype")  # of the weights, as transformers writes it
@@ -56,9 +56,9 @@ def convert(
     **Raises:** ValueError, ImportError and OSError as `from_pretrained` and
     `save_pretrained` do.
     """
-    check_flag(_CALL, "official", official)
+    validate_flag(_CALL, "official", official)
     if dtype is not None:
-        dtype = checked_dtype(_CALL, dtype)
+        dtype = validate_dtype(_CALL, dtype)
     where = checked_target(
         _CALL, "target", target, overwrite=overwrite, most_file_bytes=most_file_bytes
     )

@@ -10,14 +10,14 @@ import jax
 from jax.sharding import AbstractMesh
 
 from dsv4_eqx.checkpoint.contents import Contents, judge_checkpoint
-from dsv4_eqx.checkpoint.hub import local_directory
+from dsv4_eqx.checkpoint.download import local_directory
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import PackedTensor
 from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE, whole
-from dsv4_eqx.config import Config
-from dsv4_eqx.costs import num_active_params
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING
-from dsv4_eqx.primitives.packed import codes_per_byte
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING
+from dsv4_eqx.numerics.quantized_weight import codes_per_byte
+from dsv4_eqx.plan.costs import num_active_params
 from dsv4_eqx.sharding.rules import partition_specs
 
 # The first that is in a leaf's path says which part it is.

@@ -17,7 +17,7 @@ from dsv4_eqx.checkpoint.tensors import (
     parse_json,
     read_header,
 )
-from dsv4_eqx.checks import shown
+from dsv4_eqx.numerics.validation import shown
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dsv4_eqx.checkpoint.contents import Contents, open_checkpoint
-from dsv4_eqx.checkpoint.hub import local_directory
+from dsv4_eqx.checkpoint.download import local_directory
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.progress import Progress
 from dsv4_eqx.checkpoint.quantized import PackedTensor
@@ -32,9 +32,9 @@ from dsv4_eqx.checkpoint.tensors import (
     split_region,
     whole,
 )
-from dsv4_eqx.checks import check_flag, checked_dtype, refusal
-from dsv4_eqx.model import DeepSeekV4
-from dsv4_eqx.primitives.packed import PackedWeight, codes_per_byte
+from dsv4_eqx.model.model import DeepSeekV4
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
+from dsv4_eqx.numerics.validation import invalid_argument, validate_dtype, validate_flag
 from dsv4_eqx.sharding.rules import DEFAULT_RULES, Rules, partition_specs
 
 _CALL: Final = "from_pretrained"
@@ -71,9 +71,9 @@ def from_pretrained(
     - `mesh`: places each array over it, as `partition_specs` says; on the default
         device without one. Each process reads only what its devices hold.
     - `rules`: as for `partition_specs`.
-    - `keep_quantized`: leaves quantised weights packed (`PackedWeight`): a byte or half
-        of one for each number, the same numbers, and no gradient. A weight of which
-        some layers are quantised and others not becomes an array all the same.
+    - `keep_quantized`: leaves quantised weights as they are (`QuantizedWeight`): a byte
+        or half of one for each number, the same numbers, and no gradient. A weight of
+        which some layers are quantised and others not becomes an array all the same.
     - `revision`: branch, tag or commit, where the name is one on the hub.
 
     **Raises:** ValueError naming file and tensor, what was expected and what was found,
@@ -82,11 +82,11 @@ def from_pretrained(
     ImportError if the hub's package is needed and missing, OSError if the hub does not
     give the checkpoint. Pickles are never opened.
     """
-    check_flag(_CALL, "keep_quantized", keep_quantized)
+    validate_flag(_CALL, "keep_quantized", keep_quantized)
     if dtype is not None:
-        dtype = checked_dtype(_CALL, dtype)
+        dtype = validate_dtype(_CALL, dtype)
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise refusal(_CALL, "mesh", mesh, "from make_mesh, or None")
+        raise invalid_argument(_CALL, "mesh", mesh, "from make_mesh, or None")
     directory = local_directory(_CALL, directory, revision)
     contents = open_checkpoint(_CALL, directory, dtype)
     model = contents.plan.model
@@ -141,7 +141,7 @@ class Loader:
 
     def load(
         self, source: Source, leaf: Any, sharding: NamedSharding | None
-    ) -> Array | PackedWeight:
+    ) -> Array | QuantizedWeight:
         """One leaf of the model.
 
         **Arguments:**
@@ -196,7 +196,7 @@ class Loader:
         leaf: Any,
         packed: dict[str, PackedTensor],
         sharding: NamedSharding | None,
-    ) -> PackedWeight:
+    ) -> QuantizedWeight:
         *outer, columns = leaf.shape
         local = columns
         if sharding is not None:
@@ -227,7 +227,7 @@ class Loader:
 
         codes = build(columns // per_byte, read_codes)
         scales = build(columns // block, read_scales)
-        return PackedWeight(codes, scales, some.code_dtype, np.dtype(leaf.dtype))
+        return QuantizedWeight(codes, scales, some.code_dtype, np.dtype(leaf.dtype))
 
     def _build(
         self,

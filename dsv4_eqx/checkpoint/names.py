@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
-from dsv4_eqx.primitives.packed import is_packed
+from dsv4_eqx.numerics.quantized_weight import is_quantized
 
 
 class _Row(NamedTuple):
@@ -144,7 +144,7 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
     - `official`: DeepSeek's names rather than Hugging Face's. Prediction blocks have
         DeepSeek's in both.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_packed)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         prefixes, row, is_stacked = _locate(name, model.layers, official)

@@ -1,7 +1,7 @@
 """Weights that a checkpoint stores in 8 or 4 bits, with a power of two for each block.
 
 FP8 (E4M3) has a scale for 128 x 128 numbers, FP4 (E2M1) for 32 of a row; a block at the
-edge is smaller. In a model (`PackedWeight`) every row has scales of its own, so that
+edge is smaller. In a model (`QuantizedWeight`) every row has scales of its own, so that
 rows split over a mesh anywhere, and blocks are narrow enough for columns to split too.
 """
 
@@ -24,7 +24,7 @@ from dsv4_eqx.checkpoint.tensors import (
     whole,
 )
 from dsv4_eqx.checkpoint.write import NewTensor
-from dsv4_eqx.primitives.packed import PackedWeight, codes_per_byte
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
 
 FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
 FP4: Final = np.dtype(ml_dtypes.float4_e2m1fn)
@@ -217,7 +217,7 @@ def unpack_on_cpu(
 def _unpack_blocks(
     codes: Array, scales: Array, code_dtype: np.dtype, dtype: np.dtype
 ) -> Array:
-    return PackedWeight(codes, scales, code_dtype, dtype).unpack()
+    return QuantizedWeight(codes, scales, code_dtype, dtype).dequantize()
 
 
 def scale_faults(codes: StoredTensor, scales: StoredTensor | None, source: Source):
@@ -262,7 +262,7 @@ def code_dtype_of(tensor: StoredTensor) -> np.dtype | None:
 def packed_tensors(
     name: str,
     source: Source,
-    weight: PackedWeight,
+    weight: QuantizedWeight,
     part: Callable[[Array, Region], np.ndarray],
 ) -> Iterator[NewTensor]:
     """A packed weight's part as the two tensors that the release has for it.

@@ -12,7 +12,6 @@ from jax import lax
 from jaxtyping import Array
 
 from dsv4_eqx.checkpoint.names import Source, sources
-from dsv4_eqx.checkpoint.plan import abstract_model
 from dsv4_eqx.checkpoint.quantized import (
     BLOCKS,
     FP4,
@@ -24,11 +23,11 @@ from dsv4_eqx.checkpoint.quantized import (
 from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.tensors import Region, sizes_of
 from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
-from dsv4_eqx.checks import check_flag, checked_dtype, refusal
-from dsv4_eqx.config import Config
-from dsv4_eqx.hf_config import SLIDING
-from dsv4_eqx.model import DeepSeekV4
-from dsv4_eqx.primitives.packed import PackedWeight, is_packed
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import SLIDING
+from dsv4_eqx.model.model import DeepSeekV4, abstract_model
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, is_quantized
+from dsv4_eqx.numerics.validation import invalid_argument, validate_dtype, validate_flag
 
 _CALL: Final = "save_pretrained"
 MOST_FILE_BYTES: Final = 5 * 10**9
@@ -65,7 +64,7 @@ def save_pretrained(
     devices; or if the configuration cannot express its schedule or quantisation. All of
     that before anything is written.
     """
-    check_flag(_CALL, "official", official)
+    validate_flag(_CALL, "official", official)
     target = checked_target(
         _CALL,
         "directory",
@@ -107,18 +106,18 @@ def check_for_hf(call: str, config: Config) -> None:
 
 def _quantization(model: DeepSeekV4) -> dict[str, Any]:
     """What a release's configuration says of its packed weights."""
-    leaves = jax.tree.leaves(model, is_leaf=is_packed)
-    if not any(map(is_packed, leaves)):
+    leaves = jax.tree.leaves(model, is_leaf=is_quantized)
+    if not any(map(is_quantized, leaves)):
         return {}
     experts = {
         leaf.code_dtype
         for source, leaf in sources(model, official=True)
-        if is_packed(leaf) and ".experts." in source.path
+        if is_quantized(leaf) and ".experts." in source.path
     }
     if len(experts) > 1:
         raise ValueError(
             f"{_CALL}: some experts are packed as FP4 and others as FP8, and a "
-            "configuration has one of them for all; save unpacked(model)."
+            "configuration has one of them for all; save dequantize(model)."
         )
     quantization = KNOWN_QUANTIZATION | {
         "scale_fmt": "ue8m0",
@@ -131,10 +130,10 @@ def _quantization(model: DeepSeekV4) -> dict[str, Any]:
 def _check_model(model: Any) -> None:
     if not isinstance(model, DeepSeekV4):
         allowed = "a DeepSeekV4; of a ShardedModel give `.model`"
-        raise refusal(_CALL, "model", type(model).__name__, allowed)
-    dtype = checked_dtype(_CALL, getattr(model.embedding, "dtype", None))
+        raise invalid_argument(_CALL, "model", type(model).__name__, allowed)
+    dtype = validate_dtype(_CALL, getattr(model.embedding, "dtype", None))
     wanted = abstract_model(model.config, dtype)
-    found, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_packed)
+    found, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)
     if structure != jax.tree.structure(wanted):
         raise ValueError(
             f"{_CALL}: the model's parts are not those of its configuration; give it "
@@ -167,7 +166,7 @@ def _has_numbers(array: Any) -> bool:
 
 
 def _tensors_of(source: Source, leaf: Any, official: bool) -> Iterator[NewTensor]:
-    if not (is_packed(leaf) and official):
+    if not (is_quantized(leaf) and official):
         read = functools.partial(_host_part, leaf)
         yield from array_tensors(source, np.dtype(leaf.dtype), read)
         return
@@ -209,9 +208,9 @@ def _read_at(
     return read((*place, *region)).reshape(sizes_of(region))
 
 
-def _host_part(leaf: Array | PackedWeight, region: Region) -> np.ndarray:
+def _host_part(leaf: Array | QuantizedWeight, region: Region) -> np.ndarray:
     """A region of a leaf, whichever devices hold it; all of what is not said."""
-    if isinstance(leaf, PackedWeight):
+    if isinstance(leaf, QuantizedWeight):
         codes, scales = (_host_part(x, region[:-1]) for x in (leaf.codes, leaf.scales))
         values = unpack_on_cpu(codes, scales, leaf.code_dtype, np.dtype(leaf.dtype))
         return values.reshape(*codes.shape[:-1], -1)[..., region[-1]]

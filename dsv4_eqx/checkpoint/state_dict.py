@@ -9,16 +9,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dsv4_eqx.checkpoint.names import Source
-from dsv4_eqx.checkpoint.plan import (
+from dsv4_eqx.checkpoint.inventory import (
     Plan,
     faults_error,
     make_plan,
     naming_faults,
 )
-from dsv4_eqx.checks import FLOATS, refusal
-from dsv4_eqx.config import Config
-from dsv4_eqx.model import DeepSeekV4
+from dsv4_eqx.checkpoint.names import Source
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.model.model import DeepSeekV4
+from dsv4_eqx.numerics.validation import FLOATS, invalid_argument
 
 
 def from_state_dict(
@@ -46,10 +46,12 @@ def from_state_dict(
     `tensors` are something else, or `dtype` is none for weights.
     """
     if not isinstance(config, Config):
-        raise refusal("from_state_dict", "config", config, "a Config")
+        raise invalid_argument("from_state_dict", "config", config, "a Config")
     if not isinstance(tensors, Mapping):
         allowed = "a mapping of names to arrays"
-        raise refusal("from_state_dict", "tensors", type(tensors).__name__, allowed)
+        raise invalid_argument(
+            "from_state_dict", "tensors", type(tensors).__name__, allowed
+        )
     plan = make_plan("from_state_dict", config, tensors, dtype, _dtype_of)
     _check_complete(plan)
     leaves = [_assemble(source, leaf, plan.tensors) for source, leaf in plan.wanted]

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from dsv4_eqx.checkpoint.directory import CONFIG, INDEX, SINGLE, read_index
-from dsv4_eqx.checks import check_flag, path_of
-from dsv4_eqx.primitives.checked import checked_size
+from dsv4_eqx.numerics.validation import path_of, validate_flag, validate_size
 
 
 class Target(NamedTuple):
@@ -37,8 +36,8 @@ def checked_target(
     **Raises:** ValueError if an argument is out of its range, or there is something
     under that name that must stay.
     """
-    check_flag(call, "overwrite", overwrite)
-    most_file_bytes = checked_size(call, "most_file_bytes", most_file_bytes)
+    validate_flag(call, "overwrite", overwrite)
+    most_file_bytes = validate_size(call, "most_file_bytes", most_file_bytes)
     path = pathlib.Path(os.path.abspath(path_of(call, name, directory)))
     fault = _why_not_free(path, bool(overwrite))
     if fault is not None:

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dsv4_eqx.checks import is_int, shown
+from dsv4_eqx.numerics.validation import is_int, shown
 
 # The names that safetensors has for dtypes; I8 holds pairs of FP4 codes.
 DTYPES: Final[dict[str, np.dtype]] = {

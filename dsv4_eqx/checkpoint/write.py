@@ -15,7 +15,7 @@ from dsv4_eqx.checkpoint.directory import CONFIG, INDEX, SINGLE
 from dsv4_eqx.checkpoint.progress import Progress
 from dsv4_eqx.checkpoint.target import Target, carry_over, staying
 from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE, Region, split_region, whole
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
 
 _MOST_ELEMENTS: Final = 1 << 22  # that are in memory at a time
 _ALIGNMENT: Final = 8

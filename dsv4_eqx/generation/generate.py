@@ -15,19 +15,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from dsv4_eqx.abstract import AbstractModel, Cache
-from dsv4_eqx.checks import check_flag, is_int, refusal
 from dsv4_eqx.generation.prompt import Caches, parts, read_prompt
 from dsv4_eqx.generation.sampling import Sampling, stop_ids
 from dsv4_eqx.generation.steps import Chosen, Draft, Rules, State, start, step
 from dsv4_eqx.generation.stream import TokenStream
-from dsv4_eqx.inputs import (
+from dsv4_eqx.model.abstract import AbstractModel, Cache
+from dsv4_eqx.model.inputs import (
     Lengths,
     TokenIds,
-    are_known,
-    check_lengths,
-    check_token_ids,
+    is_concrete,
+    validate_lengths,
+    validate_token_ids,
 )
+from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_flag
 
 
 class Generated(eqx.Module):
@@ -157,8 +157,8 @@ def _checked(
 ) -> _Asked:
     if not isinstance(model, AbstractModel):
         allowed = "a DeepSeekV4 or a ShardedModel"
-        raise refusal(call, "model", type(model).__name__, allowed)
-    if not are_known(tokens, lengths):
+        raise invalid_argument(call, "model", type(model).__name__, allowed)
+    if not is_concrete(tokens, lengths):
         raise ValueError(
             f"{call}: the prompts are traced, or lie over several processes; it "
             "compiles its own loop: call it outside of jit, with arrays of numpy."
@@ -167,18 +167,18 @@ def _checked(
     vocab, most = model.config.vocab_size, model.config.max_position_embeddings
     if not is_int(max_new_tokens) or max_new_tokens < 1:
         allowed = "an integer of at least 1"
-        raise refusal(call, "max_new_tokens", max_new_tokens, allowed)
-    check_flag(call, "speculative", speculative)
+        raise invalid_argument(call, "max_new_tokens", max_new_tokens, allowed)
+    validate_flag(call, "speculative", speculative)
     if speculative and model.num_mtp != 1:
         raise ValueError(
             f"{call}: the model has {model.num_mtp} prediction blocks "
             "(num_nextn_predict_layers); speculative=True needs one."
         )
-    lengths = np.asarray(check_lengths(call, lengths, tokens))
+    lengths = np.asarray(validate_lengths(call, lengths, tokens))
     if lengths.min() < 1:
         row = int(lengths.argmin())
         raise ValueError(f"{call}: the prompt of row {row} has no token.")
-    tokens = np.asarray(check_token_ids(call, tokens, vocab, lengths))
+    tokens = np.asarray(validate_token_ids(call, tokens, vocab, lengths))
     longest = int(lengths.max())
     if longest + max_new_tokens > most:
         raise ValueError(

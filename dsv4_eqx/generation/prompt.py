@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.abstract import AbstractModel, Cache
-from dsv4_eqx.mtp import MTPCache
+from dsv4_eqx.model.abstract import AbstractModel, Cache
+from dsv4_eqx.model.mtp import MTPCache
 
 _SMALLEST_PART: Final = 16
 _LARGEST_PART: Final = 512

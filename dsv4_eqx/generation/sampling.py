@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.checks import check_key, is_int, is_number, refusal
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_int,
+    is_number,
+    validate_key,
+)
 
 
 class Sampling(eqx.Module):
@@ -48,18 +53,22 @@ class Sampling(eqx.Module):
         **Raises:** ValueError that names what is out of its range or missing.
         """
         if not is_number(temperature) or temperature < 0:
-            raise refusal(call, "temperature", temperature, "a number of at least 0")
+            raise invalid_argument(
+                call, "temperature", temperature, "a number of at least 0"
+            )
         if top_k is not None and not (is_int(top_k) and top_k >= 1):
-            raise refusal(call, "top_k", top_k, "an integer of at least 1, or None")
+            raise invalid_argument(
+                call, "top_k", top_k, "an integer of at least 1, or None"
+            )
         if not is_number(top_p) or not 0 < top_p <= 1:
-            raise refusal(call, "top_p", top_p, "in (0, 1]")
+            raise invalid_argument(call, "top_p", top_p, "in (0, 1]")
         if not is_number(min_p) or not 0 <= min_p <= 1:
-            raise refusal(call, "min_p", min_p, "in [0, 1]")
+            raise invalid_argument(call, "min_p", min_p, "in [0, 1]")
         if temperature > 0 and key is None:
             allowed = "a key, as from jax.random.key(0), where the temperature is not 0"
-            raise refusal(call, "key", key, allowed)
+            raise invalid_argument(call, "key", key, allowed)
         if key is not None:
-            check_key(call, key)
+            validate_key(call, key)
         most = 2**31 - 1
         self.temperature = jnp.asarray(temperature, jnp.float32)
         # What is smaller, XLA may take for 0.
@@ -171,5 +180,5 @@ def stop_ids(call: str, eos_id: Any, vocab: int) -> Int[Array, " ids"]:
     for one in ids:
         if not is_int(one) or not 0 <= one < vocab:
             allowed = f"a token id in [0, {vocab}), or a list of some"
-            raise refusal(call, "eos_id", eos_id, allowed)
+            raise invalid_argument(call, "eos_id", eos_id, allowed)
     return jnp.asarray(ids, jnp.int32)

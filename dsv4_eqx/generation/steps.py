@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PRNGKeyArray
 
-from dsv4_eqx.abstract import AbstractModel, Cache
 from dsv4_eqx.generation.prompt import Caches, last_of
 from dsv4_eqx.generation.sampling import Sampling
-from dsv4_eqx.mtp import MTPCache
+from dsv4_eqx.model.abstract import AbstractModel, Cache
+from dsv4_eqx.model.mtp import MTPCache
 
 
 class Draft(eqx.Module):

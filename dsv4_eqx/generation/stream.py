@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsv4_eqx.abstract import AbstractModel
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.steps import Rules, State, start, step
+from dsv4_eqx.model.abstract import AbstractModel
 
 
 class TokenStream(Iterator[np.ndarray]):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.numerics.precision import at_least_float32
 
 
 def clamped_swiglu(

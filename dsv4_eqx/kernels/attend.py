@@ -22,8 +22,8 @@ from dsv4_eqx.kernels.entries import (
     visible,
 )
 from dsv4_eqx.kernels.form import current_form, is_reference
-from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.varying import match_varying
 
 
 def attend_reference(
@@ -33,7 +33,7 @@ def attend_reference(
     sinks: Float[Array, " heads"],
     entries: Entries | None = None,
     selection: Selection = None,
-    owners: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """What `attend` computes, in a few lines; all logits exist at once.
 
@@ -43,7 +43,7 @@ def attend_reference(
     seen = in_window(positions, window_keys.shape[1])
     keys = window_keys
     if entries is not None:
-        sees = visible(entries, positions, owners)
+        sees = visible(entries, positions, segment_ids)
         if selection is not None and is_index(selection):
             every = jnp.arange(entries.shape[1])
             sees = jnp.any(selection[..., None] == every, axis=2)
@@ -68,7 +68,7 @@ def attend(
     sinks: Float[Array, " heads"],
     entries: Entries | None = None,
     selection: Selection = None,
-    owners: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Attention of a block of consecutive queries over window, entries and sink.
 
@@ -84,17 +84,17 @@ def attend(
     - `entries`: compressed entries, if the layer has them.
     - `selection`: which of them each query attends to. A mask shows none that the
         query may not see; indices must be of entries that it may see.
-    - `owners`: document of each query, if the entries have owners.
+    - `segment_ids`: document of each query, if the entries have segment_ids.
     """
     if entries is not None and entries.shape[1] == 0:
         entries = selection = None
     if is_reference():
         return attend_reference(
-            queries, positions, window_keys, sinks, entries, selection, owners
+            queries, positions, window_keys, sinks, entries, selection, segment_ids
         )
-    operands = queries, window_keys, sinks, entries, positions, owners, selection
+    operands = queries, window_keys, sinks, entries, positions, segment_ids, selection
     leaves, structure = jax.tree.flatten(operands)
-    operands = jax.tree.unflatten(structure, alike(*leaves))
+    operands = jax.tree.unflatten(structure, match_varying(*leaves))
     floats, others = eqx.partition(operands, eqx.is_inexact_array)
     form = current_form()
     if form.hopper and fits_lists(queries.dtype, queries.shape[-1]):

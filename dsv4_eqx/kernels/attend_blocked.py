@@ -27,7 +27,7 @@ from dsv4_eqx.kernels.entries import (
 )
 from dsv4_eqx.kernels.form import Form
 from dsv4_eqx.kernels.query_blocks import KEPT
-from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.numerics.precision import at_least_float32
 
 
 class _Softmax(NamedTuple):
@@ -64,7 +64,7 @@ def attend_blocked(floats, others, form: Form):
 @jax.named_scope("attend")
 def _forward(floats, others, form):
     operands = eqx.combine(floats, others)
-    queries, keys, sinks, entries, positions, owners, selection = operands
+    queries, keys, sinks, entries, positions, segment_ids, selection = operands
     wide = at_least_float32(queries)
     # The sink is where the softmax starts: one logit, without a value.
     top = jnp.zeros_like(wide[..., :1]) + sinks.astype(wide.dtype)[:, None]
@@ -77,7 +77,7 @@ def _forward(floats, others, form):
         tile, tiles = _tiling(entries, positions, form)
 
         def add_tile(i, softmax):
-            _, values, seen = _tile(i, tile, entries, positions, owners, selection)
+            _, values, seen = _tile(i, tile, entries, positions, segment_ids, selection)
             return softmax.add(queries, values, seen)
 
         softmax = lax.fori_loop(0, tiles, add_tile, softmax)
@@ -91,31 +91,19 @@ def _forward(floats, others, form):
 def _backward(form, residuals, d_out):
     floats, others, out, log_total = residuals
     operands = eqx.combine(floats, others)
-    queries, keys, sinks, entries, positions, owners, selection = operands
+    queries, keys, sinks, entries, positions, segment_ids, selection = operands
     # What softmax's derivative subtracts: sum_j p_j dp_j, which is out . d_out.
     wide_out, wide_d_out = at_least_float32(out), at_least_float32(d_out)
     mean = jnp.sum(wide_out * wide_d_out, axis=-1, keepdims=True)
 
-    def backward_of(values: Array, seen: Array) -> tuple[Array, Array]:
-        """Gradients of the queries and of these values."""
-        logits = _masked_logits(queries, values, seen)
-        weights = jnp.exp(logits - log_total)
-        d_logits = weights * (_products(d_out, values) - mean)
-        d_logits = jnp.where(seen[:, :, None], d_logits * _scale(queries), 0)
-        d_queries = _weighted_sum(d_logits, values)
-        if values.ndim == 4:
-            d_values = _outer(d_logits, queries) + _outer(weights, d_out)
-        else:
-            d_values = _turned_outer(d_logits, turned_queries)
-            d_values += _turned_outer(weights, turned_d_out)
-        return d_queries, d_values
-
-    turned_queries, turned_d_out = _turned(queries), _turned(d_out)
-    d_queries, d_keys = backward_of(keys, in_window(positions, keys.shape[1]))
+    rows = _Rows(queries, d_out, log_total, mean)
+    by_head = _transposed(queries), _transposed(d_out)
+    seen = in_window(positions, keys.shape[1])
+    d_queries, d_keys = _gradients_shared(rows, by_head, keys, seen)
     d_entries = None
     if entries is not None and is_index(selection):
         values = gathered(entries.values, selection)
-        more, d_gathered = backward_of(values, selection >= 0)
+        more, d_gathered = _gradients_own(rows, values, selection >= 0)
         d_queries += more
         d_entries = scattered(d_gathered, selection, entries.values.shape[1])
     elif entries is not None:
@@ -123,20 +111,67 @@ def _backward(form, residuals, d_out):
 
         def add_tile(i, gradients):
             d_queries, d_entries = gradients
-            begin, values, seen = _tile(i, tile, entries, positions, owners, selection)
-            more, d_values = backward_of(values, seen)
+            begin, values, seen = _tile(
+                i, tile, entries, positions, segment_ids, selection
+            )
+            more, d_values = _gradients_shared(rows, by_head, values, seen)
             d_values += lax.dynamic_slice_in_dim(d_entries, begin, values.shape[1], 2)
             d_entries = lax.dynamic_update_slice_in_dim(d_entries, d_values, begin, 2)
             return d_queries + more, d_entries
 
-        turned = *d_keys.shape[:2], entries.values.shape[1]
-        gradients = d_queries, jnp.zeros_like(d_keys, shape=turned)
+        transposed = *d_keys.shape[:2], entries.values.shape[1]
+        gradients = d_queries, jnp.zeros_like(d_keys, shape=transposed)
         d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
         d_entries = jnp.swapaxes(d_entries, 1, 2)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
     gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
     gradients += [] if d_entries is None else [d_entries]
     return _in_form_of(floats, gradients), None
+
+
+class _Rows(NamedTuple):
+    """What every gradient of a block of queries needs.
+
+    With S = scale q.k the logits, P = exp(S - L) the weights and v = k the values:
+    dP = dO.v, dS = P (dP - D) where D = O.dO, dq = scale sum_k dS k, and a value, which
+    is also the key, gets sum_q P dO + scale sum_q dS q.
+    """
+
+    queries: Array
+    d_out: Array
+    log_total: Array  # L
+    mean: Array  # D
+
+    def weights(self, values: Array, seen: Array) -> tuple[Array, Array]:
+        """P, and dS times the scale."""
+        logits = _masked_logits(self.queries, values, seen)
+        weights = jnp.exp(logits - self.log_total)
+        d_logits = weights * (_products(self.d_out, values) - self.mean)
+        d_logits = jnp.where(seen[:, :, None], d_logits * _scale(self.queries), 0)
+        return weights, d_logits
+
+
+def _gradients_own(rows: _Rows, values: Array, seen: Array) -> tuple[Array, Array]:
+    """Of the queries, and of values that each query has for itself."""
+    weights, d_logits = rows.weights(values, seen)
+    d_values = _outer(d_logits, rows.queries) + _outer(weights, rows.d_out)
+    return _weighted_sum(d_logits, values), d_values
+
+
+def _gradients_shared(
+    rows: _Rows, by_head: tuple[Array, Array], values: Array, seen: Array
+) -> tuple[Array, Array]:
+    """Of the queries, and of values that all queries share, transposed.
+
+    **Arguments:**
+
+    - `by_head`: the queries and `d_out`, transposed once for all tiles.
+    """
+    weights, d_logits = rows.weights(values, seen)
+    queries, d_out = by_head
+    d_values = _transposed_outer(d_logits, queries)
+    d_values += _transposed_outer(weights, d_out)
+    return _weighted_sum(d_logits, values), d_values
 
 
 def _in_form_of(tree: PyTree, leaves: list[Array]) -> PyTree:
@@ -173,16 +208,18 @@ def _outer(weights: Array, queries: Array) -> Array:
     return _einsum("bqhk,bqhc->bqkc", weights.astype(queries.dtype), queries)
 
 
-# The gradient of values that all queries share, `[batch, channel, keys]`. Turning the
-# queries once spares XLA on CPU turning the weights of every tile.
-def _turned(queries: Array) -> Array:
+# The gradient of values that all queries share is `[batch, channel, keys]`. Transposing
+# the queries once spares XLA on CPU transposing the weights of every tile.
+def _transposed(queries: Array) -> Array:
     batch, _, _, channels = queries.shape
     return jnp.swapaxes(queries.reshape(batch, -1, channels), 1, 2)
 
 
-def _turned_outer(weights: Array, turned: Array) -> Array:
-    rows = weights.reshape(turned.shape[0], turned.shape[2], -1).astype(turned.dtype)
-    return _einsum("bcr,brk->bck", turned, rows)
+def _transposed_outer(weights: Array, transposed: Array) -> Array:
+    rows = weights.reshape(transposed.shape[0], transposed.shape[2], -1).astype(
+        transposed.dtype
+    )
+    return _einsum("bcr,brk->bck", transposed, rows)
 
 
 def _einsum(equation: str, left: Array, right: Array) -> Array:
@@ -208,7 +245,7 @@ def _tile(
     tile: int,
     entries: Entries,
     positions: Int[Array, "batch block"],
-    owners: Int[Array, "batch block"] | None,
+    segment_ids: Int[Array, "batch block"] | None,
     mask: Bool[Array, "batch block entries"] | None,
 ) -> tuple[Array, Array, Array]:
     """A tile's first entry, its values, and which of them each query sees."""
@@ -220,10 +257,12 @@ def _tile(
         values,
         *jax.tree.map(
             lambda x: lax.dynamic_slice_in_dim(x, begin, tile, axis=1),
-            (entries.last_positions, entries.owners),
+            (entries.last_positions, entries.segment_ids),
         ),
     )
-    seen = visible(part, positions, owners) & (begin + jnp.arange(tile) >= i * tile)
+    seen = visible(part, positions, segment_ids) & (
+        begin + jnp.arange(tile) >= i * tile
+    )
     if mask is not None:
         seen &= lax.dynamic_slice_in_dim(mask, begin, tile, axis=2)
     return begin, values, seen

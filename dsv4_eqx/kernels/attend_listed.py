@@ -58,10 +58,12 @@ def _forward(floats, others):
     # Pallas is imported where it is used: most users have no such GPU.
     from dsv4_eqx.kernels.hopper_attention import attend_lists
 
-    queries, keys, sinks, entries, positions, owners, selection = eqx.combine(
+    queries, keys, sinks, entries, positions, segment_ids, selection = eqx.combine(
         floats, others
     )
-    lists, num_keys = key_lists(positions, keys.shape[1], entries, selection, owners)
+    lists, num_keys = key_lists(
+        positions, keys.shape[1], entries, selection, segment_ids
+    )
     window, rows = _rows(keys, entries)
     batch, seq, heads, dim = queries.shape
     out, log_total = attend_lists(
@@ -87,10 +89,12 @@ def _backward(residuals, d_out):
     from dsv4_eqx.kernels.hopper_attention_backward import attend_lists_backward
 
     floats, others, out, log_total = residuals
-    queries, keys, sinks, entries, positions, owners, selection = eqx.combine(
+    queries, keys, sinks, entries, positions, segment_ids, selection = eqx.combine(
         floats, others
     )
-    lists, num_keys = key_lists(positions, keys.shape[1], entries, selection, owners)
+    lists, num_keys = key_lists(
+        positions, keys.shape[1], entries, selection, segment_ids
+    )
     window, rows = _rows(keys, entries)
     heads, dim = queries.shape[2:]
     flat = (x.reshape(-1, heads, dim) for x in (queries, out, d_out))
@@ -126,7 +130,7 @@ def key_lists(
     num_window_keys: int,
     entries: Entries | None,
     selection: Selection,
-    owners: Int[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
 ) -> tuple[Int[Array, "queries keys"], Int[Array, " queries"]]:
     """Rows of the keys that each query sees, and how many of the list's are used.
 
@@ -135,7 +139,7 @@ def key_lists(
 
     **Arguments:**
 
-    - `positions`, `entries`, `selection`, `owners`: as for `attend`.
+    - `positions`, `entries`, `selection`, `segment_ids`: as for `attend`.
     - `num_window_keys`: of each row of the batch.
     """
     batch, seq = positions.shape
@@ -149,7 +153,7 @@ def key_lists(
     parts = [jnp.where(sees, row * num_window_keys + index, -1)]
     used = jnp.full((batch, seq), window, jnp.int32)
     if entries is not None:
-        chosen = _chosen_entries(positions, entries, selection, owners)
+        chosen = _chosen_entries(positions, entries, selection, segment_ids)
         at = stacked(entries.values)
         first = (at.layer * batch + row) * at.shape[1] + batch * num_window_keys
         parts.append(jnp.where(chosen >= 0, first + chosen, -1))
@@ -164,12 +168,12 @@ def _chosen_entries(
     positions: Int[Array, "batch seq"],
     entries: Entries,
     selection: Selection,
-    owners: Int[Array, "batch seq"] | None,
+    segment_ids: Int[Array, "batch seq"] | None,
 ) -> Int[Array, "batch seq chosen"]:
     """The entries that each query attends to, -1 for none."""
     if selection is not None and is_index(selection):
         return selection
-    seen = visible(entries, positions, owners)
+    seen = visible(entries, positions, segment_ids)
     if selection is not None:
         return listed(seen & selection, seen.shape[-1])
     every = jnp.arange(seen.shape[-1], dtype=jnp.int32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.kernels.form import is_reference
-from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.numerics.precision import at_least_float32
 
 
 def dispatch(

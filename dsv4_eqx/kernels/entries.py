@@ -42,7 +42,7 @@ class Entries(eqx.Module):
     values: Values
     last_positions: Int[Array, "batch entries"]
     # The document that each belongs to; None where a row is a single one.
-    owners: Int[Array, "batch entries"] | None = None
+    segment_ids: Int[Array, "batch entries"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def in_window(
 def visible(
     entries: Entries,
     positions: Int[Array, "batch seq"],
-    owners: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Bool[Array, "batch seq entries"]:
     """Whether an entry has the query's owner and its last token is not after the query.
 
@@ -95,16 +95,18 @@ def visible(
 
     - `entries`: the compressed entries.
     - `positions`: of the queries.
-    - `owners`: of the queries, if the entries have owners.
+    - `segment_ids`: of the queries, if the entries have segment_ids.
 
-    **Raises:** ValueError if only queries or only entries have owners.
+    **Raises:** ValueError if only queries or only entries have segment_ids.
     """
-    if (owners is None) != (entries.owners is None):
-        which = "entries" if owners is None else "queries"
-        raise ValueError(f"only the {which} have owners: give both owners, or neither.")
+    if (segment_ids is None) != (entries.segment_ids is None):
+        which = "entries" if segment_ids is None else "queries"
+        raise ValueError(
+            f"only the {which} have segment_ids: give both segment_ids, or neither."
+        )
     seen = entries.last_positions[:, None, :] <= positions[:, :, None]
-    if owners is not None and entries.owners is not None:
-        seen &= entries.owners[:, None, :] == owners[:, :, None]
+    if segment_ids is not None and entries.segment_ids is not None:
+        seen &= entries.segment_ids[:, None, :] == segment_ids[:, :, None]
     return seen
 
 

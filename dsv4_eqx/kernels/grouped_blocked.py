@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from dsv4_eqx.kernels.activation import activate
-from dsv4_eqx.primitives.packed import is_packed, unpacked
-from dsv4_eqx.primitives.precision import wide_dtype
+from dsv4_eqx.numerics.precision import wide_dtype
+from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
 
 # Rows in a block, as many large ones as fit first. Small blocks waste fewer rows at a
 # group's end, large ones multiply faster and add to the weights' gradient less often.
@@ -91,7 +91,7 @@ def blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, lim
         return outputs, (d_gate_up, d_down)
 
     def zeros(matrices):
-        return None if is_packed(matrices) else jnp.zeros_like(matrices[0])
+        return None if is_quantized(matrices) else jnp.zeros_like(matrices[0])
 
     outputs = jnp.zeros_like(rows), jnp.zeros_like(weights)
     sums = zeros(gate_up), zeros(down)
@@ -174,7 +174,7 @@ def _over_blocks(
 
     **Returns:** the outputs and the group's sums.
     """
-    matrices = unpacked(matrices)
+    matrices = dequantize(matrices)
     state = outputs, sums
     num_rows = jax.tree.leaves(outputs)[0].shape[0]
     for size in blocks:

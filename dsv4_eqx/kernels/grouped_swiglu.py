@@ -16,8 +16,8 @@ from dsv4_eqx.kernels.activation import activate
 from dsv4_eqx.kernels.form import Form, current_form, is_reference
 from dsv4_eqx.kernels.grouped_blocked import blocked_backward, blocked_forward
 from dsv4_eqx.kernels.grouped_products import outer_product, product
-from dsv4_eqx.primitives.packed import PackedWeight, is_packed, unpacked
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize, is_quantized
+from dsv4_eqx.numerics.varying import match_varying
 
 _Index = Int[Array, ""] | int
 
@@ -25,8 +25,8 @@ _Index = Int[Array, ""] | int
 def grouped_swiglu_reference(
     rows: Array,
     weights: Array,
-    gate_up: Array | PackedWeight,
-    down: Array | PackedWeight,
+    gate_up: Array | QuantizedWeight,
+    down: Array | QuantizedWeight,
     group_sizes: Array,
     limit: float,
     first: _Index = 0,
@@ -38,7 +38,7 @@ def grouped_swiglu_reference(
     ends = jnp.cumsum(group_sizes)
     group = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= ends, axis=1)
     own = first + jnp.minimum(group, len(group_sizes) - 1)
-    matrices = unpacked((gate_up, down))
+    matrices = dequantize((gate_up, down))
     gate_up, down = (x[own] for x in matrices)
     before = jnp.einsum("ri,roi->ro", rows, gate_up)
     hidden = activate(before, weights, limit).astype(rows.dtype)
@@ -48,8 +48,8 @@ def grouped_swiglu_reference(
 def grouped_swiglu(
     rows: Float[Array, "rows dim"],
     weights: Float[Array, " rows"],
-    gate_up: Float[Array, "matrices both_hidden dim"] | PackedWeight,
-    down: Float[Array, "matrices dim hidden"] | PackedWeight,
+    gate_up: Float[Array, "matrices both_hidden dim"] | QuantizedWeight,
+    down: Float[Array, "matrices dim hidden"] | QuantizedWeight,
     group_sizes: Int[Array, " groups"],
     limit: float,
     *,
@@ -64,8 +64,8 @@ def grouped_swiglu(
     - `rows`: sorted by group; what lies past the last group gives finite values.
     - `weights`: of the rows.
     - `gate_up`, `down`: matrices of each group, the gate in the first half, and perhaps
-        others that are not read. Packed ones are unpacked a group at a time and get no
-        gradient.
+        others that are not read. Quantised ones are dequantised a group at a time and
+        get no gradient.
     - `group_sizes`: rows of each group.
     - `limit`: as for `clamped_swiglu`.
     - `first`: which matrix is the first group's.
@@ -78,7 +78,7 @@ def grouped_swiglu(
         )
     operands = rows, weights, gate_up, down, group_sizes, jnp.asarray(first)
     leaves, structure = jax.tree.flatten(operands)
-    operands = jax.tree.unflatten(structure, alike(*leaves))
+    operands = jax.tree.unflatten(structure, match_varying(*leaves))
     return _grouped_swiglu(*operands, limit, current_form())
 
 
@@ -143,9 +143,9 @@ def _among_all(d_own: Array, first: _Index, matrices: Array) -> Array:
 
 def _at_once(rows, weights, gate_up, down, group_sizes, first, limit, form):
     """The output, and what the activation is given."""
-    if is_packed(gate_up) or is_packed(down):
+    if is_quantized(gate_up) or is_quantized(down):
         own = _of_groups((gate_up, down), first, len(group_sizes))
-        (gate_up, down), first = unpacked(own), 0
+        (gate_up, down), first = dequantize(own), 0
     before = product(rows, gate_up, group_sizes, first, form=form)
     hidden = activate(before, weights, limit).astype(rows.dtype)
     return product(hidden, down, group_sizes, first, form=form), before
@@ -154,8 +154,8 @@ def _at_once(rows, weights, gate_up, down, group_sizes, first, limit, form):
 def _at_once_backward(
     rows, weights, gate_up, down, sizes, before, cotangent, limit, form
 ):
-    trained = not is_packed(gate_up), not is_packed(down)
-    gate_up, down = unpacked((gate_up, down))
+    trained = not is_quantized(gate_up), not is_quantized(down)
+    gate_up, down = dequantize((gate_up, down))
     past_end = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)
     cotangent = jnp.where(past_end[:, None], 0, cotangent)
     hidden, pullback = jax.vjp(

@@ -18,7 +18,7 @@ from dsv4_eqx.kernels.hopper_attention_kernel import (
     lists_kernel,
 )
 from dsv4_eqx.kernels.hopper_gather import BLOCK
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.varying import match_varying
 
 
 def attend_lists(
@@ -72,7 +72,7 @@ def attend_lists(
     lists = _padded(lists.astype(jnp.int32), 1, length, -1)
     operands = queries, window, entries, lists, num_keys.astype(jnp.int32)
     out, log_total = lists_kernel(sizes, operands, interpret)(*operands)
-    out, log_total = alike(out, log_total, *operands)[:2]
+    out, log_total = match_varying(out, log_total, *operands)[:2]
     out, log_total = _joined(out, log_total, splits)
     return out[:, :heads, :head_dim].astype(queries.dtype), log_total[:, :heads]
 
@@ -81,7 +81,7 @@ def _nothing(queries, *others):
     """What there is of no queries, or where there are no keys."""
     log_total = jnp.full(queries.shape[:2], -jnp.inf, jnp.float32)
     operands = queries, *others
-    out, log_total, *_ = alike(jnp.zeros_like(queries), log_total, *operands)
+    out, log_total, *_ = match_varying(jnp.zeros_like(queries), log_total, *operands)
     return out, log_total
 
 

@@ -30,7 +30,7 @@ from dsv4_eqx.kernels.hopper_attention_backward_kernel import (
     memory_and_barriers,
 )
 from dsv4_eqx.kernels.hopper_gather import BLOCK
-from dsv4_eqx.primitives.varying import alike, shape_varying_like
+from dsv4_eqx.numerics.varying import match_varying, shape_varying_like
 
 
 def attend_lists_backward(
@@ -90,7 +90,7 @@ def attend_lists_backward(
     run = _run_interpreted if sizes.interprets else _run
     d_queries, *d_rows = run(sizes, operands, interpret)
     # Sums and what an interpreter did are as if they were equal all over a mesh.
-    d_queries, *d_rows = alike(d_queries, *d_rows, *operands)[:3]
+    d_queries, *d_rows = match_varying(d_queries, *d_rows, *operands)[:3]
     d_window, d_entries = (x[:n, :head_dim] for x, n in zip(d_rows, num_rows))
     return d_queries[:, :heads, :head_dim], d_window, d_entries
 
@@ -99,7 +99,7 @@ def _nothing(queries, window, entries, *others):
     """Gradients where there are no queries, or no keys."""
     operands = queries, window, entries, *others
     d_rows = (jnp.zeros(x.shape, jnp.float32) for x in (window, entries))
-    d_queries, d_window, d_entries, *_ = alike(
+    d_queries, d_window, d_entries, *_ = match_varying(
         jnp.zeros_like(queries), *d_rows, *operands
     )
     return d_queries, d_window, d_entries

@@ -27,7 +27,7 @@ from dsv4_eqx.kernels.hopper_gather import (
     read_indices,
     start_gather,
 )
-from dsv4_eqx.primitives.varying import shape_varying_like
+from dsv4_eqx.numerics.varying import shape_varying_like
 
 # Heads in a tile: the rows of one product.
 HEADS: Final = 64

@@ -28,7 +28,7 @@ from dsv4_eqx.kernels.hopper_scores_kernel import (
     Tiles,
     scores_kernel,
 )
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.varying import match_varying
 
 # Columns of a product to aim at, where there are fewer heads.
 _COLUMNS: Final = 64
@@ -97,7 +97,7 @@ def index_scores(
         keys,
     )
     scores = scores_kernel(sizes, operands, interpret)(*operands)
-    scores = alike(scores, *operands)[0]
+    scores = match_varying(scores, *operands)[0]
     return scores[:, :count, :num_entries]
 
 

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dsv4_eqx.kernels.hopper_tiles import computing_registers, transpose
-from dsv4_eqx.primitives.varying import shape_varying_like
+from dsv4_eqx.numerics.varying import shape_varying_like
 
 # Channels across which shared memory is laid out against bank conflicts.
 SWIZZLED: Final = 64

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from dsv4_eqx.primitives.varying import alike, shape_varying_like
+from dsv4_eqx.numerics.varying import match_varying, shape_varying_like
 
 # Rows of a subtile: what a warpgroup's matrix instruction takes.
 SUBTILE: Final = 64
@@ -262,7 +262,7 @@ def kernel_of(
             kernel_name=name,
             **options,
         )
-        return alike(kernel(*operands), *operands)[0]
+        return match_varying(kernel(*operands), *operands)[0]
 
     return call
 

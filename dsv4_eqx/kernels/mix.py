@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv4_eqx.checks import is_int, refusal
 from dsv4_eqx.kernels.form import current_form, is_reference
-from dsv4_eqx.primitives.precision import at_least_float32, wide_einsum
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.precision import at_least_float32, wide_einsum
+from dsv4_eqx.numerics.validation import invalid_argument, is_int
+from dsv4_eqx.numerics.varying import match_varying
 
 # Of Sinkhorn's 39, on machines that want large steps.
 _ROUNDS_IN_A_STEP: Final = 13
@@ -38,7 +38,9 @@ def sinkhorn(
     **Raises:** ValueError if `iterations` is negative.
     """
     if not is_int(iterations) or iterations < 0:
-        raise refusal("sinkhorn", "iterations", iterations, "an integer of at least 0")
+        raise invalid_argument(
+            "sinkhorn", "iterations", iterations, "an integer of at least 0"
+        )
     matrix = jax.nn.softmax(logits, axis=1) + eps
     if iterations == 0:
         return matrix
@@ -96,7 +98,7 @@ def mix(
     if is_reference():
         wide = at_least_float32(streams)
         return wide_einsum("...jk,...jd->...kd", weights.astype(wide.dtype), wide)
-    return _mix(*alike(weights, streams))
+    return _mix(*match_varying(weights, streams))
 
 
 # XLA on CPU is slow to reduce a dimension in the middle and slower to differentiate it:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsv4_eqx.kernels.form import current_form, is_reference
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.varying import match_varying
 
 
 def pool_windows_reference(
@@ -52,7 +52,7 @@ def pool_windows(
     """
     if is_reference():
         return pool_windows_reference(values, gates)
-    return _pool(*alike(values, gates), current_form())
+    return _pool(*match_varying(values, gates), current_form())
 
 
 class _Softmax(NamedTuple):

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.checks import check_activations
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.activation import clamped_swiglu
 from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
-from dsv4_eqx.primitives.packed import unpacked
-from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.quantized_weight import dequantize
+from dsv4_eqx.numerics.validation import validate_activations
+from dsv4_eqx.numerics.varying import match_varying
 
 
 class Experts(eqx.Module):
@@ -116,8 +116,8 @@ def _run_experts(
     first: Int[Array, ""] | int,
 ) -> Float[Array, "tokens dim"]:
     """As `Experts`, of those of its experts that follow the `first`."""
-    check_activations("Experts", x, experts.gate_up, ("tokens", "dim"))
-    check_routing(x, chosen, weights)
+    validate_activations("Experts", x, experts.gate_up, ("tokens", "dim"))
+    validate_routing(x, chosen, weights)
     *_, hidden, dim = experts.gate_up.shape
     # Gate and up in one matrix; a packed weight's two arrays join alike.
     gate_up = jax.tree.map(
@@ -125,7 +125,7 @@ def _run_experts(
     )
     down = jax.tree.map(lambda x: x.reshape(-1, dim, x.shape[-1]), experts.down)
     slots = chosen.shape[1]
-    x, chosen = alike(x, chosen)
+    x, chosen = match_varying(x, chosen)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     inverse = jnp.argsort(order)
     group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
@@ -141,7 +141,7 @@ def _run_experts(
     return combine(out, order, inverse, slots)
 
 
-def check_routing(x: Array, chosen: Array, weights: Array) -> None:
+def validate_routing(x: Array, chosen: Array, weights: Array) -> None:
     """Refuses experts and weights that are not some for each token.
 
     **Arguments:** as for `Experts`.
@@ -192,8 +192,8 @@ class SharedExpert(eqx.Module):
         **Raises:** ValueError if `x` has other channels or another dtype than the
         expert's weights.
         """
-        check_activations("SharedExpert", x, self.gate_up)
-        gate_up, down = unpacked((self.gate_up, self.down))
+        validate_activations("SharedExpert", x, self.gate_up)
+        gate_up, down = dequantize((self.gate_up, self.down))
         _, hidden, dim = gate_up.shape
         before = jnp.einsum("...d,hd->...h", x, gate_up.reshape(2 * hidden, dim))
         activated = clamped_swiglu(before, self.limit).astype(x.dtype)

@@ -6,11 +6,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.checks import check_activations, check_ids, refusal
-from dsv4_eqx.config import Config
-from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 from dsv4_eqx.moe.experts import Experts, SharedExpert, StackedExperts
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    validate_activations,
+    validate_ids,
+)
 
 
 class MoE(eqx.Module):
@@ -41,7 +45,7 @@ class MoE(eqx.Module):
         **Raises:** ValueError if `kind` is neither.
         """
         if kind not in (HASH_MOE, TOPK_MOE):
-            raise refusal("MoE", "kind", kind, f"{HASH_MOE!r} or {TOPK_MOE!r}")
+            raise invalid_argument("MoE", "kind", kind, f"{HASH_MOE!r} or {TOPK_MOE!r}")
         router_key, experts_key, shared_key = jax.random.split(key, 3)
         router = HashRouter if kind == HASH_MOE else TopKRouter
         self.router = router(config, key=router_key, dtype=dtype)
@@ -61,15 +65,15 @@ class MoE(eqx.Module):
         weights, the token ids are not one integer for each token, or the experts are
         not as many as the router knows.
         """
-        check_activations("MoE", x, self.shared.gate_up, ("batch", "seq", "dim"))
-        check_ids("MoE", "token_ids", token_ids, x.shape[:2])
-        self._check_experts()
+        validate_activations("MoE", x, self.shared.gate_up, ("batch", "seq", "dim"))
+        validate_ids("MoE", "token_ids", token_ids, x.shape[:2])
+        self._validate_experts()
         rows = x.reshape(-1, x.shape[-1])
         routing = self.router(rows, token_ids.reshape(-1))
         routed = self.experts(rows, routing.experts, routing.weights)
         return (routed + self.shared(rows)).astype(x.dtype).reshape(x.shape)
 
-    def _check_experts(self) -> None:
+    def _validate_experts(self) -> None:
         # Wrapped experts send the tokens to where their expert is; bare ones would
         # silently leave out what is on other devices.
         if not isinstance(self.experts, Experts | StackedExperts):
@@ -79,5 +83,5 @@ class MoE(eqx.Module):
             raise ValueError(
                 f"MoE has {own} experts and its router {routes}: where shard_map "
                 "splits the experts, give it the module from "
-                "dsv4_eqx.sharding.shard.parallelize."
+                "dsv4_eqx.sharding.parallelize.parallelize."
             )

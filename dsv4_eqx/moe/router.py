@@ -14,8 +14,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
-from dsv4_eqx.config import Config
-from dsv4_eqx.primitives.product import project
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.numerics.product import project
 
 
 class Routing(NamedTuple):

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dsv4_eqx.checks import checked_dtype
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.numerics.validation import validate_dtype
 from dsv4_eqx.plan.compiled import compile_steps, compiled_report
 from dsv4_eqx.plan.picture import plot_mesh
 from dsv4_eqx.plan.plan import make_plan
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch=rows if options.batch is None else options.batch,
             seq=longest if options.seq is None else options.seq,
             fsdp=options.fsdp,
-            dtype=checked_dtype("plan", options.dtype),
+            dtype=validate_dtype("plan", options.dtype),
         )
-        moments = checked_dtype("plan --optimizer-dtype", options.optimizer_dtype)
+        moments = validate_dtype("plan --optimizer-dtype", options.optimizer_dtype)
         plan = make_plan(config, sizes, optimizer_dtype=moments, **given)
         steps = {}
         if options.compile is not None:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.config import Config
+from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.form import use_kernels
+from dsv4_eqx.model.model import abstract_model
 from dsv4_eqx.plan.absent import Launches, absent_devices, is_gpu, launches
-from dsv4_eqx.plan.steps import decoding_step, training_step
-from dsv4_eqx.sharding.collectives import Collective, collectives
+from dsv4_eqx.plan.collectives import Collective, collectives
+from dsv4_eqx.plan.programs import decoding_step, training_step
 from dsv4_eqx.sharding.mesh import make_mesh
 from dsv4_eqx.sharding.sharded_model import shard
 

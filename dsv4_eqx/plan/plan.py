@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Sharding
 from jax.typing import DTypeLike
 
-from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.checks import is_int, refusal
-from dsv4_eqx.config import Config
-from dsv4_eqx.model import DeepSeekV4
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.model.model import DeepSeekV4, abstract_model
+from dsv4_eqx.numerics.validation import invalid_argument, is_int
 from dsv4_eqx.plan.live import peak_bytes
+from dsv4_eqx.plan.programs import decoding_step, program_of, training_step
 from dsv4_eqx.plan.sent import Sent, sent
-from dsv4_eqx.plan.steps import decoding_step, program_of, training_step
 from dsv4_eqx.sharding.mesh import AXES
 from dsv4_eqx.sharding.rules import DEFAULT_RULES, annotated_leaves, axes_of
 from dsv4_eqx.sharding.sharded_model import ShardedModel, shard
@@ -73,13 +72,13 @@ def make_plan(
     """
     counts = [sizes.get(axis, 0) for axis in AXES]
     if len(sizes) != len(AXES) or not all(is_int(n) and n > 0 for n in counts):
-        raise refusal("plan", "sizes", dict(sizes), "as from mesh_sizes")
+        raise invalid_argument("plan", "sizes", dict(sizes), "as from mesh_sizes")
     for name, value, most in (
         ("batch", batch, _MOST_ROWS),
         ("seq", seq, config.max_position_embeddings),
     ):
         if not is_int(value) or not 1 <= value <= most:
-            raise refusal("plan", name, value, f"an integer in [1, {most:,}]")
+            raise invalid_argument("plan", name, value, f"an integer in [1, {most:,}]")
     faults = undivided(abstract_model(config, dtype), sizes, batch=batch, seq=seq)
     if faults:
         raise ValueError("plan: " + "; ".join(faults) + ".")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsv4_eqx.primitives.checked import checked_number, checked_size
+from dsv4_eqx.numerics.validation import validate_number, validate_size
 
 
 class GroupedLinear(eqx.Module):
@@ -50,8 +50,8 @@ class GroupedLinear(eqx.Module):
             "n_groups": n_groups,
         }
         for name, size in sizes.items():
-            checked_size("GroupedLinear", name, size)
-        std = checked_number("GroupedLinear", "std", std)
+            validate_size("GroupedLinear", name, size)
+        std = validate_number("GroupedLinear", "std", std)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"GroupedLinear(dtype={jnp.dtype(dtype)}): must be floating point."

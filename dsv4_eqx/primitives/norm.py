@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from dsv4_eqx.primitives.checked import checked_number, checked_size
-from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.validation import validate_number, validate_size
+from dsv4_eqx.numerics.varying import match_varying
 
 
 class RMSNorm(eqx.Module):
@@ -35,8 +35,8 @@ class RMSNorm(eqx.Module):
         **Raises:** ValueError if `dim` is not a positive integer, or `eps` is negative
         or not finite.
         """
-        self.weight = jnp.ones(checked_size("RMSNorm", "dim", dim), jnp.float32)
-        self.eps = checked_number("RMSNorm", "eps", eps)
+        self.weight = jnp.ones(validate_size("RMSNorm", "dim", dim), jnp.float32)
+        self.eps = validate_number("RMSNorm", "eps", eps)
 
     @jax.named_scope("RMSNorm")
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -47,7 +47,7 @@ class RMSNorm(eqx.Module):
         **Raises:** ValueError if the last dimension is not the weight's, or `x` is not
         floating point.
         """
-        _check_floating("RMSNorm", x)
+        _validate_floating("RMSNorm", x)
         (dim,) = self.weight.shape
         if x.ndim == 0 or x.shape[-1] != dim:
             raise ValueError(
@@ -57,7 +57,7 @@ class RMSNorm(eqx.Module):
         wide = at_least_float32(x)
         # Broadcast here, not by the product: XLA on CPU is twice as fast at the
         # weight's gradient.
-        weight, wide = alike(self.weight.astype(wide.dtype), wide)
+        weight, wide = match_varying(self.weight.astype(wide.dtype), wide)
         weight = jnp.broadcast_to(weight, wide.shape)
         return (weight * _normalised(wide, self.eps)).astype(x.dtype)
 
@@ -80,7 +80,7 @@ class UnweightedRMSNorm(eqx.Module):
 
         **Raises:** ValueError if `eps` is negative or not finite.
         """
-        self.eps = checked_number("UnweightedRMSNorm", "eps", eps)
+        self.eps = validate_number("UnweightedRMSNorm", "eps", eps)
 
     @jax.named_scope("UnweightedRMSNorm")
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -91,7 +91,7 @@ class UnweightedRMSNorm(eqx.Module):
         **Raises:** ValueError if `x` is a scalar, has an empty last dimension, or is
         not floating point.
         """
-        _check_floating("UnweightedRMSNorm", x)
+        _validate_floating("UnweightedRMSNorm", x)
         if x.ndim == 0 or x.shape[-1] == 0:
             raise ValueError(
                 f"UnweightedRMSNorm() was called with x of shape {x.shape}: it needs a "
@@ -105,7 +105,7 @@ def _normalised(x: Float[Array, "*batch dim"], eps: float) -> Array:
     return x * lax.rsqrt(mean_square + eps)
 
 
-def _check_floating(name: str, x: Array) -> None:
+def _validate_floating(name: str, x: Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} was called with x of dtype {x.dtype}: it needs a floating-point "

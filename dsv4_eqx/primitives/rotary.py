@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.primitives.checked import checked_number, checked_size
-from dsv4_eqx.primitives.precision import at_least_float32
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.validation import validate_number, validate_size
 
 # What is larger is infinite in float32.
 _LARGEST_BASE: Final = float(np.finfo(np.float32).max)
@@ -91,13 +91,13 @@ class RotaryEmbedding(eqx.Module):
         **Raises:** ValueError if `rotary_dim` is not an integer, odd or not positive,
         `base` is not above 1 and finite in float32, or `yarn` is no `YarnScaling`.
         """
-        rotary_dim = checked_size("RotaryEmbedding", "rotary_dim", rotary_dim)
+        rotary_dim = validate_size("RotaryEmbedding", "rotary_dim", rotary_dim)
         if rotary_dim % 2 != 0:
             raise ValueError(
                 f"RotaryEmbedding(rotary_dim={rotary_dim}): channels are rotated in "
                 "pairs, so it must be even and at least 2."
             )
-        base = checked_number("RotaryEmbedding", "base", base)
+        base = validate_number("RotaryEmbedding", "base", base)
         if not 1 < base <= _LARGEST_BASE:
             raise ValueError(
                 f"RotaryEmbedding(base={base}): must be above 1 and finite in float32."
@@ -168,8 +168,8 @@ class RotaryEmbedding(eqx.Module):
             )
         _check_broadcast(positions.shape, x.shape[:-1])
         cos, sin = self.tables(positions)
-        still, turned = jnp.split(x, [x.shape[-1] - self.rotary_dim], axis=-1)
-        wide = at_least_float32(turned)
+        still, rotating = jnp.split(x, [x.shape[-1] - self.rotary_dim], axis=-1)
+        wide = at_least_float32(rotating)
         rotated = _rotate(wide, cos.astype(wide.dtype), sin.astype(wide.dtype), inverse)
         return jnp.concatenate([still, rotated.astype(x.dtype)], axis=-1)
 

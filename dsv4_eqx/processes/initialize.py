@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import jax
 
-from dsv4_eqx.checks import refusal
+from dsv4_eqx.numerics.validation import invalid_argument
 from dsv4_eqx.processes.verdict import RAISED
 
 _CALL: Final = "initialize"
@@ -83,7 +83,7 @@ class Processes:
         something else.
         """
         if not isinstance(name, str):
-            raise refusal("together", "name", name, "a text")
+            raise invalid_argument("together", "name", name, "a text")
         if self._is_together:
             raise ValueError(f"together({name!r}): this is inside another region.")
         seconds = self.timeout
@@ -157,9 +157,11 @@ def initialize(
     their monitors print names the process.
     """
     host, port = _checked_address(coordinator_address)
-    _check_counts(num_processes, process_id)
+    _validate_counts(num_processes, process_id)
     if not isinstance(settings, Mapping | None):
-        raise refusal(_CALL, "settings", settings, "a mapping of names to values")
+        raise invalid_argument(
+            _CALL, "settings", settings, "a mapping of names to values"
+        )
     hello = dict(
         index=process_id,
         host=socket.gethostname(),
@@ -261,22 +263,26 @@ def _where(thread: int) -> str:
 def _checked_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("",) * 3
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
-        raise refusal(_CALL, "coordinator_address", address, "host:port, of process 0")
+        raise invalid_argument(
+            _CALL, "coordinator_address", address, "host:port, of process 0"
+        )
     return host.strip("[]"), int(port)
 
 
 def _checked_port(port: int) -> int:
     if type(port) is not int or not 0 < port < 65536:
-        raise refusal(_CALL, "monitor_port", port, "an integer in [1, 65,535]")
+        raise invalid_argument(_CALL, "monitor_port", port, "an integer in [1, 65,535]")
     return port
 
 
-def _check_counts(num_processes: int, process_id: int) -> None:
+def _validate_counts(num_processes: int, process_id: int) -> None:
     if type(num_processes) is not int or num_processes < 1:
-        raise refusal(_CALL, "num_processes", num_processes, "a positive integer")
+        raise invalid_argument(
+            _CALL, "num_processes", num_processes, "a positive integer"
+        )
     if type(process_id) is not int or not 0 <= process_id < num_processes:
         wanted = f"an integer from 0 to {num_processes - 1}"
-        raise refusal(_CALL, "process_id", process_id, wanted)
+        raise invalid_argument(_CALL, "process_id", process_id, wanted)
 
 
 def _described(error: BaseException) -> str:
@@ -286,5 +292,5 @@ def _described(error: BaseException) -> str:
 
 def _seconds(call: str, name: str, value: float) -> float:
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise refusal(call, name, value, "a positive number of seconds")
+        raise invalid_argument(call, name, value, "a positive number of seconds")
     return float(value)

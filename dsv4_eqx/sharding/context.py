@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.kernels.entries import Entries
-from dsv4_eqx.primitives.packed import unpacked
+from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.sharding.gather import gather, size_of, sum_and_split
 
 _SEQ = 1  # the dimension of tokens
@@ -47,7 +47,7 @@ class SplitSequence(eqx.Module):
         - `x`: normalised activations of this device's tokens.
         - `positions`: of these tokens, in the whole sequence.
         """
-        attention = unpacked(self.attention)
+        attention = dequantize(self.attention)
         latent = attention.project_latent(x)
         keys = attention.project_keys(x, positions)
         compressors = self._compressors(attention, x.shape[1])

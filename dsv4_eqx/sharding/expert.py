@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.moe.experts import Experts, StackedExperts, check_routing
-from dsv4_eqx.primitives.precision import at_least_float32
-from dsv4_eqx.primitives.varying import alike
+from dsv4_eqx.moe.experts import Experts, StackedExperts, validate_routing
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.varying import match_varying
 
 # Room in a round for each pair of devices, relative to perfectly balanced routing.
 _SLACK: Final = 1.5
@@ -46,10 +46,10 @@ class ExpertParallel(eqx.Module):
 
         **Raises:** ValueError as `Experts` does.
         """
-        check_routing(x, chosen, weights)
+        validate_routing(x, chosen, weights)
         # Gradients are summed over other axes here, once for all rounds.
         leaves, structure = jax.tree.flatten((self.experts, x, weights))
-        experts, x, weights = jax.tree.unflatten(structure, alike(*leaves))
+        experts, x, weights = jax.tree.unflatten(structure, match_varying(*leaves))
         num_tokens, slots = chosen.shape
         own = experts.num_experts
         devices = lax.axis_size(self.axis)
@@ -125,7 +125,7 @@ def _further_rounds(
 
     The backward pass runs each of them again.
     """
-    nothing, _ = alike(jnp.zeros_like(brought), brought)
+    nothing, _ = match_varying(jnp.zeros_like(brought), brought)
 
     # Around the condition: what a branch keeps for the backward pass would be kept for
     # each round, experts' weights included.

@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from dsv4_eqx.block import Block
-from dsv4_eqx.mtp import MTP
+from dsv4_eqx.model.block import Block
+from dsv4_eqx.model.mtp import MTP
 from dsv4_eqx.sharding.gather import gather
 from dsv4_eqx.sharding.rules import AnnotatedLeaf, annotated_leaves, axes_of, entry_of
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from dsv4_eqx.primitives.checked import checked_size
+from dsv4_eqx.numerics.validation import validate_size
 
 AXES: Final = ("data", "expert", "context", "tensor")
 
@@ -37,7 +37,7 @@ def make_mesh(
     multiply to the number of devices, or those are no devices or repeat one.
     """
     given = zip(AXES, (data, expert, context, tensor))
-    sizes = [checked_size("make_mesh", axis, size) for axis, size in given]
+    sizes = [validate_size("make_mesh", axis, size) for axis, size in given]
     devices = jax.devices() if devices is None else devices
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
     are_listed = isinstance(devices, Sequence | np.ndarray) and len(devices) > 0

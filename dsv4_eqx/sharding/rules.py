@@ -18,8 +18,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-import dsv4_eqx
-from dsv4_eqx.checks import refusal, shown
+from dsv4_eqx.dimensions import DIMENSIONS
+from dsv4_eqx.numerics.validation import invalid_argument, shown
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -65,7 +65,7 @@ def partition_specs(
     missing from the mesh or does not divide.
     """
     leaves = annotated_leaves(module)
-    _check_rules(leaves, rules)
+    _validate_rules(leaves, rules)
     specs = [_leaf_spec(leaf, rules) for leaf in leaves]
     if mesh is not None:
         for leaf, spec in zip(leaves, specs):
@@ -144,10 +144,10 @@ def _shapes(annotation: Any) -> set[str]:
     return set().union(*inner) if own is None else {own}
 
 
-def _check_rules(leaves: list[AnnotatedLeaf], rules: Rules) -> None:
+def _validate_rules(leaves: list[AnnotatedLeaf], rules: Rules) -> None:
     own = {dim for leaf in leaves for dim in leaf.dims or ()}
     for name in rules:
-        if name not in dsv4_eqx.DIMENSIONS and name not in own:
+        if name not in DIMENSIONS and name not in own:
             raise ValueError(
                 f"partition_specs: there is a rule for {name!r}, which is neither in "
                 "dsv4_eqx.DIMENSIONS nor a dimension of the module; correct the name, "
@@ -174,7 +174,7 @@ def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
             f"dimensions than its annotation {' '.join(leaf.dims)!r}."
         )
     for name in leaf.dims:
-        if name not in rules and name not in dsv4_eqx.DIMENSIONS and not name.isdigit():
+        if name not in rules and name not in DIMENSIONS and not name.isdigit():
             raise ValueError(
                 f"partition_specs: {leaf.name} has the dimension {name!r}, which is "
                 "neither in dsv4_eqx.DIMENSIONS nor in the rules; add it to the rules."
@@ -230,7 +230,7 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
-def check_rules(rules: Rules) -> None:
+def validate_rules(rules: Rules) -> None:
     """Refuses rules that the whole model has no collectives for.
 
     **Arguments:**
@@ -241,7 +241,9 @@ def check_rules(rules: Rules) -> None:
     vocabulary's, which may be None.
     """
     if not isinstance(rules, Mapping):
-        raise refusal("shard", "rules", rules, "DEFAULT_RULES, or a mapping like it")
+        raise invalid_argument(
+            "shard", "rules", rules, "DEFAULT_RULES, or a mapping like it"
+        )
     wanted = dict(DEFAULT_RULES)
     given = {name: axis for name, axis in rules.items() if axis is not None}
     if {"vocab": wanted["vocab"], **given} != wanted:

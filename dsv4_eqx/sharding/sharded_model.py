@@ -19,24 +19,24 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.abstract import AbstractModel, Cache, Lookahead
-from dsv4_eqx.checks import check_flag, refusal
-from dsv4_eqx.config import Config
-from dsv4_eqx.inputs import Lengths, TokenIds, check_targets
-from dsv4_eqx.model import DeepSeekV4
-from dsv4_eqx.mtp import MTPCache
-from dsv4_eqx.primitives.varying import varying
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
+from dsv4_eqx.model.inputs import Lengths, TokenIds, validate_targets
+from dsv4_eqx.model.model import DeepSeekV4
+from dsv4_eqx.model.mtp import MTPCache
+from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
+from dsv4_eqx.numerics.varying import varying
 from dsv4_eqx.sharding.context import gathered_tokens
 from dsv4_eqx.sharding.fsdp import gather_in_use, split_further
+from dsv4_eqx.sharding.parallelize import parallelize, place, validate_mesh
 from dsv4_eqx.sharding.rules import (
     DEFAULT_RULES,
     Rules,
     annotated_leaves,
-    check_rules,
     entry_of,
     partition_specs,
+    validate_rules,
 )
-from dsv4_eqx.sharding.shard import check_mesh, parallelize, place
 from dsv4_eqx.sharding.tensor import SplitEmbedding, cross_entropy_split_vocab
 
 _BATCH_AXES: Final = ("data", "expert")
@@ -69,10 +69,10 @@ def shard(
     dimension, the rules are others, the model is none and makes none, or has numbers
     where the mesh is abstract.
     """
-    check_mesh("shard", mesh)
-    check_rules(rules)
-    check_flag("shard", "fsdp", fsdp)
-    _check_made(model, mesh)
+    validate_mesh("shard", mesh)
+    validate_rules(rules)
+    validate_flag("shard", "fsdp", fsdp)
+    _validate_made(model, mesh)
     specs_of = functools.partial(_specs, rules=rules, mesh=mesh, fsdp=fsdp)
     if isinstance(model, DeepSeekV4):
         placed = place(model, specs_of(model), mesh)
@@ -134,7 +134,7 @@ class ShardedModel(AbstractModel):
 
         **Raises:** ValueError also if batch or sequence do not divide over the mesh.
         """
-        token_ids = self.model.check_tokens(tokens)
+        token_ids = self.model.validate_tokens(tokens)
         split = self._split("streams", token_ids.shape)
 
         def run(model: DeepSeekV4, ids: Array, positions: Array) -> Array:
@@ -173,7 +173,7 @@ class ShardedModel(AbstractModel):
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`; the logits stay where they are."""
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
-        check_targets("cross_entropy", targets, positions, vocab)
+        validate_targets("cross_entropy", targets, positions, vocab)
         split = self._split("cross_entropy", targets.shape)
         join, spec = self._for_vocab(split)
 
@@ -188,7 +188,7 @@ class ShardedModel(AbstractModel):
         self, tokens: TokenIds, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
         """As `AbstractModel.multi_token_logits`."""
-        token_ids = self.model.check_ahead(tokens)
+        token_ids = self.model.validate_ahead(tokens)
         streams = self.streams(token_ids, remat=remat)
         split = self._split("multi_token_logits", token_ids.shape)
         # The last position's successor is not known: any does, for no other sees it.
@@ -237,7 +237,7 @@ class ShardedModel(AbstractModel):
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
         """As `AbstractModel.extend_mtp`."""
-        following, lengths = self.model.check_following(following, cache, lengths)
+        following, lengths = self.model.validate_following(following, cache, lengths)
         split = self._split("extend_mtp", lengths.shape)
         rows, state = split.spec, _row_specs(cache, split.spec)
         return self._map(
@@ -248,7 +248,7 @@ class ShardedModel(AbstractModel):
         )(streams, following, cache, lengths)
 
     def _extend(self, tokens: Any, cache: Any, lengths: Any, *, keep: bool) -> Any:
-        token_ids, lengths = self.model.check_new(tokens, cache, lengths)
+        token_ids, lengths = self.model.validate_new(tokens, cache, lengths)
         split = self._split("extend", token_ids.shape[:1])
 
         def run(model: DeepSeekV4, ids: Array, *state: Any) -> Any:
@@ -380,13 +380,15 @@ def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
     return jnp.broadcast_to(index, token_ids.shape)
 
 
-def _check_made(model: Any, mesh: Mesh | AbstractMesh) -> None:
+def _validate_made(model: Any, mesh: Mesh | AbstractMesh) -> None:
     is_model, made = isinstance(model, DeepSeekV4), model
     if not is_model and callable(model) and not isinstance(model, AbstractModel):
         made = eqx.filter_eval_shape(model)
     if not isinstance(made, DeepSeekV4):
         name = type(made).__name__
-        raise refusal("shard", "model", name, "a DeepSeekV4, or what makes one")
+        raise invalid_argument(
+            "shard", "model", name, "a DeepSeekV4, or what makes one"
+        )
     is_abstract = is_model and isinstance(made.embedding, jax.ShapeDtypeStruct)
     if isinstance(mesh, AbstractMesh) and not is_abstract:
         raise ValueError(

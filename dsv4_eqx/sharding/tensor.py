@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.model import nats_of
+from dsv4_eqx.model.model import cross_entropy_from_logits
 from dsv4_eqx.sharding.context import gathered_tokens, summed_and_split
 
 
@@ -105,7 +105,7 @@ def cross_entropy_split_vocab(
     - `axis`: the mesh axis that splits the vocabulary, if one does.
     """
     if axis is None:
-        return nats_of(logits, targets)
+        return cross_entropy_from_logits(logits, targets)
     columns = logits.shape[-1]
     is_token = (targets >= 0) & (targets < columns * lax.axis_size(axis))
     top = lax.pmax(jnp.max(lax.stop_gradient(logits), axis=-1), axis)

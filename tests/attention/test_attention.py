@@ -13,7 +13,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import Attention
-from dsv4_eqx.hf_config import CSA, HCA, SLIDING
+from dsv4_eqx.config.kinds import CSA, HCA, SLIDING
 from dsv4_eqx.kernels.entries import visible
 from dsv4_eqx.kernels.form import FORMS
 from tests.captured import captured, positions, reference_gradients
@@ -228,7 +228,7 @@ def test_bfloat16_keeps_the_dtype_and_float32_parts(kind):
 def packed(attention, x, lengths):
     """Documents one after another in a row, each compressed on its own."""
     at = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
-    owners = jnp.repeat(jnp.arange(len(lengths)), np.array(lengths))[None]
+    segment_ids = jnp.repeat(jnp.arange(len(lengths)), np.array(lengths))[None]
     parts = jnp.split(x, np.cumsum(lengths)[:-1], axis=1)
 
     def compress(compressor):
@@ -236,7 +236,7 @@ def packed(attention, x, lengths):
         for owner, part in enumerate(parts):
             entries = compressor(part)
             owned = jnp.full_like(entries.last_positions, owner)
-            made.append(dataclasses.replace(entries, owners=owned))
+            made.append(dataclasses.replace(entries, segment_ids=owned))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *made)
 
     latent, keys = attention.project_latent(x), attention.project_keys(x, at)
@@ -248,9 +248,9 @@ def packed(attention, x, lengths):
         indexer = attention.indexer
         weights = indexer.project_weights(x)
         entry_keys = compress(indexer.compressor)
-        selection = indexer.select(latent, weights, at, entry_keys, owners)
-    owners = None if entries is None else owners
-    return attention.attend(latent, at, keys, entries, selection, owners)
+        selection = indexer.select(latent, weights, at, entry_keys, segment_ids)
+    segment_ids = None if entries is None else segment_ids
+    return attention.attend(latent, at, keys, entries, selection, segment_ids)
 
 
 # 19 + 100 + 30 tokens: indices of some entries; without the 100: a mask.
@@ -266,8 +266,8 @@ def test_packed_documents_do_not_see_each_other(kind, lengths):
 def test_owners_of_queries_alone_are_refused():
     ours, x = small_attention(HCA), activations(40)
     entries, at = ours.compressor(x), positions(x)
-    with pytest.raises(ValueError, match="only the queries have owners"):
-        visible(entries, at, owners=at)
+    with pytest.raises(ValueError, match="only the queries have segment_ids"):
+        visible(entries, at, segment_ids=at)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv4_eqx import from_state_dict
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.hf_config import CSA, HASH_MOE, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, SLIDING, TOPK_MOE
 from tests.models import random_tensors
 from tests.tiny import tiny_config
 

@@ -21,7 +21,7 @@ from jax._src import xla_bridge
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.plan import abstract_model
+from dsv4_eqx.model.model import abstract_model
 from tests.checkpoint.saving import contents, one_layer
 from tests.models import random_tensors
 

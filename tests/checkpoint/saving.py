@@ -2,7 +2,7 @@
 
 import functools
 
-from dsv4_eqx.hf_config import HASH_MOE, SLIDING
+from dsv4_eqx.config.kinds import HASH_MOE, SLIDING
 from tests.models import random_model, small_config
 
 

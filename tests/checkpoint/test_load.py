@@ -20,8 +20,8 @@ from dsv4_eqx.checkpoint import load
 from dsv4_eqx.checkpoint.contents import open_checkpoint
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.tensors import Reader
-from dsv4_eqx.primitives.packed import is_packed, unpacked
-from dsv4_eqx.sharding.shard import parallelize, place
+from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
+from dsv4_eqx.sharding.parallelize import parallelize, place
 from tests.checkpoint.saving import one_layer
 from tests.models import QUICKLY, random_tensors, relative, small_config
 from tests.official import (
@@ -36,7 +36,7 @@ from tests.sharded import assert_same_bits, make_mesh
 NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
 LIMIT = 5e-5
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
-quick_unpacked = quick_jit(unpacked)
+quick_unpacked = quick_jit(dequantize)
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -59,8 +59,8 @@ def assert_as_released(logits, ahead):
 @pytest.mark.slow
 def test_a_release_kept_quantised_gives_the_official_codes_logits():
     model = dsv4.from_pretrained(NANO, dtype="float32", keep_quantized=True)
-    assert is_packed(model.layers[4].moe.experts.down)
-    assert is_packed(model.mtp[0].streams_in)
+    assert is_quantized(model.layers[4].moe.experts.down)
+    assert is_quantized(model.mtp[0].streams_in)
     assert_as_released(*both_logits(model, expected()["tokens"]))
 
 
@@ -231,7 +231,7 @@ def test_every_leaf_is_where_the_specs_say(sizes, wide_directory):
     specs = dsv4.partition_specs(arrays, mesh=mesh)
     specs = jax.tree.structure(arrays).flatten_up_to(specs)
     assert {e for spec in specs for e in spec} == {None} | sizes.keys() - {"data"}
-    kept = jax.tree.leaves(packed, is_leaf=is_packed)
+    kept = jax.tree.leaves(packed, is_leaf=is_quantized)
     for leaf, array, spec in zip(kept, jax.tree.leaves(arrays), specs, strict=True):
         assert leaf.shape == array.shape and leaf.dtype == array.dtype
         for part in (array, *jax.tree.leaves(leaf)):

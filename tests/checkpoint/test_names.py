@@ -10,8 +10,8 @@ import pytest
 
 from dsv4_eqx import Config
 from dsv4_eqx.checkpoint.names import sources
-from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.model.model import abstract_model
 from tests.reference import reference_model
 from tests.tiny import tiny_config
 

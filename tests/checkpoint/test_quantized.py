@@ -11,8 +11,8 @@ import torch
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.checkpoint.quantized import unpack_on_cpu
-from dsv4_eqx.hf_config import SLIDING, TOPK_MOE
-from dsv4_eqx.primitives.packed import PackedWeight, is_packed, unpacked
+from dsv4_eqx.config.kinds import SLIDING, TOPK_MOE
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize, is_quantized
 from tests.models import QUICKLY, small_config
 from tests.official import (
     E8M0,
@@ -29,7 +29,7 @@ from tests.sharded import assert_same_bits, make_mesh
 FP4 = np.dtype(ml_dtypes.float4_e2m1fn)
 NAN_SCALE = 255
 ALL_BYTES = np.arange(256, dtype=np.uint8)
-unpack = jax.jit(unpacked, compiler_options=QUICKLY)
+unpack = jax.jit(dequantize, compiler_options=QUICKLY)
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
@@ -66,10 +66,10 @@ def assert_exact(found, products, dtype):
 def test_every_code_with_every_scale(code_dtype, dtype):
     codes, scales, products = every_product(code_dtype)
     codes, scales = codes[:NAN_SCALE], scales[:NAN_SCALE]
-    packed = PackedWeight(
+    packed = QuantizedWeight(
         jnp.asarray(codes), jnp.asarray(scales), code_dtype, np.dtype(dtype)
     )
-    found = np.array(packed.unpack())
+    found = np.array(packed.dequantize())
     again = unpack_on_cpu(codes, scales, code_dtype, np.dtype(dtype))
     assert again.tobytes() == found.tobytes()
     expected = products[:NAN_SCALE]
@@ -136,7 +136,7 @@ def test_every_code_with_every_scale_through_the_loader(every_product_release, d
         dsv4.from_pretrained(directory, dtype=dtype, keep_quantized=keep)
         for keep in (False, True)
     ]
-    assert is_packed(models[1].layers[0].attention.query_down)
+    assert is_quantized(models[1].layers[0].attention.query_down)
     for model in map(unpack, models):
         block = model.layers[0]
         for leaf, name in (
@@ -167,8 +167,8 @@ def test_blocks_at_edges_and_across_merged_dimensions(wide, sizes):
             directory, dtype="float32", mesh=mesh, keep_quantized=keep
         )
         attention = model.layers[0].attention
-        assert is_packed(attention.output_up) == keep
-        assert is_packed(attention.output_down.weight) == keep
+        assert is_quantized(attention.output_up) == keep
+        assert is_quantized(attention.output_down.weight) == keep
         assert_same_bits(unpack(model), expected)
 
 
@@ -271,5 +271,5 @@ def test_hugging_faces_naming_of_quantised_weights(fp4, tmp_path):
             model = dsv4.from_pretrained(
                 directory, dtype="float32", mesh=mesh, keep_quantized=keep
             )
-            assert is_packed(model.layers[0].moe.experts.gate_up) == keep
+            assert is_quantized(model.layers[0].moe.experts.gate_up) == keep
             assert_same_bits(unpack(model), expected)

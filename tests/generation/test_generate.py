@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.hf_config import CSA, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, TOPK_MOE
 from tests.models import QUICKLY, M, pair, random_model, random_tokens, small_config
 
 SMALL = functools.cache(lambda: random_model(small_config()))

@@ -91,8 +91,8 @@ def test_listed_attention_equals_the_reference(seq, start, kind, plain_kernels):
 
     def listed(floats):
         queries, positions, keys, sinks, *rest = eqx.combine(floats, others)
-        entries, selection, owners = rest
-        parts = queries, keys, sinks, entries, positions, owners, selection
+        entries, selection, segment_ids = rest
+        parts = queries, keys, sinks, entries, positions, segment_ids, selection
         return attend_listed(*eqx.partition(parts, eqx.is_inexact_array))
 
     def reference(floats):

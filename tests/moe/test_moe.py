@@ -12,7 +12,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HashRouter, MoE, TopKRouter
-from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
+from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config

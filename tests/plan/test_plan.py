@@ -15,14 +15,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.checkpoint.plan import abstract_model
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, TOPK_MOE
+from dsv4_eqx.model.model import abstract_model
 from dsv4_eqx.plan.__main__ import main
+from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.plan.live import peak_bytes
 from dsv4_eqx.plan.plan import abstract_sharded, bytes_per_device, make_plan
+from dsv4_eqx.plan.programs import decoding_step, program_of, training_step
 from dsv4_eqx.plan.sent import Sent, on_the_wire, sent
-from dsv4_eqx.plan.steps import decoding_step, program_of, training_step
-from dsv4_eqx.sharding.collectives import collectives
 from dsv4_eqx.sharding.mesh import AXES
 from tests.models import QUICKLY
 from tests.sharded import make_mesh

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import RMSNorm, UnweightedRMSNorm
-from dsv4_eqx.primitives.precision import at_least_float32, wide_einsum
+from dsv4_eqx.numerics.precision import at_least_float32, wide_einsum
 
 SHAPES = [(7,), (3, 5), (2, 3, 5, 7), (1, 1), (4, 129), (0, 3)]
 

@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.hf_config import HASH_MOE, TOPK_MOE
-from dsv4_eqx.sharding import shard
+from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
+from dsv4_eqx.sharding import parallelize
 from tests.sharded import (
     BATCH,
     CONFIG,
@@ -149,7 +149,7 @@ def ragged_by_hand(operand, output, starts, sent, places, received, *, axis_name
     "expert, tensor", [(8, 1), pytest.param(2, 2, marks=pytest.mark.slow)]
 )
 def test_a_ragged_exchange_brings_the_same(expert, tensor, monkeypatch):
-    monkeypatch.setattr(shard, "_has_ragged_exchange", lambda mesh: True)
+    monkeypatch.setattr(parallelize, "_has_ragged_exchange", lambda mesh: True)
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged_by_hand)
     program = Parallel(moe_case(HASH_MOE), make_mesh(expert=expert, tensor=tensor))
     assert ("all-to-all", ("expert",)) not in program.sent()
@@ -158,10 +158,10 @@ def test_a_ragged_exchange_brings_the_same(expert, tensor, monkeypatch):
 
 
 def test_a_ragged_exchange_and_its_gradient_are_programs_for_accelerators(monkeypatch):
-    assert not shard._has_ragged_exchange(make_mesh(expert=2))
-    monkeypatch.setattr(shard, "_has_ragged_exchange", lambda mesh: True)
+    assert not parallelize._has_ragged_exchange(make_mesh(expert=2))
+    monkeypatch.setattr(parallelize, "_has_ragged_exchange", lambda mesh: True)
     case, mesh = moe_case(HASH_MOE), make_mesh(expert=2)
-    moe = shard.parallelize(case.module, mesh)
+    moe = parallelize.parallelize(case.module, mesh)
     rows, specs = P("expert"), dsv4.partition_specs(moe, mesh=mesh)
 
     def loss(moe, x, ids):

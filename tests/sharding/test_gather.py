@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding import gather as gathering
-from dsv4_eqx.sharding.collectives import collectives
 from dsv4_eqx.sharding.gather import gather, sum_and_split
 from tests.sharded import assert_equal_gradients, make_mesh, normal
 

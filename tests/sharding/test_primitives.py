@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.sharding.collectives import collectives
+from dsv4_eqx.plan.collectives import collectives
 from tests.models import QUICKLY
 
 ROWS, SEQ, GROUPS, IN, OUT = 8, 3, 8, 5, 7  # OUT is of each group

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.hf_config import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from dsv4_eqx.sharding.collectives import collectives
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding.mesh import AXES
 from tests.models import QUICKLY
 from tests.sharded import (

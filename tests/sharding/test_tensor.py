@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv4_eqx import make_mesh
-from dsv4_eqx.sharding.collectives import collectives
+from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding.tensor import cross_entropy_split_vocab, embed_split_vocab
 
 BATCH, SEQ, VOCAB, DIM = 4, 7, 24, 5

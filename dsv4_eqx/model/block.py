@@ -1,0 +1,102 @@
+"""One layer: attention and experts, each read from and written to the streams."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dsv4_eqx.attention.attention import Attention
+from dsv4_eqx.attention.cache import AttentionCache
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.hyper_connection import HyperConnection
+from dsv4_eqx.moe.moe import MoE
+from dsv4_eqx.primitives.norm import RMSNorm
+
+
+class Block(eqx.Module):
+    """A DeepSeek-V4 layer (paper section 2).
+
+    The residual is a stack of streams; hyper-connections read each sublayer's input
+    from it and write its output back.
+    """
+
+    attention_connection: HyperConnection
+    attention_norm: RMSNorm
+    attention: Attention
+    moe_connection: HyperConnection
+    moe_norm: RMSNorm
+    moe: MoE
+
+    def __init__(
+        self,
+        config: Config,
+        layer: int,
+        *,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        """**Arguments:**
+
+        - `config`: sizes and schedule.
+        - `layer`: which layer, from 0; the prediction (MTP) blocks come last.
+        - `key`: randomness of the initial weights.
+        - `dtype`: dtype of the weights, but for those that stay float32.
+
+        **Raises:** ValueError if there is no such layer.
+        """
+        kind, ratio, moe_kind = config.layer_kind(layer)
+        keys = jax.random.split(key, 4)
+        self.attention_connection = HyperConnection(config, key=keys[0])
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config, kind, ratio, key=keys[1], dtype=dtype)
+        self.moe_connection = HyperConnection(config, key=keys[2])
+        self.moe_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.moe = MoE(config, moe_kind, key=keys[3], dtype=dtype)
+
+    @jax.named_scope("Block")
+    def __call__(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq streams dim"]:
+        """**Arguments:**
+
+        - `streams`: the residual streams.
+        - `token_ids`: the tokens; hash routing reads them.
+        - `positions`: 0, 1, 2, ... in each row.
+        """
+        x, mixing = self.attention_connection.read(streams)
+        x = self.attention(self.attention_norm(x), positions)
+        streams = self.attention_connection.write(streams, x, mixing)
+        return self._run_moe(streams, token_ids)
+
+    @jax.named_scope("Block.extend")
+    def extend(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: AttentionCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq streams dim"], AttentionCache]:
+        """**Arguments:**
+
+        - `streams`: the residual streams of new tokens, then of padding.
+        - `token_ids`: those tokens; hash routing reads them.
+        - `cache`, `start`, `lengths`: as for `Attention.extend`.
+        """
+        x, mixing = self.attention_connection.read(streams)
+        x, cache = self.attention.extend(self.attention_norm(x), cache, start, lengths)
+        streams = self.attention_connection.write(streams, x, mixing)
+        return self._run_moe(streams, token_ids), cache
+
+    def _run_moe(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq streams dim"]:
+        x, mixing = self.moe_connection.read(streams)
+        x = self.moe(self.moe_norm(x), token_ids)
+        return self.moe_connection.write(streams, x, mixing)

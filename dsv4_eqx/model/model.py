@@ -1,0 +1,346 @@
+"""DeepSeek-V4: embedding, layers, the head, and multi-token prediction.
+
+Paper section 2 and the released code. The streams start as copies of the embedding; a
+hyper-head collapses them before the last norm; logits are float32.
+"""
+
+import functools
+from typing import Final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
+
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.hyper_connection import HyperHead
+from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
+from dsv4_eqx.model.inputs import (
+    Lengths,
+    TokenIds,
+    is_concrete,
+    validate_lengths,
+    validate_targets,
+    validate_token_ids,
+)
+from dsv4_eqx.model.layers import Layers
+from dsv4_eqx.model.mtp import MTP, MTPCache
+from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.quantized_weight import is_quantized
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_int,
+    validate_dtype,
+    validate_key,
+)
+from dsv4_eqx.primitives.norm import RMSNorm
+
+_MOST_ROWS: Final = 2**31 - 1
+
+
+class DeepSeekV4(AbstractModel):
+    """The whole model: tokens in, float32 logits out."""
+
+    embedding: Float[Array, "vocab dim"]
+    layers: Layers
+    head: HyperHead
+    norm: RMSNorm
+    unembedding: Float[Array, "vocab dim"]
+    mtp: tuple[MTP, ...]
+    config: Config = eqx.field(static=True)
+
+    def __init__(
+        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+    ):
+        """**Arguments:**
+
+        - `config`: sizes and schedule.
+        - `key`: randomness of the initial weights, normal with deviation
+            `config.initializer_range`; norms and mixing scales are 1, biases and sinks
+            0.
+        - `dtype`: dtype of the weights, but for those that stay float32.
+
+        **Raises:** ValueError if an argument is something else.
+        """
+        if not isinstance(config, Config):
+            raise invalid_argument("DeepSeekV4", "config", config, "a Config")
+        validate_key("DeepSeekV4", key)
+        dtype = validate_dtype("DeepSeekV4", dtype)
+        keys = jax.random.split(key, 4 + config.num_nextn_predict_layers)
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.initializer_range
+        self.embedding = std * jax.random.normal(keys[0], shape, dtype)
+        self.layers = Layers(config, key=keys[1], dtype=dtype)
+        self.head = HyperHead(config, key=keys[2])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.unembedding = std * jax.random.normal(keys[3], shape, dtype)
+        self.mtp = tuple(
+            MTP(config, config.num_hidden_layers + i, key=key, dtype=dtype)
+            for i, key in enumerate(keys[4:])
+        )
+        self.config = config
+
+    def streams(
+        self, tokens: TokenIds, *, remat: bool = False
+    ) -> Float[Array, "batch seq streams dim"]:
+        """As `AbstractModel.streams`."""
+        token_ids = self.validate_tokens(tokens)
+        streams = self.embed(token_ids)
+        return self.layers(streams, token_ids, _positions(token_ids), remat=remat)
+
+    def collapse(
+        self, streams: Float[Array, "*batch streams dim"]
+    ) -> Float[Array, "*batch dim"]:
+        """As `AbstractModel.collapse`."""
+        return self.norm(self.head(streams))
+
+    def embed(
+        self, token_ids: Int[Array, "batch seq"]
+    ) -> Float[Array, "batch seq streams dim"]:
+        """The streams before the first layer: copies of the embedding.
+
+        **Arguments:**
+
+        - `token_ids`: the tokens.
+        """
+        embedded = self.embedding[token_ids]
+        return jnp.repeat(embedded[:, :, None], self.head.base.shape[0], axis=2)
+
+    def init_cache(self, batch: int, capacity: int) -> Cache:
+        """As `AbstractModel.init_cache`."""
+        self._validate_sizes("init_cache", batch, capacity)
+        layers = self.layers.init_cache(batch, capacity, self.embedding.dtype)
+        return Cache(jnp.zeros(batch, jnp.int32), layers, capacity)
+
+    def extend_streams(
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
+    ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
+        """As `AbstractModel.extend_streams`."""
+        token_ids, lengths = self.validate_new(tokens, cache, lengths)
+        streams, layers = self.layers.extend(
+            self.embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
+        )
+        return streams, Cache(cache.lengths + lengths, layers, cache.capacity)
+
+    def lookahead(
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
+    ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
+        """As `AbstractModel.lookahead`."""
+        token_ids, lengths = self.validate_new(tokens, cache, lengths)
+        streams, layers = self.layers.extend(
+            self.embed(token_ids),
+            token_ids,
+            cache.layers,
+            cache.lengths,
+            lengths,
+            keep=False,
+        )
+        seq = token_ids.shape[1]
+        return streams, Lookahead(cache.lengths, lengths, layers, seq, cache.capacity)
+
+    def cross_entropy(
+        self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
+        """As `AbstractModel.cross_entropy`."""
+        positions, vocab = hidden.shape[:-1], self.config.vocab_size
+        validate_targets("cross_entropy", targets, positions, vocab)
+        return cross_entropy_from_logits(self.unembed(hidden), targets)
+
+    @jax.named_scope("unembed")
+    def unembed(
+        self, hidden: Float[Array, "*batch dim"]
+    ) -> Float[Array, "*batch vocab"]:
+        """As `AbstractModel.unembed`."""
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.unembedding,
+            preferred_element_type=at_least_float32(hidden).dtype,
+        )
+
+    def multi_token_logits(
+        self, tokens: TokenIds, *, remat: bool = False
+    ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
+        """As `AbstractModel.multi_token_logits`."""
+        token_ids = self.validate_ahead(tokens)
+        streams = self.streams(token_ids, remat=remat)
+        following = token_ids[:, 1:]
+        ahead = self.mtp[0](
+            streams[:, :-1], self.embedding[following], following, _positions(following)
+        )
+        return self.unembed(self.collapse(streams)), self.unembed(ahead)
+
+    @property
+    def num_mtp(self) -> int:
+        """As `AbstractModel.num_mtp`."""
+        return len(self.mtp)
+
+    def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
+        """As `AbstractModel.init_mtp_cache`."""
+        self._validate_prediction_block("init_mtp_cache")
+        self._validate_sizes("init_mtp_cache", batch, capacity)
+        return self.mtp[0].init_cache(batch, capacity, self.embedding.dtype)
+
+    def extend_mtp(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        following: Int[Array, "batch seq"],
+        cache: MTPCache,
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
+        """As `AbstractModel.extend_mtp`."""
+        following, lengths = self.validate_following(following, cache, lengths)
+        embedded = self.embedding[following]
+        return self.mtp[0].extend(streams, embedded, following, cache, lengths)
+
+    def num_params(self) -> int:
+        """Parameters of the main model: without prediction blocks and hash tables."""
+        main = (self.embedding, self.layers, self.head, self.norm, self.unembedding)
+        return count_params(main)
+
+    def _validate_cache(self, cache: Cache, lengths: Lengths) -> None:
+        if not isinstance(cache, Cache):
+            raise ValueError(f"extend: the cache is a {type(cache).__name__}.")
+        batch = lengths.shape[0]
+        wanted = eqx.filter_eval_shape(self.init_cache, batch, cache.capacity)
+        if not eqx.tree_equal(wanted, eqx.filter_eval_shape(lambda: cache)):
+            raise ValueError(
+                f"extend: the cache is for {cache.lengths.shape[0]} rows of its model; "
+                f"this model with {batch} rows needs another, from init_cache({batch}, "
+                f"{cache.capacity})."
+            )
+        if is_concrete(lengths, cache.lengths):
+            totals = np.asarray(cache.lengths) + np.asarray(lengths)
+            row = int(totals.argmax())
+            if totals[row] > cache.capacity:
+                raise ValueError(
+                    f"extend: row {row} would have {totals[row]} tokens, and the cache "
+                    f"has room for {cache.capacity}; make a larger one with init_cache."
+                )
+
+    def validate_tokens(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
+        """Token ids, judged as for calling.
+
+        **Arguments:** as for calling.
+
+        **Raises:** ValueError as calling does.
+        """
+        token_ids = validate_token_ids("DeepSeekV4", tokens, self.embedding.shape[0])
+        most = self.config.max_position_embeddings
+        if token_ids.shape[1] > most:
+            raise ValueError(
+                f"{token_ids.shape[1]} tokens a row are beyond max_position_embeddings="
+                f"{most}: give fewer, or raise it in the configuration."
+            )
+        return token_ids
+
+    def validate_ahead(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
+        """Token ids, judged as for `multi_token_logits`.
+
+        **Arguments:** as for calling.
+
+        **Raises:** ValueError as `multi_token_logits` does.
+        """
+        self._validate_prediction_block("multi_token_logits")
+        token_ids = self.validate_tokens(tokens)
+        if token_ids.shape[1] < 2:
+            raise ValueError("multi_token_logits: give at least two tokens a row.")
+        return token_ids
+
+    def validate_new(
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
+    ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
+        """New token ids and their number in each row, judged as for `extend`.
+
+        **Arguments:** as for `extend`.
+
+        **Raises:** ValueError as `extend` does.
+        """
+        lengths = validate_lengths("extend", lengths, tokens)
+        vocab = self.embedding.shape[0]
+        token_ids = validate_token_ids("extend", tokens, vocab, lengths)
+        self._validate_cache(cache, lengths)
+        return token_ids, jnp.asarray(lengths, jnp.int32)
+
+    def validate_following(
+        self, following: TokenIds, cache: MTPCache, lengths: Lengths
+    ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
+        """Following token ids and their number, judged as for `extend_mtp`.
+
+        **Arguments:** as for `extend_mtp`.
+
+        **Raises:** ValueError as `extend_mtp` does.
+        """
+        call = "extend_mtp"
+        self._validate_prediction_block(call)
+        lengths = validate_lengths(call, lengths, following)
+        vocab = self.config.vocab_size
+        token_ids = validate_token_ids(call, following, vocab, lengths)
+        rows = cache.lengths.shape if isinstance(cache, MTPCache) else None
+        if rows != lengths.shape:
+            raise ValueError(
+                f"{call}: the cache is a {type(cache).__name__} of {rows} rows; "
+                f"{len(lengths)} rows need one from init_mtp_cache."
+            )
+        return token_ids, jnp.asarray(lengths, jnp.int32)
+
+    def _validate_prediction_block(self, call: str) -> None:
+        if len(self.mtp) != 1:
+            raise ValueError(
+                f"{call}: the model has {len(self.mtp)} prediction blocks "
+                "(num_nextn_predict_layers); it needs one."
+            )
+
+    def _validate_sizes(self, call: str, batch: int, capacity: int) -> None:
+        for name, value, most in (
+            ("batch", batch, _MOST_ROWS),
+            ("capacity", capacity, self.config.max_position_embeddings),
+        ):
+            if not is_int(value) or not 1 <= value <= most:
+                raise invalid_argument(call, name, value, f"an integer in [1, {most}]")
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
+    """A model of shapes and dtypes, without a number in it or a device behind it.
+
+    **Arguments:**
+
+    - `config`: of the model.
+    - `dtype`: of the weights that need not stay float32.
+    """
+
+    def make() -> DeepSeekV4:
+        return DeepSeekV4(config, key=jax.random.key(0), dtype=dtype)
+
+    return eqx.filter_eval_shape(make)
+
+
+def cross_entropy_from_logits(
+    logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Cross-entropy in nats of each target; NaN for what is no token.
+
+    **Arguments:**
+
+    - `logits`: of all tokens.
+    - `targets`: the tokens that followed.
+    """
+    is_token = (targets >= 0) & (targets < logits.shape[-1])
+    index = jnp.where(is_token, targets, 0)[..., None]
+    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
+
+
+def count_params(tree: object) -> int:
+    """Elements of all floating-point arrays in `tree`, packed and abstract ones too."""
+    found = jax.tree.leaves(tree, is_leaf=is_quantized)
+    leaves = (x for x in found if hasattr(x, "dtype"))
+    return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    batch, seq = token_ids.shape
+    return jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))

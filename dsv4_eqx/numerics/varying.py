@@ -1,0 +1,49 @@
+"""Values inside `shard_map`, which vary over some mesh axes and are equal over others.
+
+JAX reconciles the operands of its own operations. A custom derivative rule and the
+carry of a loop have to do it themselves; outside `shard_map` this does nothing.
+"""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+
+def match_varying(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each varying over every mesh axis that any of them varies over."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = functools.reduce(frozenset.union, axes)
+    return tuple(varying(x, union) for x in arrays)
+
+
+def shape_varying_like(
+    shape: tuple[int, ...], dtype: DTypeLike, *arrays: Array
+) -> jax.ShapeDtypeStruct:
+    """What a kernel's output is declared as, whose operands are these arrays.
+
+    Pallas may forget over which mesh axes it varies: join the result by `match_varying`
+    too.
+
+    **Arguments:**
+
+    - `shape`, `dtype`: of the output.
+    - `arrays`: it varies over every mesh axis that any of them varies over.
+    """
+    kind = jax.typeof(match_varying(*arrays)[0]).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def varying(x: Array, axes: Iterable[str]) -> Array:
+    """The same array, of which each device of these mesh axes has one of its own.
+
+    **Arguments:**
+
+    - `x`: varying over some of them, or over none.
+    - `axes`: of the mesh.
+    """
+    missing = frozenset(axes) - jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

@@ -1,0 +1,162 @@
+"""What a token costs, from a configuration alone: parameters and forward arithmetic.
+
+Below, dim is the model's width, c a head's, ratio the tokens in a compressed entry, and
+series is 2 for compressed sparse attention (CSA) and 1 for the heavy kind (HCA).
+"""
+
+from typing import Final
+
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import CSA, SLIDING, TOPK_MOE
+from dsv4_eqx.numerics.validation import invalid_argument, is_int
+
+_MULTIPLY_ADD: Final = 2  # floating-point operations
+
+
+def num_active_params(config: Config) -> int:
+    """Parameters that one token uses, of the main model.
+
+    All but the routed experts that the token does not run, the prediction (MTP) blocks
+    and the hash routers' tables; embedding and unembedding count in full. A block has
+
+    - attention: q_rank x (dim + 1) + heads x (c x q_rank + 1) + c x (dim + 1)
+      + o_rank x (heads x c + dim x groups),
+    - each compressor: series x c x (2 x dim + ratio) + c,
+    - in CSA an indexer: its own such compressor and
+      index_heads x (index_dim x q_rank + dim),
+    - experts: (slots + 1) x 3 x hidden x dim, and experts x dim for the router, whose
+      bias adds experts where it routes by score,
+    - two hyper-connections: mixes x (streams x dim + 1) + 3, mixes = (2 + streams) x
+      streams, and two norms of dim.
+
+    **Arguments:**
+
+    - `config`: sizes and schedule.
+    """
+    dim, streams = config.hidden_size, config.hc_mult
+    head = streams * streams * dim + streams + 1
+    blocks = (_block_params(config, i) for i in range(config.num_hidden_layers))
+    return 2 * config.vocab_size * dim + head + dim + sum(blocks)
+
+
+def flops_per_token(config: Config, seq: int) -> float:
+    """Forward floating-point operations of a token, the mean over a whole sequence.
+
+    Twice the multiply-adds of matrix products and weighted sums, without prediction
+    (MTP) blocks. Norms, activations, softmaxes, rotations and the routing weights count
+    nothing, and neither does looking the embedding up. A token costs, in multiply-adds,
+
+    - every matrix of `num_active_params` its size, but for the embedding; those of
+      compressors only for tokens of complete windows, the share
+      (seq // ratio) x ratio / seq,
+    - each compressor's pooling: series x c for the same tokens,
+    - attention: 2 x heads x c for each key it sees. These are min(t + 1, window) keys
+      at position t, and (t + 1) // ratio entries: all of them in HCA, at most
+      `index_topk` in CSA,
+    - in CSA the indexer, matrices included, only where there are more than `index_topk`
+      entries: index_heads x (index_dim + 1) for each of the (t + 1) // ratio entries,
+    - hyper-connections: streams x dim to read, (streams + 1) x streams x dim to write.
+
+    Blocks of queries that share what they look at compute somewhat more than this.
+
+    **Arguments:**
+
+    - `config`: sizes and schedule.
+    - `seq`: tokens of the sequence, which starts at position 0.
+
+    **Raises:** ValueError if `seq` is no integer or below 1.
+    """
+    if not is_int(seq) or seq < 1:
+        raise invalid_argument("flops_per_token", "seq", seq, "an integer, at least 1")
+    dim, streams = config.hidden_size, config.hc_mult
+    head = streams * streams * dim + streams * dim
+    unembedding = config.vocab_size * dim
+    blocks = (_block_sums(config, i, seq) for i in range(config.num_hidden_layers))
+    return float(_MULTIPLY_ADD * (head + unembedding + sum(blocks)))
+
+
+def _block_params(config: Config, layer: int) -> int:
+    kind, ratio, moe_kind = config.layer_kind(layer)
+    params = _attention_matrices(config) + config.num_attention_heads
+    params += config.q_lora_rank + config.head_dim
+    if kind != SLIDING:
+        params += _compressor_params(config, kind, ratio, config.head_dim)
+    if kind == CSA:
+        params += _indexer_matrices(config)
+        params += _compressor_params(config, kind, ratio, config.index_head_dim)
+    params += _moe_matrices(config)
+    params += config.n_routed_experts if moe_kind == TOPK_MOE else 0
+    mixes = (2 + config.hc_mult) * config.hc_mult
+    params += 2 * (_connection_matrix(config) + mixes + 3)
+    return params + 2 * config.hidden_size
+
+
+def _block_sums(config: Config, layer: int, seq: int) -> float:
+    """Multiply-adds of a token in a layer."""
+    kind, ratio, _ = config.layer_kind(layer)
+    sums = _attention_matrices(config) + _moe_matrices(config)
+    seen = _mean_seen(seq, 1, config.sliding_window)
+    if kind != SLIDING:
+        sums += _compressor_sums(config, kind, ratio, config.head_dim, seq)
+        most = config.index_topk if kind == CSA else seq
+        seen += _mean_seen(seq, ratio, most)
+    if kind == CSA and seq // ratio > config.index_topk:
+        sums += _indexer_matrices(config)
+        sums += _compressor_sums(config, kind, ratio, config.index_head_dim, seq)
+        a_score = config.index_n_heads * (config.index_head_dim + 1)
+        sums += a_score * _mean_seen(seq, ratio, seq)
+    sums += 2 * config.num_attention_heads * config.head_dim * seen
+    streams = config.hc_mult
+    mixing = (streams + (streams + 1) * streams) * config.hidden_size
+    return sums + 2 * (_connection_matrix(config) + mixing)
+
+
+def _mean_seen(seq: int, ratio: int, most: int) -> float:
+    """The mean of min((t + 1) // ratio, most) over the positions t below `seq`."""
+    top = min(seq // ratio, most)
+    # Each number from 0 to top - 1 is seen `ratio` times, though 0 one time less.
+    total = ratio * top * (top - 1) // 2 + top * (seq + 1 - ratio * top)
+    return total / seq
+
+
+def _attention_matrices(config: Config) -> int:
+    dim, rank = config.hidden_size, config.q_lora_rank
+    inner = config.num_attention_heads * config.head_dim
+    queries = rank * dim + inner * rank
+    keys = config.head_dim * dim
+    output = config.o_lora_rank * (inner + dim * config.o_groups)
+    return queries + keys + output
+
+
+def _indexer_matrices(config: Config) -> int:
+    """Without its compressor's."""
+    per_head = config.index_head_dim * config.q_lora_rank + config.hidden_size
+    return config.index_n_heads * per_head
+
+
+def _moe_matrices(config: Config) -> int:
+    """Of the experts that a token runs, the shared one included, and the router."""
+    expert = 3 * config.moe_intermediate_size * config.hidden_size
+    router = config.n_routed_experts * config.hidden_size
+    return (config.num_experts_per_tok + 1) * expert + router
+
+
+def _connection_matrix(config: Config) -> int:
+    streams = config.hc_mult
+    return (2 + streams) * streams * streams * config.hidden_size
+
+
+def _series(kind: str) -> int:
+    return 2 if kind == CSA else 1  # windows that a token is pooled in
+
+
+def _compressor_params(config: Config, kind: str, ratio: int, head_dim: int) -> int:
+    columns = 2 * config.hidden_size + ratio  # values, gates and position bias
+    return _series(kind) * head_dim * columns + head_dim
+
+
+def _compressor_sums(
+    config: Config, kind: str, ratio: int, head_dim: int, seq: int
+) -> float:
+    a_token = _series(kind) * head_dim * (2 * config.hidden_size + 1)
+    return a_token * (seq // ratio * ratio) / seq

@@ -1,0 +1,89 @@
+"""Rotary values that a `config.json` gives twice: they agree or are refused."""
+
+import pytest
+
+from dsv4_eqx import Config
+from tests.config.test_config import RAW, nested, refused, yarn
+
+FLAT = RAW["rope_scaling"]
+
+
+def flat(**changes):
+    return {"rope_scaling": None, "rope_parameters": FLAT | changes}
+
+
+TWICE = {
+    "flat base": (flat(rope_theta=12345), ("compress_rope_theta=160000.0", "12345")),
+    "flat fraction": (flat(partial_rotary_factor=0.25), ("head_dim=64", "0.25")),
+    "flat fractions": (
+        flat(partial_rotary_factor=0.25) | {"partial_rotary_factor": 0.5},
+        ("partial_rotary_factor=0.5", "0.25", "rope_parameters"),
+    ),
+    "main": (nested({"rope_theta": 5e5}), ("rope_theta=10000", "500000.0", "in main")),
+    "compress": (
+        nested({}, rope_theta=5e5),
+        ("compress_rope_theta=160000.0", "500000.0", "in compress"),
+    ),
+    "fraction": (
+        nested({"partial_rotary_factor": 0.25}) | {"partial_rotary_factor": 0.5},
+        ("partial_rotary_factor=0.5", "0.25", "in main"),
+    ),
+    "fractions": (
+        nested({"partial_rotary_factor": 0.5}, partial_rotary_factor=0.25),
+        ("partial_rotary_factor=0.5", "0.25", "in compress"),
+    ),
+    "scaling base": (
+        yarn(rope_theta=10000),
+        ("compress_rope_theta=160000.0", "10000", "rope_scaling"),
+    ),
+    "scaling fraction": (yarn(partial_rotary_factor=0.25), ("_dim=64", "0.25")),
+    "scaling and nested": (
+        nested({}) | yarn(rope_theta=5e5),
+        ("compress_rope_theta=160000.0", "500000.0", "rope_scaling"),
+    ),
+    "types": (yarn(rope_type="yarn", type="default"), ("rope_scaling", "'default'")),
+    "half a position": (
+        yarn(original_max_position_embeddings=64.5),
+        ("original_max_position_embeddings=64.5", "an integer"),
+    ),
+    "temperature": (yarn(attention_factor=True), ("attention_factor=True", "number")),
+    "base": (yarn(rope_theta="a"), ("rope_theta='a'", "number")),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_rotary_values_that_contradict_each_other_are_refused(case):
+    changes, parts = TWICE[case]
+    refused(parts, changes)
+
+
+@pytest.mark.parametrize("changes", [flat(rope_theta=16e4), yarn(rope_theta=16e4)])
+def test_a_base_that_transformers_does_not_read_is_refused_alone(changes):
+    refused(
+        ("compress_rope_theta=None", "160000.0"),
+        changes,
+        without=("compress_rope_theta",),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        flat(),
+        flat(rope_theta=160000, partial_rotary_factor=0.5),
+        yarn(rope_theta=160000, partial_rotary_factor=0.5, attention_factor=1),
+        yarn(rope_type="yarn"),
+        nested({"rope_theta": 10000.0}),
+        nested({"partial_rotary_factor": 0.5}, partial_rotary_factor=0.5),
+    ],
+)
+def test_rotary_values_that_agree_are_read(changes):
+    assert Config.from_hf(RAW | changes) == Config.from_hf(RAW)
+
+
+def test_nested_bases_alone_are_read():
+    changes = nested({"rope_theta": 5e5}, rope_theta=7e5)["rope_parameters"]
+    alone = dict.fromkeys(("rope_theta", "compress_rope_theta", "rope_scaling"))
+    config = Config.from_hf(RAW | alone | {"rope_parameters": changes})
+    assert (config.rope_theta, config.compress_rope_theta) == (5e5, 7e5)
+    assert config.rope_scaling == Config.from_hf(RAW).rope_scaling
