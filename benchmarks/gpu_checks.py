@@ -24,9 +24,10 @@ from gpu_cases import KINDS, Case, built, check_config, one_layer, random
 from gpu_child import begin_compiling, emit, end_if_fatal, error_text, wanted
 from gpu_operations import random_selection
 
-from dsv4_eqx import Attention, Block, Config, TopKRouter, from_pretrained
+from dsv4_eqx import Attention, Block, Config, from_pretrained
 from dsv4_eqx.config.kinds import HASH_MOE
 from dsv4_eqx.kernels.entries import is_index
+from dsv4_eqx.model.parts import make_attention, make_topk_router
 
 NANO: Final = pathlib.Path(__file__).parent.parent / "tests" / "data" / "nano-release"
 # Gradients that are told together, by how their path begins; the first that fits.
@@ -155,7 +156,7 @@ def layers(config: Config, tokens: int, forms: tuple[str, ...]) -> Iterator[Case
 
 
 def attention_of(config: Config, kind: str) -> Callable[..., Attention]:
-    return lambda key, dtype: Attention(config, *KINDS[kind], key=key, dtype=dtype)
+    return lambda key, dtype: make_attention(config, *KINDS[kind], key=key, dtype=dtype)
 
 
 def attend_chosen(module: Attention, x: jax.Array, selection: Any) -> jax.Array:
@@ -219,7 +220,7 @@ def choices(config: Config, tokens: int, forms: tuple[str, ...]) -> Iterator[Cas
         return attention_of(own, "CSA")(key, dtype).indexer
 
     def make_router(key, dtype):
-        return TopKRouter(own, key=key, dtype=dtype)
+        return make_topk_router(own, key=key, dtype=dtype)
 
     def of_indexer(arrays, x, latent, positions):
         selection = indexer_of(arrays)(x, latent, positions)

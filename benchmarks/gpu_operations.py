@@ -24,13 +24,12 @@ from gpu_cases import (
 from jax import lax
 
 from dsv4_eqx import Experts, Indexer
-from dsv4_eqx.attention.attention import Attention
-from dsv4_eqx.config.kinds import CSA
 from dsv4_eqx.kernels.attend import attend
 from dsv4_eqx.kernels.entries import Entries
 from dsv4_eqx.kernels.form import FORMS, use_kernels
 from dsv4_eqx.kernels.grouped_products import product
 from dsv4_eqx.kernels.select import highest, listed
+from dsv4_eqx.model.parts import make_experts, make_indexer
 
 
 class CoreAttention:
@@ -136,7 +135,7 @@ class RoutedExperts:
         self.arrays, self.module_of = built(self.make)
 
     def make(self) -> Experts:
-        return Experts(self.config, key=jax.random.key(0), dtype=self.dtype)
+        return make_experts(self.config, key=jax.random.key(0), dtype=self.dtype)
 
     def forward(self, arrays, x, chosen, weights):
         return self.module_of(arrays)(x, chosen, weights)
@@ -259,11 +258,9 @@ class IndexerAlone:
         self.ratio = KINDS["CSA"][1]
         self.arrays, self.module_of = built(self.make)
 
-    def make(self) -> Indexer | None:
-        attention = Attention(
-            self.config, CSA, self.ratio, key=jax.random.key(0), dtype=self.dtype
-        )
-        return attention.indexer
+    def make(self) -> Indexer:
+        key = jax.random.key(0)
+        return make_indexer(self.config, self.ratio, key=key, dtype=self.dtype)
 
     def select(self, arrays, x, latent, positions):
         selection = self.module_of(arrays)(x, latent, positions)

@@ -19,8 +19,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from dsv4_eqx import Attention, Config, DeepSeekV4, Experts
+from dsv4_eqx import Config, DeepSeekV4
 from dsv4_eqx.config.kinds import SLIDING
+from dsv4_eqx.model.parts import make_attention, make_experts
 
 ROUNDS: Final = 15
 
@@ -57,7 +58,7 @@ def experts(tokens: int) -> None:
         num_experts_per_tok=4,
     )
     key = jax.random.key(0)
-    module = Experts(config, key=key)
+    module = make_experts(config, key=key)
     x = jax.random.normal(key, (tokens, 512))
     scores = jax.random.uniform(key, (tokens, 32))
     chosen, weights = jax.lax.top_k(scores, 4)[1], jnp.full((tokens, 4), 0.25)
@@ -91,7 +92,7 @@ def window() -> None:
         sliding_window=128,
     )
     key = jax.random.key(0)
-    module = Attention(config, SLIDING, 0, key=key)
+    module = make_attention(config, SLIDING, 0, key=key)
     calls = []
     for tokens in (4096, 16384):
         x = jax.random.normal(key, (1, tokens, 256))

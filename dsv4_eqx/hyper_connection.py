@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.mix import mix, sinkhorn
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project
+from dsv4_eqx.numerics.validation import validate_number, validate_sizes
 
 
 class StreamMixing(NamedTuple):
@@ -40,26 +40,50 @@ class HyperConnection(eqx.Module):
     weight: Float32[Array, "mixes streams dim"]
     base: Float32[Array, " mixes"]
     scale: Float32[Array, "3"]
+    dim: int = eqx.field(static=True)
+    num_streams: int = eqx.field(static=True)
+    sinkhorn_iters: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
-    sinkhorn_iters: int = eqx.field(static=True)
 
-    def __init__(self, config: Config, *, key: PRNGKeyArray):
+    def __init__(
+        self,
+        dim: int,
+        num_streams: int,
+        *,
+        sinkhorn_iters: int = 20,
+        eps: float = 1e-6,
+        norm_eps: float = 1e-6,
+        std: float = 0.02,
+        key: PRNGKeyArray,
+    ):
         """**Arguments:**
 
-        - `config`: sizes, `hc_eps` and the number of Sinkhorn iterations.
+        - `dim`: channels of a stream.
+        - `num_streams`: parallel residual streams.
+        - `sinkhorn_iters`: normalisations of rows and columns.
+        - `eps`: added to the weights of the streams and to Sinkhorn's sums.
+        - `norm_eps`: added to the mean square of the streams.
+        - `std`: deviation of the initial weight, which is normal.
         - `key`: randomness of the initial weight.
+
+        **Raises:** ValueError if a size is no positive integer or a number is negative
+        or not finite.
         """
-        streams = config.hc_mult
-        mixes = (2 + streams) * streams
-        shape = (mixes, streams, config.hidden_size)
-        std = config.initializer_range
+        self.dim, self.num_streams, self.sinkhorn_iters = validate_sizes(
+            "HyperConnection",
+            dim=dim,
+            num_streams=num_streams,
+            sinkhorn_iters=sinkhorn_iters,
+        )
+        self.eps = validate_number("HyperConnection", "eps", eps)
+        self.norm_eps = validate_number("HyperConnection", "norm_eps", norm_eps)
+        std = validate_number("HyperConnection", "std", std)
+        mixes = (2 + self.num_streams) * self.num_streams
+        shape = (mixes, self.num_streams, self.dim)
         self.weight = std * jax.random.normal(key, shape, jnp.float32)
         self.base = jnp.zeros(mixes, jnp.float32)
         self.scale = jnp.ones(3, jnp.float32)
-        self.norm_eps = config.rms_norm_eps
-        self.eps = config.hc_eps
-        self.sinkhorn_iters = config.hc_sinkhorn_iters
 
     @jax.named_scope("HyperConnection.read")
     def read(
@@ -140,23 +164,32 @@ class HyperHead(eqx.Module):
     weight: Float32[Array, "streams streams dim"]
     base: Float32[Array, " streams"]
     scale: Float32[Array, "1"]
+    dim: int = eqx.field(static=True)
+    num_streams: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
 
-    def __init__(self, config: Config, *, key: PRNGKeyArray):
-        """**Arguments:**
-
-        - `config`: sizes and `hc_eps`.
-        - `key`: randomness of the initial weight.
-        """
-        streams = config.hc_mult
-        shape = (streams, streams, config.hidden_size)
-        std = config.initializer_range
+    def __init__(
+        self,
+        dim: int,
+        num_streams: int,
+        *,
+        eps: float = 1e-6,
+        norm_eps: float = 1e-6,
+        std: float = 0.02,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments, raises:** as `HyperConnection`."""
+        self.dim, self.num_streams = validate_sizes(
+            "HyperHead", dim=dim, num_streams=num_streams
+        )
+        self.eps = validate_number("HyperHead", "eps", eps)
+        self.norm_eps = validate_number("HyperHead", "norm_eps", norm_eps)
+        std = validate_number("HyperHead", "std", std)
+        shape = (self.num_streams, self.num_streams, self.dim)
         self.weight = std * jax.random.normal(key, shape, jnp.float32)
-        self.base = jnp.zeros(streams, jnp.float32)
+        self.base = jnp.zeros(self.num_streams, jnp.float32)
         self.scale = jnp.ones(1, jnp.float32)
-        self.norm_eps = config.rms_norm_eps
-        self.eps = config.hc_eps
 
     @jax.named_scope("HyperHead")
     def __call__(

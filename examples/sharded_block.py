@@ -53,7 +53,7 @@ class OneBlock(eqx.Module):
         std, wide = config.initializer_range, jnp.float32
         self.embedding = std * jax.random.normal(keys[0], shape, wide)
         block = dsv4.Block(config, layer, key=keys[1])
-        head = dsv4.HyperHead(config, key=keys[2])
+        head = dsv4.HyperHead(config.hidden_size, config.hc_mult, key=keys[2])
         # New hyper-connections treat all streams alike, so that most of their own
         # gradients cancel: start where training would have taken them.
         self.block = eqx.tree_at(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from dsv4_eqx import HyperConnection, HyperHead
 from dsv4_eqx.hyper_connection import StreamMixing
 from dsv4_eqx.kernels.mix import mix, sinkhorn
+from dsv4_eqx.model.parts import make_hyper_connection, make_hyper_head
 from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
@@ -29,7 +29,7 @@ def normal(shape, seed=0, scale=1.0):
 def connections(seed=0):
     """Ours and transformers', with the same weights; the mixing is not symmetric."""
     theirs = hf.DeepseekV4HyperConnection(reference_config(CONFIG))
-    ours = HyperConnection(CONFIG, key=jax.random.key(0))
+    ours = make_hyper_connection(CONFIG, key=jax.random.key(0))
     weight = normal(ours.weight.shape, seed, 0.4)
     base, scale = normal(ours.base.shape, seed + 1), 1 + normal(3, seed + 2, 0.3)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def connections(seed=0):
 def heads(seed=0):
     """Our head and transformers', with the same weights."""
     theirs = hf.DeepseekV4HyperHead(reference_config(CONFIG))
-    ours = HyperHead(CONFIG, key=jax.random.key(0))
+    ours = make_hyper_head(CONFIG, key=jax.random.key(0))
     weight = normal(ours.weight.shape, seed, 0.4)
     base, scale = normal(ours.base.shape, seed + 1), 1 + normal(1, seed + 2, 0.3)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_sinkhorn_refuses_a_negative_number_of_iterations(iterations):
 
 def test_initial_connection_is_near_the_mean_of_the_streams():
     # Small weights, zero base: the mixing starts out close to uniform.
-    ours = HyperConnection(CONFIG, key=jax.random.key(3))
+    ours = make_hyper_connection(CONFIG, key=jax.random.key(3))
     _, mixing = ours.read(jnp.asarray(normal(SHAPE)))
     np.testing.assert_allclose(mixing.combine, np.full((2, 5, 3, 3), 1 / 3), atol=0.2)
     np.testing.assert_allclose(mixing.post, np.ones((2, 5, 3)), atol=0.5)

@@ -16,10 +16,8 @@ from dsv4_eqx.attention.cache import (
     CompressorState,
     positions_after,
 )
-from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.compressor import Compressor, validate_rotary
 from dsv4_eqx.attention.indexer import Indexer
-from dsv4_eqx.config.config import Config
-from dsv4_eqx.config.kinds import CSA, HCA, SLIDING
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.kernels.query_blocks import map_queries
@@ -27,9 +25,10 @@ from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
-    is_int,
     validate_activations,
     validate_ids,
+    validate_number,
+    validate_sizes,
 )
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
@@ -59,56 +58,79 @@ class Attention(eqx.Module):
     rope: RotaryEmbedding
     compressor: Compressor | None
     indexer: Indexer | None
+    dim: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
     window: int = eqx.field(static=True)
 
     def __init__(
         self,
-        config: Config,
-        kind: str,
-        ratio: int,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
         *,
+        q_rank: int,
+        num_groups: int,
+        out_per_group: int,
+        window: int,
+        rope: RotaryEmbedding,
+        compressor: Compressor | None = None,
+        indexer: Indexer | None = None,
+        norm_eps: float = 1e-6,
+        std: float = 0.02,
         key: PRNGKeyArray,
         dtype: DTypeLike = jnp.float32,
     ):
         """**Arguments:**
 
-        - `config`: the sizes.
-        - `kind`: the layer's kind, as in `config.layer_types`.
-        - `ratio`: tokens in a compressed entry, as in `config.compress_ratios`.
+        - `dim`: channels of a token.
+        - `num_heads`: query heads.
+        - `head_dim`: channels of a head, and of the one head of keys.
+        - `q_rank`: channels of the query latent.
+        - `num_groups`: groups of heads in the output projection.
+        - `out_per_group`: channels that come out of a group.
+        - `window`: tokens that a query sees as they are, itself included.
+        - `rope`: rotary embedding of queries, keys and, backwards, outputs.
+        - `compressor`: makes the compressed entries, of `head_dim` channels.
+        - `indexer`: selects the entries that a query sees; without it, all.
+        - `norm_eps`: of all norms.
+        - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights; norms, sinks and position biases are float32.
+        - `dtype`: dtype of the weights; norms and sinks are float32.
 
-        **Raises:** ValueError if there is no such kind, or not with that ratio.
+        **Raises:** ValueError if a size is no positive integer, a number is negative or
+        not finite, the groups do not divide the heads, or the parts do not fit each
+        other.
         """
-        _validate_kind(kind, ratio)
-        keys = jax.random.split(key, 7)
-        dim, rank = config.hidden_size, config.q_lora_rank
-        heads, head_dim = config.num_attention_heads, config.head_dim
-        std = config.initializer_range
-        groups, per_group = config.o_groups, config.o_lora_rank
-        self.query_down = std * jax.random.normal(keys[0], (rank, dim), dtype)
-        self.query_norm = RMSNorm(rank, eps=config.rms_norm_eps)
-        self.query_up = std * jax.random.normal(keys[1], (heads, head_dim, rank), dtype)
-        self.head_norm = UnweightedRMSNorm(eps=config.rms_norm_eps)
-        self.key_value = std * jax.random.normal(keys[2], (head_dim, dim), dtype)
-        self.key_value_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
-        self.sinks = jnp.zeros(heads, jnp.float32)
+        call = "Attention"
+        self.dim, self.num_heads, self.head_dim, self.window = validate_sizes(
+            call, dim=dim, num_heads=num_heads, head_dim=head_dim, window=window
+        )
+        q_rank, num_groups, out_per_group = validate_sizes(
+            call, q_rank=q_rank, num_groups=num_groups, out_per_group=out_per_group
+        )
+        std = validate_number(call, "std", std)
+        if num_heads % num_groups != 0:
+            allowed = f"a divisor of num_heads={num_heads}"
+            raise invalid_argument(call, "num_groups", num_groups, allowed)
+        validate_rotary(call, rope, head_dim)
+        _validate_parts(self, q_rank, compressor, indexer)
+        keys = jax.random.split(key, 5)
+        normal = jax.random.normal
+        self.query_down = std * normal(keys[0], (q_rank, dim), dtype)
+        self.query_norm = RMSNorm(q_rank, eps=norm_eps)
+        self.query_up = std * normal(keys[1], (num_heads, head_dim, q_rank), dtype)
+        self.head_norm = UnweightedRMSNorm(eps=norm_eps)
+        self.key_value = std * normal(keys[2], (head_dim, dim), dtype)
+        self.key_value_norm = RMSNorm(head_dim, eps=norm_eps)
+        self.sinks = jnp.zeros(num_heads, jnp.float32)
+        sizes = num_heads * head_dim // num_groups, num_groups * out_per_group
         self.output_down = GroupedLinear(
-            heads * head_dim // groups,
-            groups * per_group,
-            groups,
-            key=keys[3],
-            std=std,
-            dtype=dtype,
+            *sizes, num_groups, key=keys[3], std=std, dtype=dtype
         )
-        self.output_up = std * jax.random.normal(
-            keys[4], (dim, groups, per_group), dtype
-        )
-        self.rope = _rotary(config, kind)
-        self.compressor, self.indexer = _compression(
-            config, kind, ratio, self.rope, (keys[5], keys[6]), dtype
-        )
-        self.window = config.sliding_window
+        shape = (dim, num_groups, out_per_group)
+        self.output_up = std * normal(keys[4], shape, dtype)
+        self.rope, self.compressor, self.indexer = rope, compressor, indexer
 
     @jax.named_scope("Attention")
     def __call__(
@@ -161,9 +183,8 @@ class Attention(eqx.Module):
             return compressor.init_state(batch, capacity, dtype)
 
         num_before = min(self.window, capacity) - 1
-        head_dim = self.key_value.shape[0]
         return AttentionCache(
-            window_keys=jnp.zeros((batch, num_before, head_dim), dtype),
+            window_keys=jnp.zeros((batch, num_before, self.head_dim), dtype),
             compressor=state(self.compressor),
             indexer=state(None if self.indexer is None else self.indexer.compressor),
         )
@@ -296,46 +317,25 @@ class Attention(eqx.Module):
         return project(latent, self.output_up, over=2)
 
 
-def _validate_kind(kind: str, ratio: int) -> None:
-    if kind not in (SLIDING, CSA, HCA):
-        allowed = f"{SLIDING!r}, {CSA!r} or {HCA!r}"
-        raise invalid_argument("Attention", "kind", kind, allowed)
-    fits = is_int(ratio) and (ratio == 0 if kind == SLIDING else ratio >= 1)
-    if not fits:
-        allowed = "0" if kind == SLIDING else "an integer, at least 1,"
-        raise invalid_argument("Attention", "ratio", ratio, f"{allowed} in {kind!r}")
-
-
-def _compression(
-    config: Config,
-    kind: str,
-    ratio: int,
-    rope: RotaryEmbedding,
-    keys: tuple[PRNGKeyArray, PRNGKeyArray],
-    dtype: DTypeLike,
-) -> tuple[Compressor | None, Indexer | None]:
-    """What a layer of this kind has of the two."""
-    if kind == SLIDING:
-        return None, None
-    compressor = Compressor(
-        config,
-        ratio=ratio,
-        overlap=kind == CSA,
-        head_dim=config.head_dim,
-        rope=rope,
-        key=keys[0],
-        dtype=dtype,
-    )
-    if kind == HCA:
-        return compressor, None
-    return compressor, Indexer(config, ratio=ratio, rope=rope, key=keys[1], dtype=dtype)
-
-
-def _rotary(config: Config, kind: str) -> RotaryEmbedding:
-    if kind == SLIDING:
-        return RotaryEmbedding(config.qk_rope_head_dim, base=config.rope_theta)
-    return RotaryEmbedding(
-        config.qk_rope_head_dim,
-        base=config.compress_rope_theta,
-        yarn=config.rope_scaling,
-    )
+def _validate_parts(
+    attention: Attention,
+    q_rank: int,
+    compressor: Compressor | None,
+    indexer: Indexer | None,
+) -> None:
+    """Whether the entries have the heads' channels and the indexer's windows."""
+    if compressor is not None and compressor.head_dim != attention.head_dim:
+        raise ValueError(
+            f"Attention: the compressor's head_dim is {compressor.head_dim}, it must "
+            f"be head_dim={attention.head_dim}: its entries are the heads' keys."
+        )
+    if indexer is None:
+        return
+    if compressor is None:
+        raise ValueError("Attention: an indexer selects entries: give a compressor.")
+    ratios = indexer.compressor.ratio, compressor.ratio
+    if ratios[0] != ratios[1] or indexer.q_rank != q_rank:
+        raise ValueError(
+            f"Attention: the indexer's ratio and q_rank are {ratios[0]} and "
+            f"{indexer.q_rank}; they must be the layer's, {ratios[1]} and {q_rank}."
+        )

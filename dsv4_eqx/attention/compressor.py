@@ -14,12 +14,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import CompressorState, rows_from
-from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
 from dsv4_eqx.numerics.precision import wide_dtype
 from dsv4_eqx.numerics.product import project
-from dsv4_eqx.numerics.validation import invalid_argument, is_int
+from dsv4_eqx.numerics.validation import (
+    validate_flag,
+    validate_number,
+    validate_sizes,
+)
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
@@ -42,43 +45,54 @@ class Compressor(eqx.Module):
     position_bias: Float32[Array, "ratio series head_dim"]
     norm: RMSNorm
     rope: RotaryEmbedding
+    dim: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
+    ratio: int = eqx.field(static=True)
+    overlap: bool = eqx.field(static=True)
 
     def __init__(
         self,
-        config: Config,
-        *,
-        ratio: int,
-        overlap: bool,
+        dim: int,
         head_dim: int,
+        ratio: int,
+        *,
+        overlap: bool = False,
         rope: RotaryEmbedding,
+        norm_eps: float = 1e-6,
+        std: float = 0.02,
         key: PRNGKeyArray,
         dtype: DTypeLike = jnp.float32,
     ):
         """**Arguments:**
 
-        - `config`: `hidden_size`, `rms_norm_eps` and `initializer_range`.
+        - `dim`: channels of a token.
+        - `head_dim`: channels of an entry.
         - `ratio`: tokens in a window.
         - `overlap`: whether an entry also pools the window before its own.
-        - `head_dim`: channels of an entry.
         - `rope`: the layer's rotary embedding.
+        - `norm_eps`: of the norm of the entries.
+        - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights; the position bias is float32.
 
-        **Raises:** ValueError if `ratio` is no integer, at least 1.
+        **Raises:** ValueError if a size is no positive integer, a number is negative or
+        not finite, or the embedding rotates more channels than an entry has.
         """
-        if not is_int(ratio) or ratio < 1:
-            raise invalid_argument(
-                "Compressor", "ratio", ratio, "an integer, at least 1"
-            )
+        self.dim, self.head_dim, self.ratio = validate_sizes(
+            "Compressor", dim=dim, head_dim=head_dim, ratio=ratio
+        )
+        validate_flag("Compressor", "overlap", overlap)
+        std = validate_number("Compressor", "std", std)
+        validate_rotary("Compressor", rope, self.head_dim)
         value_key, gate_key = jax.random.split(key)
         series = 2 if overlap else 1
-        shape = (series, head_dim, config.hidden_size)
-        std = config.initializer_range
+        shape = (series, self.head_dim, self.dim)
         self.value = std * jax.random.normal(value_key, shape, dtype)
         self.gate = std * jax.random.normal(gate_key, shape, dtype)
         self.position_bias = jnp.zeros((ratio, series, head_dim), jnp.float32)
-        self.norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(head_dim, eps=norm_eps)
         self.rope = rope
+        self.overlap = bool(overlap)
 
     @jax.named_scope("Compressor")
     def __call__(self, x: Float[Array, "batch seq dim"]) -> Entries:
@@ -88,7 +102,7 @@ class Compressor(eqx.Module):
 
         - `x`: normalised activations, in `x.dtype` of the entries.
         """
-        ratio = self.position_bias.shape[0]
+        ratio = self.ratio
         windows = x.shape[1] // ratio
         values, gates = self.project(x[:, : windows * ratio])
         pooled = self.pool(_windows(values, ratio), _windows(gates, ratio))
@@ -163,7 +177,7 @@ class Compressor(eqx.Module):
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
         """
-        ratio = self.position_bias.shape[0]
+        ratio = self.ratio
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
         gates = jnp.concatenate([state.gates, gates], axis=1)
@@ -236,7 +250,7 @@ class Compressor(eqx.Module):
         - `first_positions`: position of each window's first token.
         - `segment_ids`: document of each window, where a row has several.
         """
-        ratio = self.position_bias.shape[0]
+        ratio = self.ratio
         return Entries(
             values=self._rotated(pooled, first_positions),
             last_positions=first_positions + (ratio - 1),
@@ -253,3 +267,21 @@ class Compressor(eqx.Module):
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
     return x.reshape(x.shape[0], x.shape[1] // ratio, ratio, *x.shape[2:])
+
+
+def validate_rotary(call: str, rope: RotaryEmbedding, head_dim: int) -> None:
+    """Refuses an embedding that rotates more channels than there are.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `rope`: the rotary embedding.
+    - `head_dim`: channels of what it rotates.
+
+    **Raises:** ValueError if there are fewer channels.
+    """
+    if rope.rotary_dim > head_dim:
+        raise ValueError(
+            f"{call}: rope rotates {rope.rotary_dim} channels and head_dim is "
+            f"{head_dim}: give an embedding with a rotary_dim of at most that."
+        )

@@ -17,13 +17,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import CompressorState, positions_after
 from dsv4_eqx.attention.compressor import Compressor
-from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
 from dsv4_eqx.kernels.select import query_block, select
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project
-from dsv4_eqx.primitives.rotary import RotaryEmbedding
+from dsv4_eqx.numerics.validation import validate_number, validate_sizes
 
 
 class Indexer(eqx.Module):
@@ -38,49 +37,48 @@ class Indexer(eqx.Module):
     query_up: Float[Array, "index_heads index_dim q_rank"]
     head_weights: Float[Array, "index_heads dim"]
     compressor: Compressor
-    rope: RotaryEmbedding
+    dim: int = eqx.field(static=True)
+    q_rank: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
     topk: int = eqx.field(static=True)
 
     def __init__(
         self,
-        config: Config,
+        dim: int,
+        q_rank: int,
+        num_heads: int,
+        topk: int,
         *,
-        ratio: int,
-        rope: RotaryEmbedding,
+        compressor: Compressor,
+        std: float = 0.02,
         key: PRNGKeyArray,
         dtype: DTypeLike = jnp.float32,
     ):
         """**Arguments:**
 
-        - `config`: sizes and `index_topk`.
-        - `ratio`: tokens in a window.
-        - `rope`: the layer's rotary embedding.
+        - `dim`: channels of a token.
+        - `q_rank`: channels of the query latent.
+        - `num_heads`: heads, each of `compressor.head_dim` channels.
+        - `topk`: entries that a query selects.
+        - `compressor`: makes the indexer's own entries, in windows like the layer's;
+            queries are rotated by its embedding.
+        - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights.
+
+        **Raises:** ValueError if a size is no positive integer or `std` is negative or
+        not finite.
         """
-        query_key, weight_key, compressor_key = jax.random.split(key, 3)
-        heads, dim, std = (
-            config.index_n_heads,
-            config.index_head_dim,
-            config.initializer_range,
+        self.dim, self.q_rank, self.num_heads, self.topk = validate_sizes(
+            "Indexer", dim=dim, q_rank=q_rank, num_heads=num_heads, topk=topk
         )
-        self.query_up = std * jax.random.normal(
-            query_key, (heads, dim, config.q_lora_rank), dtype
-        )
-        self.head_weights = std * jax.random.normal(
-            weight_key, (heads, config.hidden_size), dtype
-        )
-        self.compressor = Compressor(
-            config,
-            ratio=ratio,
-            overlap=True,
-            head_dim=dim,
-            rope=rope,
-            key=compressor_key,
-            dtype=dtype,
-        )
-        self.rope = rope
-        self.topk = config.index_topk
+        std = validate_number("Indexer", "std", std)
+        query_key, weight_key = jax.random.split(key)
+        query_shape = (self.num_heads, compressor.head_dim, self.q_rank)
+        self.query_up = std * jax.random.normal(query_key, query_shape, dtype)
+        weight_shape = (self.num_heads, self.dim)
+        self.head_weights = std * jax.random.normal(weight_key, weight_shape, dtype)
+        self.compressor = compressor
 
     @jax.named_scope("Indexer")
     def __call__(
@@ -97,8 +95,7 @@ class Indexer(eqx.Module):
         - `latent`: the normalised query latent, shared with attention.
         - `positions`: of the tokens.
         """
-        ratio = self.compressor.position_bias.shape[0]
-        if x.shape[1] // ratio <= self.topk:
+        if x.shape[1] // self.compressor.ratio <= self.topk:
             return None  # everything visible is selected: no score is needed
         weights = self.project_weights(x)
         return self.select(latent, weights, positions, self.compressor(x))
@@ -166,7 +163,7 @@ class Indexer(eqx.Module):
         def select_block(operands):
             latent, weights, positions, segment_ids = operands
             queries = project(latent, query_up)
-            queries = self.rope(queries, positions[..., None])
+            queries = self.compressor.rope(queries, positions[..., None])
             seen = visible(keys, positions, segment_ids)
             return select(queries, weights, seen, keys, self.topk)
 

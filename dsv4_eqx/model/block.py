@@ -10,6 +10,7 @@ from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.cache import AttentionCache
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
+from dsv4_eqx.model.parts import make_attention, make_hyper_connection, make_moe
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.primitives.norm import RMSNorm
 
@@ -47,12 +48,12 @@ class Block(eqx.Module):
         """
         kind, ratio, moe_kind = config.layer_kind(layer)
         keys = jax.random.split(key, 4)
-        self.attention_connection = HyperConnection(config, key=keys[0])
+        self.attention_connection = make_hyper_connection(config, key=keys[0])
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config, kind, ratio, key=keys[1], dtype=dtype)
-        self.moe_connection = HyperConnection(config, key=keys[2])
+        self.attention = make_attention(config, kind, ratio, key=keys[1], dtype=dtype)
+        self.moe_connection = make_hyper_connection(config, key=keys[2])
         self.moe_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.moe = MoE(config, moe_kind, key=keys[3], dtype=dtype)
+        self.moe = make_moe(config, moe_kind, key=keys[3], dtype=dtype)
 
     @jax.named_scope("Block")
     def __call__(

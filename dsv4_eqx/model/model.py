@@ -27,6 +27,7 @@ from dsv4_eqx.model.inputs import (
 )
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP, MTPCache
+from dsv4_eqx.model.parts import make_hyper_head
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import is_quantized
 from dsv4_eqx.numerics.validation import (
@@ -73,7 +74,7 @@ class DeepSeekV4(AbstractModel):
         std = config.initializer_range
         self.embedding = std * jax.random.normal(keys[0], shape, dtype)
         self.layers = Layers(config, key=keys[1], dtype=dtype)
-        self.head = HyperHead(config, key=keys[2])
+        self.head = make_hyper_head(config, key=keys[2])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.unembedding = std * jax.random.normal(keys[3], shape, dtype)
         self.mtp = tuple(

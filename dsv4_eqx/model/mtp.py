@@ -16,6 +16,7 @@ from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
 from dsv4_eqx.model.block import Block
 from dsv4_eqx.model.inputs import validate_counts
+from dsv4_eqx.model.parts import make_hyper_head
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.primitives.norm import RMSNorm
@@ -67,7 +68,7 @@ class MTP(eqx.Module):
         self.streams_norm = RMSNorm(dim, eps=eps)
         self.streams_in = std * jax.random.normal(keys[1], (dim, dim), dtype)
         self.block = Block(config, layer, key=keys[2], dtype=dtype)
-        self.head = HyperHead(config, key=keys[3])
+        self.head = make_hyper_head(config, key=keys[3])
         self.norm = RMSNorm(dim, eps=eps)
 
     @jax.named_scope("MTP")

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.activation import clamped_swiglu
 from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import dequantize
-from dsv4_eqx.numerics.validation import validate_activations
+from dsv4_eqx.numerics.validation import (
+    validate_activations,
+    validate_number,
+    validate_sizes,
+)
 from dsv4_eqx.numerics.varying import match_varying
 
 
@@ -33,25 +36,45 @@ class Experts(eqx.Module):
 
     gate_up: Float[Array, "experts 2 expert_hidden dim"]
     down: Float[Array, "experts dim expert_hidden"]
+    dim: int = eqx.field(static=True)
+    hidden_dim: int = eqx.field(static=True)
+    num_experts: int = eqx.field(static=True)
     limit: float = eqx.field(static=True)
 
     def __init__(
-        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        limit: float = 10.0,
+        std: float = 0.02,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
     ):
         """**Arguments:**
 
-        - `config`: sizes and `swiglu_limit`.
+        - `dim`: channels of a token.
+        - `hidden_dim`: inner channels of an expert.
+        - `num_experts`: how many there are.
+        - `limit`: where the SwiGLU is clamped, $c$.
+        - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights.
+
+        **Raises:** ValueError if a size is no positive integer or a number is negative
+        or not finite.
         """
-        gate_up_key, down_key = jax.random.split(key)
-        experts, hidden = config.n_routed_experts, config.moe_intermediate_size
-        dim, std = config.hidden_size, config.initializer_range
-        self.gate_up = std * jax.random.normal(
-            gate_up_key, (experts, 2, hidden, dim), dtype
+        self.dim, self.hidden_dim, self.num_experts = validate_sizes(
+            "Experts", dim=dim, hidden_dim=hidden_dim, num_experts=num_experts
         )
-        self.down = std * jax.random.normal(down_key, (experts, dim, hidden), dtype)
-        self.limit = config.swiglu_limit
+        self.limit = validate_number("Experts", "limit", limit)
+        std = validate_number("Experts", "std", std)
+        gate_up_key, down_key = jax.random.split(key)
+        gate_up_shape = (self.num_experts, 2, self.hidden_dim, self.dim)
+        self.gate_up = std * jax.random.normal(gate_up_key, gate_up_shape, dtype)
+        down_shape = (self.num_experts, self.dim, self.hidden_dim)
+        self.down = std * jax.random.normal(down_key, down_shape, dtype)
 
     @jax.named_scope("Experts")
     def __call__(
@@ -72,11 +95,11 @@ class Experts(eqx.Module):
         **Raises:** ValueError if `x` has other channels or another dtype than the
         experts' weights, or `chosen` and `weights` do not fit it.
         """
-        return _run_experts(self, x, chosen, weights, self.num_experts, 0)
+        return _run_experts(self, x, chosen, weights, self.num_local, 0)
 
     @property
-    def num_experts(self) -> int:
-        """How many there are."""
+    def num_local(self) -> int:
+        """How many are here: fewer than `num_experts` where a mesh splits them."""
         return self.down.shape[0]
 
 
@@ -98,12 +121,12 @@ class StackedExperts(eqx.Module):
         weights: Float[Array, "tokens slots"],
     ) -> Float[Array, "tokens dim"]:
         """**Arguments, returns, raises:** as `Experts`."""
-        first = self.layer * self.num_experts
-        return _run_experts(self.stack, x, chosen, weights, self.num_experts, first)
+        first = self.layer * self.num_local
+        return _run_experts(self.stack, x, chosen, weights, self.num_local, first)
 
     @property
-    def num_experts(self) -> int:
-        """How many there are in a layer."""
+    def num_local(self) -> int:
+        """How many of a layer's are here."""
         return self.stack.down.shape[1]
 
 
@@ -163,23 +186,31 @@ class SharedExpert(eqx.Module):
 
     gate_up: Float[Array, "2 shared_hidden dim"]
     down: Float[Array, "dim shared_hidden"]
+    dim: int = eqx.field(static=True)
+    hidden_dim: int = eqx.field(static=True)
     limit: float = eqx.field(static=True)
 
     def __init__(
-        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        limit: float = 10.0,
+        std: float = 0.02,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
     ):
-        """**Arguments:**
-
-        - `config`: sizes and `swiglu_limit`.
-        - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights.
-        """
+        """**Arguments, raises:** as `Experts`."""
+        self.dim, self.hidden_dim = validate_sizes(
+            "SharedExpert", dim=dim, hidden_dim=hidden_dim
+        )
+        self.limit = validate_number("SharedExpert", "limit", limit)
+        std = validate_number("SharedExpert", "std", std)
         gate_up_key, down_key = jax.random.split(key)
-        hidden, dim = config.moe_intermediate_size, config.hidden_size
-        std = config.initializer_range
-        self.gate_up = std * jax.random.normal(gate_up_key, (2, hidden, dim), dtype)
-        self.down = std * jax.random.normal(down_key, (dim, hidden), dtype)
-        self.limit = config.swiglu_limit
+        gate_up_shape = (2, self.hidden_dim, self.dim)
+        self.gate_up = std * jax.random.normal(gate_up_key, gate_up_shape, dtype)
+        down_shape = (self.dim, self.hidden_dim)
+        self.down = std * jax.random.normal(down_key, down_shape, dtype)
 
     @jax.named_scope("SharedExpert")
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:

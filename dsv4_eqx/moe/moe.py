@@ -2,55 +2,28 @@
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.config.config import Config
-from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 from dsv4_eqx.moe.experts import Experts, SharedExpert, StackedExperts
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
-from dsv4_eqx.numerics.validation import (
-    invalid_argument,
-    validate_activations,
-    validate_ids,
-)
+from dsv4_eqx.numerics.validation import validate_activations, validate_ids
 
 
 class MoE(eqx.Module):
     r"""$y = \sum_i w_i E_i(x) + E_{\mathrm{shared}}(x)$, added up in float32.
 
     Paper section 2.1.
+
+    **Arguments:**
+
+    - `router`: chooses the experts of each token.
+    - `experts`: of which each token runs some; as many as the router knows.
+    - `shared`: the expert that every token runs.
     """
 
     router: TopKRouter | HashRouter
     experts: Experts
     shared: SharedExpert
-
-    def __init__(
-        self,
-        config: Config,
-        kind: str,
-        *,
-        key: PRNGKeyArray,
-        dtype: DTypeLike = jnp.float32,
-    ):
-        """**Arguments:**
-
-        - `config`: the sizes.
-        - `kind`: `"hash_moe"` or `"moe"`, as in `config.mlp_layer_types`.
-        - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights.
-
-        **Raises:** ValueError if `kind` is neither.
-        """
-        if kind not in (HASH_MOE, TOPK_MOE):
-            raise invalid_argument("MoE", "kind", kind, f"{HASH_MOE!r} or {TOPK_MOE!r}")
-        router_key, experts_key, shared_key = jax.random.split(key, 3)
-        router = HashRouter if kind == HASH_MOE else TopKRouter
-        self.router = router(config, key=router_key, dtype=dtype)
-        self.experts = Experts(config, key=experts_key, dtype=dtype)
-        self.shared = SharedExpert(config, key=shared_key, dtype=dtype)
 
     @jax.named_scope("MoE")
     def __call__(
@@ -78,7 +51,7 @@ class MoE(eqx.Module):
         # silently leave out what is on other devices.
         if not isinstance(self.experts, Experts | StackedExperts):
             return
-        routes, own = self.router.weight.shape[0], self.experts.num_experts
+        routes, own = self.router.weight.shape[0], self.experts.num_local
         if own != routes:
             raise ValueError(
                 f"MoE has {own} experts and its router {routes}: where shard_map "

@@ -14,8 +14,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
-from dsv4_eqx.config.config import Config
 from dsv4_eqx.numerics.product import project
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    validate_number,
+    validate_sizes,
+)
 
 
 class Routing(NamedTuple):
@@ -34,23 +38,45 @@ class TopKRouter(eqx.Module):
 
     weight: Float[Array, "routes dim"]
     bias: Float32[Array, " routes"]
+    dim: int = eqx.field(static=True)
+    num_experts: int = eqx.field(static=True)
     num_slots: int = eqx.field(static=True)
     scaling_factor: float = eqx.field(static=True)
 
     def __init__(
-        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+        self,
+        dim: int,
+        num_experts: int,
+        num_slots: int,
+        *,
+        scaling_factor: float = 1.0,
+        std: float = 0.02,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
     ):
         """**Arguments:**
 
-        - `config`: sizes and `routed_scaling_factor`.
+        - `dim`: channels of a token.
+        - `num_experts`: experts that there are.
+        - `num_slots`: experts that a token is sent to.
+        - `scaling_factor`: what a token's weights add up to.
+        - `std`: deviation of the initial weight, which is normal.
         - `key`: randomness of the initial weight.
         - `dtype`: dtype of the weight; the bias is float32.
+
+        **Raises:** ValueError if a size is no positive integer, a number is negative or
+        not finite, or there are more slots than experts.
         """
-        shape = (config.n_routed_experts, config.hidden_size)
-        self.weight = config.initializer_range * jax.random.normal(key, shape, dtype)
-        self.bias = jnp.zeros(config.n_routed_experts, jnp.float32)
-        self.num_slots = config.num_experts_per_tok
-        self.scaling_factor = config.routed_scaling_factor
+        self.dim, self.num_experts, self.num_slots = _validate_router(
+            "TopKRouter", dim, num_experts, num_slots
+        )
+        self.scaling_factor = validate_number(
+            "TopKRouter", "scaling_factor", scaling_factor
+        )
+        std = validate_number("TopKRouter", "std", std)
+        shape = (self.num_experts, self.dim)
+        self.weight = std * jax.random.normal(key, shape, dtype)
+        self.bias = jnp.zeros(self.num_experts, jnp.float32)
 
     @jax.named_scope("TopKRouter")
     def __call__(
@@ -75,31 +101,46 @@ class HashRouter(eqx.Module):
 
     weight: Float[Array, "routes dim"]
     table: Int32[Array, "hashed_vocab slots"]
+    dim: int = eqx.field(static=True)
+    num_experts: int = eqx.field(static=True)
+    num_slots: int = eqx.field(static=True)
+    vocab_size: int = eqx.field(static=True)
     scaling_factor: float = eqx.field(static=True)
 
     def __init__(
-        self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+        self,
+        dim: int,
+        num_experts: int,
+        num_slots: int,
+        *,
+        vocab_size: int,
+        scaling_factor: float = 1.0,
+        std: float = 0.02,
+        key: PRNGKeyArray,
+        dtype: DTypeLike = jnp.float32,
     ):
-        """**Arguments:**
+        """**Arguments:** as for `TopKRouter`, and
 
-        - `config`: sizes and `routed_scaling_factor`.
+        - `vocab_size`: token ids in the table.
         - `key`: randomness of the initial weight and of the table, which spreads
             the token ids evenly over the experts, each row without repetition. The
             release's own hash is not published; its table comes with the checkpoint.
-        - `dtype`: dtype of the weight.
+
+        **Raises:** ValueError as `TopKRouter` does.
         """
+        self.dim, self.num_experts, self.num_slots = _validate_router(
+            "HashRouter", dim, num_experts, num_slots
+        )
+        (self.vocab_size,) = validate_sizes("HashRouter", vocab_size=vocab_size)
+        self.scaling_factor = validate_number(
+            "HashRouter", "scaling_factor", scaling_factor
+        )
+        std = validate_number("HashRouter", "std", std)
         weight_key, table_key = jax.random.split(key)
-        shape = (config.n_routed_experts, config.hidden_size)
-        self.weight = config.initializer_range * jax.random.normal(
-            weight_key, shape, dtype
-        )
-        self.table = _spread_table(
-            config.vocab_size,
-            config.num_experts_per_tok,
-            config.n_routed_experts,
-            table_key,
-        )
-        self.scaling_factor = config.routed_scaling_factor
+        shape = (self.num_experts, self.dim)
+        self.weight = std * jax.random.normal(weight_key, shape, dtype)
+        sizes = self.vocab_size, self.num_slots, self.num_experts
+        self.table = _spread_table(*sizes, table_key)
 
     @jax.named_scope("HashRouter")
     def __call__(
@@ -113,6 +154,19 @@ class HashRouter(eqx.Module):
         return _weigh(
             _logits(x, self.weight), self.table[token_ids], self.scaling_factor
         )
+
+
+def _validate_router(
+    call: str, dim: int, num_experts: int, num_slots: int
+) -> tuple[int, ...]:
+    """The sizes, of which the last is at most the one before."""
+    dim, num_experts, num_slots = validate_sizes(
+        call, dim=dim, num_experts=num_experts, num_slots=num_slots
+    )
+    if num_slots > num_experts:
+        allowed = f"at most num_experts={num_experts}"
+        raise invalid_argument(call, "num_slots", num_slots, allowed)
+    return dim, num_experts, num_slots
 
 
 def _spread_table(

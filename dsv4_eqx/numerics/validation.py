@@ -215,6 +215,19 @@ def validate_size(call: str, name: str, size: Any) -> int:
     return int(size)
 
 
+def validate_sizes(call: str, **sizes: Any) -> tuple[int, ...]:
+    """The sizes as Python integers, in the order given.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `sizes`: by name.
+
+    **Raises:** ValueError as `validate_size` does.
+    """
+    return tuple(validate_size(call, name, size) for name, size in sizes.items())
+
+
 def validate_number(call: str, name: str, number: Any) -> float:
     """`number` as a Python float.
 

@@ -96,7 +96,7 @@ class SplitSequence(eqx.Module):
         """The layer's compressor, then the indexer's, as far as they are needed."""
         if attention.compressor is None:
             return []
-        ratio = attention.compressor.position_bias.shape[0]
+        ratio = attention.compressor.ratio
         windows = local * size_of(self.axes) // ratio
         if windows == 0:
             return []
@@ -123,7 +123,7 @@ class SplitSequence(eqx.Module):
         """
         if not compressors:
             return []
-        ratio, local = compressors[0].position_bias.shape[0], positions.shape[1]
+        ratio, local = compressors[0].ratio, positions.shape[1]
         start, most = positions[:, 0], -(-local // ratio)
         first = (start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)) * ratio
         made = []

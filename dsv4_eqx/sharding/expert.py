@@ -51,7 +51,7 @@ class ExpertParallel(eqx.Module):
         leaves, structure = jax.tree.flatten((self.experts, x, weights))
         experts, x, weights = jax.tree.unflatten(structure, match_varying(*leaves))
         num_tokens, slots = chosen.shape
-        own = experts.num_experts
+        own = experts.num_local
         devices = lax.axis_size(self.axis)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         counts = jnp.bincount(chosen.reshape(-1), length=devices * own)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from dsv4_eqx import Attention
+from dsv4_eqx import Attention, Compressor, Indexer, RotaryEmbedding
 from dsv4_eqx.config.kinds import CSA, HCA, SLIDING
 from dsv4_eqx.kernels.entries import visible
 from dsv4_eqx.kernels.form import FORMS
+from dsv4_eqx.model.parts import make_attention
 from tests.captured import captured, positions, reference_gradients
 from tests.models import QUICKLY, T, pair, relative
 from tests.tiny import tiny_config
@@ -34,7 +35,7 @@ def attend(attention, x):
 def small_attention(kind, seed=0, dtype=jnp.float32):
     """Without the oracle's weights; large enough ones to matter."""
     config = tiny_config(initializer_range=0.3)
-    make = functools.partial(Attention, config, kind, RATIOS[kind], dtype=dtype)
+    make = functools.partial(make_attention, config, kind, RATIOS[kind], dtype=dtype)
     compiled = jax.jit(lambda key: make(key=key), compiler_options=QUICKLY)
     made = compiled(jax.random.key(seed))
     sinks = jax.random.normal(jax.random.key(seed + 1), made.sinks.shape)
@@ -271,17 +272,30 @@ def test_owners_of_queries_alone_are_refused():
 
 
 @pytest.mark.parametrize(
-    "kind, ratio, match",
+    "changes, match",
     [
-        ("full", 4, f"kind='full'.*{SLIDING}.*{CSA}.*{HCA}"),
-        (SLIDING, 4, f"ratio=4.*must be 0 in '{SLIDING}'"),
-        (CSA, 0, f"ratio=0.*at least 1, in '{CSA}'"),
-        (HCA, -16, f"ratio=-16.*at least 1, in '{HCA}'"),
+        (dict(num_groups=4), r"num_groups=4\): must be a divisor of num_heads=6"),
+        (dict(window=0), r"window=0\): must be an integer, at least 1"),
+        (dict(rope=RotaryEmbedding(10)), "rotates 10 channels and head_dim is 8"),
+        (dict(compressor=7), "compressor's head_dim is 7, it must be head_dim=8"),
+        (dict(indexer=(3, 5)), "an indexer selects entries: give a compressor"),
+        (dict(compressor=8, indexer=(2, 5)), "are 2 and 5; they must be.* 3 and 5"),
+        (dict(compressor=8, indexer=(3, 4)), "are 3 and 4; they must be.* 3 and 5"),
     ],
 )
-def test_kinds_and_ratios_that_do_not_fit_are_refused(kind, ratio, match):
-    with pytest.raises(ValueError, match=rf"Attention\({match}"):
-        Attention(T, kind, ratio, key=jax.random.key(0))
+def test_parts_that_do_not_fit_each_other_are_refused(changes, match):
+    key, rope = jax.random.key(0), RotaryEmbedding(4)
+    if "compressor" in changes:
+        changes["compressor"] = Compressor(
+            7, changes["compressor"], 3, rope=rope, key=key
+        )
+    if "indexer" in changes:
+        ratio, q_rank = changes["indexer"]
+        own = Compressor(7, 6, ratio, overlap=True, rope=rope, key=key)
+        changes["indexer"] = Indexer(7, q_rank, 2, 4, compressor=own, key=key)
+    sizes = dict(q_rank=5, num_groups=3, out_per_group=4, window=9, rope=rope, key=key)
+    with pytest.raises(ValueError, match=match):
+        Attention(7, 6, 8, **sizes | changes)
 
 
 REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker

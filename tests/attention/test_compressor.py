@@ -12,7 +12,6 @@ from dsv4_eqx import Compressor, RotaryEmbedding
 from dsv4_eqx.attention.compressor import _windows
 from tests.captured import captured, reference_gradients
 from tests.models import QUICKLY, T, pair, relative
-from tests.tiny import tiny_config
 
 HCA_LAYERS, CSA_LAYERS = (1, 3), (2, 4, 5)
 
@@ -24,13 +23,13 @@ def compress(compressor, x):
 
 def compressor(ratio, overlap, seed=0, dtype=jnp.float32):
     """With weights of size one: gates that differ."""
-    config = tiny_config(hidden_size=7, initializer_range=0.5)
     made = Compressor(
-        config,
-        ratio=ratio,
+        7,
+        5,
+        ratio,
         overlap=overlap,
-        head_dim=5,
         rope=RotaryEmbedding(4),
+        std=0.5,
         key=jax.random.key(seed),
         dtype=dtype,
     )
@@ -43,9 +42,14 @@ def normal(shape, seed=0):
 
 
 @pytest.mark.parametrize("ratio", [0, -4, True])
-def test_ratios_that_are_none_are_refused(ratio):
+def test_ratios_that_are_none_are_refused(ratio, without_shape_checks):
     with pytest.raises(ValueError, match=rf"Compressor\(ratio={ratio}\).*at least 1"):
         compressor(ratio, False)
+
+
+def test_an_embedding_of_more_channels_than_an_entry_is_refused():
+    with pytest.raises(ValueError, match="rotates 6 channels and head_dim is 5"):
+        Compressor(7, 5, 3, rope=RotaryEmbedding(6), key=jax.random.key(0))
 
 
 @pytest.mark.parametrize("length", [41, 100])

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx import Indexer, RotaryEmbedding
+from dsv4_eqx import Compressor, Indexer, RotaryEmbedding
 from dsv4_eqx.kernels import select as module
 from dsv4_eqx.kernels.entries import Entries
 from dsv4_eqx.kernels.form import FORMS, use_kernels
 from dsv4_eqx.kernels.select import highest, listed
 from tests.captured import captured, positions
 from tests.models import QUICKLY, T, pair
-from tests.tiny import tiny_config
 
 CSA_LAYERS = (2, 4, 5)
 
@@ -124,15 +123,10 @@ def test_listed_names_each_mark_once_in_order(entries, count):
 
 
 def small_indexer(topk, seed=0, heads=3):
-    config = tiny_config(
-        hidden_size=7,
-        q_lora_rank=5,
-        index_n_heads=heads,
-        index_head_dim=8,
-        index_topk=topk,
-        initializer_range=0.7,
-    )
-    return Indexer(config, ratio=3, rope=RotaryEmbedding(4), key=jax.random.key(seed))
+    keys = jax.random.split(jax.random.key(seed))
+    rope = RotaryEmbedding(4)
+    compressor = Compressor(7, 8, 3, overlap=True, rope=rope, std=0.7, key=keys[0])
+    return Indexer(7, 5, heads, topk, compressor=compressor, std=0.7, key=keys[1])
 
 
 def operands(seq, heads=3, seed=0):
@@ -152,7 +146,7 @@ def operands(seq, heads=3, seed=0):
 def exact_scores(indexer, latent, weights, at, keys):
     """Float64 scores; minus infinity where the entry is not visible."""
     queries = jnp.einsum("bsr,hcr->bshc", latent, indexer.query_up)
-    queries = np.asarray(indexer.rope(queries, at[..., None]), np.float64)
+    queries = np.asarray(indexer.compressor.rope(queries, at[..., None]), np.float64)
     products = np.einsum("bqhc,bec->bqhe", queries, np.asarray(keys.values, "f8"))
     weights = np.asarray(weights, np.float64)
     scores = np.einsum("bqh,bqhe->bqe", weights, np.maximum(products, 0))
@@ -283,7 +277,7 @@ def test_bfloat16_scores_are_float32():
     low = Entries(keys.values.astype(jnp.bfloat16), keys.last_positions)
     given = latent.astype(jnp.bfloat16), weights, at, low
     queries = jnp.einsum("bsr,hcr->bshc", given[0], indexer.query_up)
-    queries = indexer.rope(queries, at[..., None])
+    queries = indexer.compressor.rope(queries, at[..., None])
     seen = jnp.ones((2, 40, 13), bool)
     scores = module.score(queries, weights, low, seen)
     assert scores.dtype == jnp.float32

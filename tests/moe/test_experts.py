@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from dsv4_eqx import Experts, SharedExpert
 from dsv4_eqx.kernels.activation import clamped_swiglu
+from dsv4_eqx.model.parts import make_experts, make_shared_expert
 from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
@@ -28,7 +28,7 @@ def normal(shape, seed=0, scale=1.0):
 def experts(seed=0):
     """Ours and transformers', with weights that drive the SwiGLU beyond its limit."""
     theirs = hf.DeepseekV4Experts(reference_config(CONFIG))
-    ours = Experts(CONFIG, key=jax.random.key(0))
+    ours = make_experts(CONFIG, key=jax.random.key(0))
     gate_up = normal(ours.gate_up.shape, seed, 0.5)
     down = normal(ours.down.shape, seed + 1, 0.3)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def experts(seed=0):
 
 def shared_experts(seed=0):
     theirs = hf.DeepseekV4MLP(reference_config(CONFIG))
-    ours = SharedExpert(CONFIG, key=jax.random.key(0))
+    ours = make_shared_expert(CONFIG, key=jax.random.key(0))
     gate_up = normal(ours.gate_up.shape, seed, 0.5)
     down = normal(ours.down.shape, seed + 1, 0.3)
     with torch.no_grad():

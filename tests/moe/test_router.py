@@ -9,6 +9,7 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HashRouter, TopKRouter
+from dsv4_eqx.model.parts import make_hash_router, make_topk_router
 from tests.models import relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
@@ -26,7 +27,7 @@ def top_k_routers(seed=0, scale=1.0):
     weight, bias = normal((7, 15), seed, scale), normal(7, seed + 1, 0.5)
     theirs.weight.data = torch.tensor(weight)
     theirs.e_score_correction_bias.copy_(torch.tensor(bias))
-    ours = TopKRouter(CONFIG, key=jax.random.key(0))
+    ours = make_topk_router(CONFIG, key=jax.random.key(0))
     arrays = jnp.asarray(weight), jnp.asarray(bias)
     return eqx.tree_at(lambda m: (m.weight, m.bias), ours, arrays), theirs
 
@@ -38,7 +39,7 @@ def hash_routers(seed=0, scale=1.0):
     weight = normal((7, 15), seed, scale)
     theirs.weight.data = torch.tensor(weight)
     theirs.tid2eid.copy_(torch.tensor(table))
-    ours = HashRouter(CONFIG, key=jax.random.key(0))
+    ours = make_hash_router(CONFIG, key=jax.random.key(0))
     arrays = jnp.asarray(weight), jnp.asarray(table, jnp.int32)
     return eqx.tree_at(lambda m: (m.weight, m.table), ours, arrays), theirs
 
@@ -196,10 +197,9 @@ def test_log_score_is_exact_around_its_switch():
 @pytest.mark.parametrize("vocab, slots, experts", [(97, 3, 7), (129, 5, 8), (3, 2, 11)])
 @pytest.mark.parametrize("seed", range(3))
 def test_hash_table_spreads_evenly_without_repeats(vocab, slots, experts, seed):
-    config = tiny_config(
-        vocab_size=vocab, num_experts_per_tok=slots, n_routed_experts=experts
-    )
-    table = np.asarray(HashRouter(config, key=jax.random.key(seed)).table)
+    key = jax.random.key(seed)
+    router = HashRouter(5, experts, slots, vocab_size=vocab, key=key)
+    table = np.asarray(router.table)
     assert table.shape == (vocab, slots) and table.dtype == np.int32
     assert table.min() >= 0 and table.max() < experts
     assert all(len(set(row)) == slots for row in table)
@@ -209,7 +209,7 @@ def test_hash_table_spreads_evenly_without_repeats(vocab, slots, experts, seed):
 
 
 def test_hash_table_depends_on_the_key_only():
-    tables = [HashRouter(CONFIG, key=jax.random.key(s)).table for s in (1, 1, 2)]
+    tables = [make_hash_router(CONFIG, key=jax.random.key(s)).table for s in (1, 1, 2)]
     np.testing.assert_array_equal(tables[0], tables[1])
     assert (tables[0] != tables[2]).any()
 
@@ -225,3 +225,10 @@ def test_bfloat16_is_routed_in_float32(make):
     assert routing.weights.dtype == jnp.float32
     np.testing.assert_array_equal(routing.experts, expected.experts)
     close(routing.weights, expected.weights, 1e-6)
+
+
+@pytest.mark.parametrize("router", [TopKRouter, HashRouter])
+def test_more_slots_than_experts_are_refused(router):
+    sizes = {} if router is TopKRouter else dict(vocab_size=11)
+    with pytest.raises(ValueError, match=r"num_slots=4\): must be at most num_exp.*=3"):
+        router(5, 3, 4, **sizes, key=jax.random.key(0))

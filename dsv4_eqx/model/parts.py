@@ -1,0 +1,228 @@
+"""Config unpacked: the parts of a layer, made from a configuration's sizes.
+
+The parts themselves take sizes; what a DeepSeek-V4 calls them, and which layer has
+which, is here alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from dsv4_eqx.attention.attention import Attention
+from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.indexer import Indexer
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING
+from dsv4_eqx.hyper_connection import HyperConnection, HyperHead
+from dsv4_eqx.moe.experts import Experts, SharedExpert
+from dsv4_eqx.moe.moe import MoE
+from dsv4_eqx.moe.router import HashRouter, TopKRouter
+from dsv4_eqx.primitives.rotary import RotaryEmbedding
+
+
+def make_hyper_connection(config: Config, *, key: PRNGKeyArray) -> HyperConnection:
+    """What joins a sublayer to the streams."""
+    return HyperConnection(
+        config.hidden_size,
+        config.hc_mult,
+        sinkhorn_iters=config.hc_sinkhorn_iters,
+        eps=config.hc_eps,
+        norm_eps=config.rms_norm_eps,
+        std=config.initializer_range,
+        key=key,
+    )
+
+
+def make_hyper_head(config: Config, *, key: PRNGKeyArray) -> HyperHead:
+    """What collapses the streams after the last block."""
+    return HyperHead(
+        config.hidden_size,
+        config.hc_mult,
+        eps=config.hc_eps,
+        norm_eps=config.rms_norm_eps,
+        std=config.initializer_range,
+        key=key,
+    )
+
+
+def make_attention(
+    config: Config,
+    kind: str,
+    ratio: int,
+    *,
+    key: PRNGKeyArray,
+    dtype: DTypeLike = jnp.float32,
+) -> Attention:
+    """A layer's attention.
+
+    **Arguments:**
+
+    - `config`: the sizes.
+    - `kind`: as in `config.layer_types`.
+    - `ratio`: tokens in a compressed entry, as in `config.compress_ratios`.
+    - `key`: randomness of the initial weights.
+    - `dtype`: dtype of the weights.
+    """
+    keys = jax.random.split(key, 7)
+    compressor, indexer = None, None
+    if kind in (CSA, HCA):
+        compressor = make_compressor(
+            config, config.head_dim, kind, ratio, key=keys[5], dtype=dtype
+        )
+    if kind == CSA:
+        indexer = make_indexer(config, ratio, key=keys[6], dtype=dtype)
+    return Attention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.head_dim,
+        q_rank=config.q_lora_rank,
+        num_groups=config.o_groups,
+        out_per_group=config.o_lora_rank,
+        window=config.sliding_window,
+        rope=make_rotary(config, kind),
+        compressor=compressor,
+        indexer=indexer,
+        norm_eps=config.rms_norm_eps,
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
+
+
+def make_compressor(
+    config: Config,
+    head_dim: int,
+    kind: str,
+    ratio: int,
+    *,
+    key: PRNGKeyArray,
+    dtype: DTypeLike = jnp.float32,
+) -> Compressor:
+    """A compressor to entries of `head_dim` channels; CSA's windows overlap."""
+    return Compressor(
+        config.hidden_size,
+        head_dim,
+        ratio,
+        overlap=kind == CSA,
+        rope=make_rotary(config, kind),
+        norm_eps=config.rms_norm_eps,
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
+
+
+def make_indexer(
+    config: Config,
+    ratio: int,
+    *,
+    key: PRNGKeyArray,
+    dtype: DTypeLike = jnp.float32,
+) -> Indexer:
+    """CSA's indexer, with a compressor of its own."""
+    *_, compressor_key = jax.random.split(key, 3)
+    return Indexer(
+        config.hidden_size,
+        config.q_lora_rank,
+        config.index_n_heads,
+        config.index_topk,
+        compressor=make_compressor(
+            config, config.index_head_dim, CSA, ratio, key=compressor_key, dtype=dtype
+        ),
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
+
+
+def make_rotary(config: Config, kind: str) -> RotaryEmbedding:
+    """Layers that compress rotate everything with the longer base and YaRN."""
+    if kind == SLIDING:
+        return RotaryEmbedding(config.qk_rope_head_dim, base=config.rope_theta)
+    return RotaryEmbedding(
+        config.qk_rope_head_dim,
+        base=config.compress_rope_theta,
+        yarn=config.rope_scaling,
+    )
+
+
+def make_moe(
+    config: Config, kind: str, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+) -> MoE:
+    """A layer's mixture of experts.
+
+    **Arguments:**
+
+    - `config`: the sizes.
+    - `kind`: as in `config.mlp_layer_types`.
+    - `key`: randomness of the initial weights.
+    - `dtype`: dtype of the weights.
+    """
+    router_key, experts_key, shared_key = jax.random.split(key, 3)
+    make_router = make_hash_router if kind == HASH_MOE else make_topk_router
+    return MoE(
+        router=make_router(config, key=router_key, dtype=dtype),
+        experts=make_experts(config, key=experts_key, dtype=dtype),
+        shared=make_shared_expert(config, key=shared_key, dtype=dtype),
+    )
+
+
+def make_topk_router(
+    config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+) -> TopKRouter:
+    """Routing by score."""
+    return TopKRouter(
+        config.hidden_size,
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        scaling_factor=config.routed_scaling_factor,
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
+
+
+def make_hash_router(
+    config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+) -> HashRouter:
+    """Routing by token id."""
+    return HashRouter(
+        config.hidden_size,
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        vocab_size=config.vocab_size,
+        scaling_factor=config.routed_scaling_factor,
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
+
+
+def make_experts(
+    config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+) -> Experts:
+    """The routed experts."""
+    return Experts(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.n_routed_experts,
+        limit=config.swiglu_limit,
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
+
+
+def make_shared_expert(
+    config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+) -> SharedExpert:
+    """The expert that every token runs."""
+    return SharedExpert(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        limit=config.swiglu_limit,
+        std=config.initializer_range,
+        key=key,
+        dtype=dtype,
+    )
