@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from typing import Final
 
 import equinox as eqx
@@ -33,8 +34,8 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from dsv4_eqx.processes.initialize import initialize
 from dsv4_eqx.sharding.mesh import mesh_sizes
+from dsv4_eqx.sharding.processes import initialize
 
 BATCH, SEQ, RATE, LIMIT = 8, 64, 0.02, 2e-5
 # A layer of every kind.
@@ -56,7 +57,7 @@ def options():
     parser.add_argument("--mesh", default="expert=2,tensor=2")
     parser.add_argument("--fsdp", action="store_true", help="split weights over data")
     parser.add_argument("--steps", type=int, default=3, help="of training")
-    parser.add_argument("--timeout", type=float, default=40.0, help="seconds")
+    parser.add_argument("--timeout", type=int, default=30, help="seconds")
     # What the processes themselves are given.
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -171,7 +172,13 @@ def run_processes(asked, directory, result):
             command = [sys.executable, __file__, *sys.argv[1:], *given]
             running.append(subprocess.Popen(command, stdin=subprocess.PIPE))
             print(f"process {index} is pid {running[-1].pid}", flush=True)
-        codes = [process.wait() for process in running]
+        give_up = math.inf
+        while None in (codes := [process.poll() for process in running]):
+            time.sleep(0.1)
+            if any(codes):  # the others end too, but for one that is stopped
+                give_up = min(give_up, time.monotonic() + 60)
+            if time.monotonic() > give_up:
+                break
     finally:
         for process in running:
             process.kill()

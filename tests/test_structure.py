@@ -20,7 +20,7 @@ FLOORS = (
     ("hyper_connection", "attention", "moe"),
     ("model",),
     ("generation", "sharding"),
-    ("processes", "plan"),
+    ("plan",),
     ("checkpoint",),
     ("__init__",),
 )
