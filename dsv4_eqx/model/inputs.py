@@ -109,10 +109,11 @@ def _validate_array(call: str, tokens: Any) -> None:
         )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"{call}: token ids must be integers, not {tokens.dtype}.")
-    if tokens.ndim != 2 or tokens.size == 0:
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        hint = " Give tokens[None] for one row, under jax.vmap too."
         raise ValueError(
             f"{call}: token ids must have the shape (batch, seq), neither empty, not "
-            f"{tokens.shape}."
+            f"{tokens.shape}.{hint if tokens.ndim == 1 else ''}"
         )
 
 

@@ -1,12 +1,12 @@
 """Validation of arguments: what is wrong with a value is said before it is used."""
 
-import math
 import numbers
 import os
 import pathlib
 from typing import Any, Final
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -19,25 +19,40 @@ _LONGEST: Final = 200  # characters of a value in an error
 FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
+def as_python(value: Any) -> Any:
+    """A number of numpy's, or in an array without dimensions, as Python's own.
+
+    **Arguments:**
+
+    - `value`: anything; what is no such number, or is traced, comes back as it is.
+    """
+    is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
+    if not is_array or isinstance(value, jax.core.Tracer) or value.ndim > 0:
+        return value
+    return value.item() if jnp.issubdtype(value.dtype, np.number) else value
+
+
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer; a boolean is none.
+    """Whether `value` is an integer, Python's or numpy's; a boolean is none.
 
     **Arguments:**
 
     - `value`: anything.
     """
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a number that float32 can hold; NaN and booleans are none.
+    """Whether `value` is a real number that float32 can hold, Python's or numpy's.
+
+    NaN and booleans are none.
 
     **Arguments:**
 
     - `value`: anything.
     """
-    is_real = is_int(value) or isinstance(value, float)
-    return is_real and abs(value) <= _LARGEST_FLOAT32
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and bool(abs(as_python(value)) <= _LARGEST_FLOAT32)
 
 
 def shown(value: Any) -> str:
@@ -67,10 +82,79 @@ def invalid_argument(call: str, name: str, value: Any, allowed: str) -> ValueErr
     - `value`: anything.
     - `allowed`: completes "must be".
     """
-    hint = ""
-    if isinstance(value, np.generic | np.ndarray):
-        hint = f" It is numpy's: give {name}.tolist()."
-    return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.{hint}")
+    return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.")
+
+
+def validate_int(
+    call: str, name: str, value: Any, *, least: int = 1, most: int | None = None
+) -> int:
+    """`value` as a Python integer.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the value.
+    - `value`: anything.
+    - `least`, `most`: the bounds, both allowed; none above by default.
+
+    **Raises:** ValueError unless it is an integer within the bounds: Python's, numpy's,
+    or in an array without dimensions.
+    """
+    found = as_python(value)
+    if not is_int(found) or found < least or (most is not None and found > most):
+        bounds = f", at least {least}" if most is None else f" in [{least}, {most}]"
+        raise invalid_argument(call, name, value, f"an integer{bounds}")
+    return int(found)
+
+
+def validate_size(call: str, name: str, size: Any) -> int:
+    """`size` as a Python integer of at least 1; otherwise as `validate_int`.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the size.
+    - `size`: anything.
+
+    **Raises:** ValueError as `validate_int`.
+    """
+    return validate_int(call, name, size)
+
+
+def validate_sizes(call: str, **sizes: Any) -> tuple[int, ...]:
+    """The sizes as Python integers, in the order given.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `sizes`: by name.
+
+    **Raises:** ValueError as `validate_size` does.
+    """
+    return tuple(validate_size(call, name, size) for name, size in sizes.items())
+
+
+def validate_number(
+    call: str, name: str, value: Any, *, above: float | None = None
+) -> float:
+    """`value` as a Python float.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the number.
+    - `value`: anything.
+    - `above`: what it must be above; at least 0 by default.
+
+    **Raises:** ValueError unless it is a number within these bounds that float32 holds:
+    Python's, numpy's, or in an array without dimensions.
+    """
+    found = as_python(value)
+    if not is_number(found) or (found < 0 if above is None else found <= above):
+        bound = "at least 0" if above is None else f"above {above}"
+        allowed = f"a number that float32 holds, {bound}"
+        raise invalid_argument(call, name, value, allowed)
+    return float(found)
 
 
 def validate_dtype(call: str, dtype: Any) -> np.dtype:
@@ -147,6 +231,24 @@ def validate_flag(call: str, name: str, value: Any) -> None:
         raise invalid_argument(call, name, value, "True or False")
 
 
+def validate_floating(call: str, x: Array, name: str = "x") -> None:
+    """Refuses arrays of integers, booleans and complex numbers.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `x`: an array.
+    - `name`: of the array.
+
+    **Raises:** ValueError if `x` is not floating point.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{call} was called with {name} of dtype {x.dtype}: it needs a "
+            "floating-point array; cast it first."
+        )
+
+
 def validate_activations(
     call: str,
     x: Array,
@@ -196,52 +298,3 @@ def validate_ids(call: str, name: str, ids: Array, shape: tuple[int, ...]) -> No
             f"{call} was called with {name} of shape {ids.shape} and dtype "
             f"{ids.dtype}: they must be integers of shape {shape}, as x has tokens."
         )
-
-
-def validate_size(call: str, name: str, size: Any) -> int:
-    """`size` as a Python integer.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the size.
-    - `size`: anything.
-
-    **Raises:** ValueError if it is not an integer, numpy's included, of at least 1.
-    """
-    is_int = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-    if not is_int or size < 1:
-        raise ValueError(f"{call}({name}={size!r}): must be an integer, at least 1.")
-    return int(size)
-
-
-def validate_sizes(call: str, **sizes: Any) -> tuple[int, ...]:
-    """The sizes as Python integers, in the order given.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `sizes`: by name.
-
-    **Raises:** ValueError as `validate_size` does.
-    """
-    return tuple(validate_size(call, name, size) for name, size in sizes.items())
-
-
-def validate_number(call: str, name: str, number: Any) -> float:
-    """`number` as a Python float.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the number.
-    - `number`: anything.
-
-    **Raises:** ValueError if it is not a number, finite and not negative.
-    """
-    is_real = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not is_real or not (math.isfinite(number) and float(number) >= 0):
-        raise ValueError(
-            f"{call}({name}={number!r}): {name} must be finite and not negative."
-        )
-    return float(number)

@@ -8,7 +8,7 @@ from typing import Final
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.config.kinds import CSA, SLIDING, TOPK_MOE
-from dsv4_eqx.numerics.validation import invalid_argument, is_int
+from dsv4_eqx.numerics.validation import validate_size
 
 _MULTIPLY_ADD: Final = 2  # floating-point operations
 
@@ -66,8 +66,7 @@ def flops_per_token(config: Config, seq: int) -> float:
 
     **Raises:** ValueError if `seq` is no integer or below 1.
     """
-    if not is_int(seq) or seq < 1:
-        raise invalid_argument("flops_per_token", "seq", seq, "an integer, at least 1")
+    seq = validate_size("flops_per_token", "seq", seq)
     dim, streams = config.hidden_size, config.hc_mult
     head = streams * streams * dim + streams * dim
     unembedding = config.vocab_size * dim

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
-from dsv4_eqx.numerics.validation import invalid_argument, is_int
+from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_int
 from dsv4_eqx.plan.live import peak_bytes
 from dsv4_eqx.plan.programs import decoding_step, program_of, training_step
 from dsv4_eqx.plan.sent import Sent, sent
@@ -73,12 +73,8 @@ def make_plan(
     counts = [sizes.get(axis, 0) for axis in AXES]
     if len(sizes) != len(AXES) or not all(is_int(n) and n > 0 for n in counts):
         raise invalid_argument("plan", "sizes", dict(sizes), "as from mesh_sizes")
-    for name, value, most in (
-        ("batch", batch, _MOST_ROWS),
-        ("seq", seq, config.max_position_embeddings),
-    ):
-        if not is_int(value) or not 1 <= value <= most:
-            raise invalid_argument("plan", name, value, f"an integer in [1, {most:,}]")
+    batch = validate_int("plan", "batch", batch, most=_MOST_ROWS)
+    seq = validate_int("plan", "seq", seq, most=config.max_position_embeddings)
     faults = undivided(abstract_model(config, dtype), sizes, batch=batch, seq=seq)
     if faults:
         raise ValueError("plan: " + "; ".join(faults) + ".")

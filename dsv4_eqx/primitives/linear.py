@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsv4_eqx.numerics.validation import validate_number, validate_size
+from dsv4_eqx.numerics.validation import validate_dtype, validate_number, validate_sizes
 
 
 class GroupedLinear(eqx.Module):
@@ -41,27 +41,23 @@ class GroupedLinear(eqx.Module):
         - `dtype`: dtype of the weight.
 
         **Raises:** ValueError if a size is not a positive integer, the groups do not
-        divide `out_features`, `std` is negative or not finite, or `dtype` is not
-        floating point.
+        divide `out_features`, `std` is negative or not finite, or `dtype` is none
+        for weights.
         """
-        sizes = {
-            "in_features_per_group": in_features_per_group,
-            "out_features": out_features,
-            "n_groups": n_groups,
-        }
-        for name, size in sizes.items():
-            validate_size("GroupedLinear", name, size)
+        inner, out_features, n_groups = validate_sizes(
+            "GroupedLinear",
+            in_features_per_group=in_features_per_group,
+            out_features=out_features,
+            n_groups=n_groups,
+        )
         std = validate_number("GroupedLinear", "std", std)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"GroupedLinear(dtype={jnp.dtype(dtype)}): must be floating point."
-            )
+        dtype = validate_dtype("GroupedLinear", dtype)
         if out_features % n_groups != 0:
             raise ValueError(
                 f"GroupedLinear(out_features={out_features}, n_groups={n_groups}): "
                 "the groups must divide out_features."
             )
-        shape = (n_groups, out_features // n_groups, in_features_per_group)
+        shape = (n_groups, out_features // n_groups, inner)
         self.weight = std * jax.random.normal(key, shape, dtype)
 
     @jax.named_scope("GroupedLinear")
@@ -86,5 +82,5 @@ class GroupedLinear(eqx.Module):
                 f"GroupedLinear was called with x of dtype {x.dtype}, its weight is "
                 f"{self.weight.dtype}: cast one of them."
             )
-        # Groups first, as the product leaves them: XLA on CPU takes twice as long else.
+        # A product for each group has the groups first; only then are they moved.
         return jnp.moveaxis(jnp.einsum("...gi,goi->g...o", x, self.weight), 0, -2)

@@ -8,7 +8,6 @@ that compress use another base and YaRN, for every rotation in that layer.
 import dataclasses
 import functools
 import math
-from typing import Final
 
 import equinox as eqx
 import jax
@@ -17,10 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.numerics.precision import at_least_float32
-from dsv4_eqx.numerics.validation import validate_number, validate_size
-
-# What is larger is infinite in float32.
-_LARGEST_BASE: Final = float(np.finfo(np.float32).max)
+from dsv4_eqx.numerics.validation import (
+    validate_floating,
+    validate_number,
+    validate_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class YarnScaling:
     - `beta_fast`: pairs that turn more often than this over them stay as they are.
     - `beta_slow`: pairs that turn less often than this are slowed down by `factor`.
 
-    **Raises:** ValueError if a value is not a positive and finite number, `factor` is
-    below 1, or `beta_fast` is not above `beta_slow`.
+    **Raises:** ValueError if a value is not a positive and finite number, the positions
+    are no integer, `factor` is below 1, or `beta_fast` is not above `beta_slow`.
     """
 
     factor: float
@@ -47,13 +47,12 @@ class YarnScaling:
     beta_slow: float = 1.0
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            is_real = isinstance(value, int | float) and not isinstance(value, bool)
-            # Not math.isfinite: an integer may be beyond every float.
-            if not (is_real and 0 < value < math.inf):
-                raise ValueError(
-                    f"YarnScaling({name}={value!r}): must be positive, a finite number."
-                )
+        call, set_field = "YarnScaling", functools.partial(object.__setattr__, self)
+        for name in ("factor", "beta_fast", "beta_slow"):
+            value = validate_number(call, name, getattr(self, name), above=0)
+            set_field(name, value)
+        name = "original_max_position"
+        set_field(name, validate_size(call, name, self.original_max_position))
         if self.factor < 1:
             raise ValueError(f"YarnScaling(factor={self.factor}): must be at least 1.")
         if self.beta_fast <= self.beta_slow:
@@ -97,11 +96,7 @@ class RotaryEmbedding(eqx.Module):
                 f"RotaryEmbedding(rotary_dim={rotary_dim}): channels are rotated in "
                 "pairs, so it must be even and at least 2."
             )
-        base = validate_number("RotaryEmbedding", "base", base)
-        if not 1 < base <= _LARGEST_BASE:
-            raise ValueError(
-                f"RotaryEmbedding(base={base}): must be above 1 and finite in float32."
-            )
+        base = validate_number("RotaryEmbedding", "base", base, above=1)
         if not (yarn is None or isinstance(yarn, YarnScaling)):
             raise ValueError(
                 f"RotaryEmbedding(yarn={yarn!r}): must be None or a YarnScaling."
@@ -161,11 +156,7 @@ class RotaryEmbedding(eqx.Module):
                 f"RotaryEmbedding(rotary_dim={self.rotary_dim}) was called with x of "
                 f"shape {x.shape}: it needs at least {self.rotary_dim} channels."
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"RotaryEmbedding was called with x of dtype {x.dtype}: it needs a "
-                "floating-point array; cast it first."
-            )
+        validate_floating("RotaryEmbedding", x)
         _check_broadcast(positions.shape, x.shape[:-1])
         cos, sin = self.tables(positions)
         still, rotating = jnp.split(x, [x.shape[-1] - self.rotary_dim], axis=-1)

@@ -206,7 +206,6 @@ REFUSALS = {
     "no key": (dict(temperature=1.0), "key=None"),
     "a number for a key": (dict(temperature=1.0, key=0), "key=0"),
     "a token that there is not": (dict(eos_id=97), "eos_id=97"),
-    "numpy's count": (dict(max_new_tokens=np.int64(3)), "give max_new_tokens.tolist"),
 }
 
 

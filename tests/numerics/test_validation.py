@@ -2,10 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dsv4_eqx.moe.experts import validate_routing
-from dsv4_eqx.numerics.validation import validate_activations, validate_ids
+from dsv4_eqx.numerics.validation import (
+    is_int,
+    is_number,
+    validate_activations,
+    validate_floating,
+    validate_ids,
+    validate_int,
+    validate_number,
+)
 
 WEIGHT = jnp.ones((3, 7))
 DIMS = ("batch", "seq", "dim")
@@ -62,3 +71,59 @@ def test_a_routing_that_does_not_fit_is_refused(chosen, weights):
         validate_routing(
             jnp.ones((5, 7)), jnp.ones(chosen, jnp.int32), jnp.ones(weights)
         )
+
+
+SEVEN = [7, np.int64(7), np.uint8(7), np.array(7), jnp.array(7)]
+# Not even of an array without dimensions is a boolean or a text a number.
+NO_NUMBERS = ["7", None, True, 7j, np.bool_(True), np.array(True), np.str_("7")]
+NO_NUMBERS += [[7], np.array([7]), jnp.array([7]), jax.random.key(7), float("nan")]
+
+
+@pytest.mark.parametrize("value", SEVEN, ids=repr)
+def test_integers_of_every_kind_become_pythons(value):
+    for found in (validate_int("F", "n", value), validate_int("F", "n", value, most=7)):
+        assert type(found) is int and found == 7
+    assert type(validate_number("F", "x", value)) is float
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0.5, np.float64(0.5), np.float16(0.5), np.array(0.5), jnp.array(0.5, "bfloat16")],
+    ids=repr,
+)
+def test_numbers_of_every_kind_become_pythons(value):
+    found = validate_number("F", "x", value, above=0.25)
+    assert type(found) is float and found == 0.5
+    with pytest.raises(ValueError, match=r"F\(n=.*\): must be an integer, at least 1"):
+        validate_int("F", "n", value)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(ValueError, match=r"(?s)F\(n=.*must be an integer in \[0, 9\]"):
+        validate_int("F", "n", value, least=0, most=9)
+    with pytest.raises(ValueError, match=r"(?s)F\(x=.*must be a number .*, at least 0"):
+        validate_number("F", "x", value)
+    assert not is_int(value) and not is_number(value)
+
+
+def test_bounds_belong_to_what_is_allowed_but_above_does_not():
+    assert validate_int("F", "n", 0, least=0) == 0 == validate_number("F", "x", 0)
+    for value in (-1, np.int64(10), 10**400):
+        with pytest.raises(ValueError, match=r"must be an integer in \[0, 9\]"):
+            validate_int("F", "n", value, least=0, most=9)
+    for value in (1, np.float32(1), -2.0, float("inf"), 1e39, 10**400):
+        with pytest.raises(ValueError, match="must be .*, above 1"):
+            validate_number("F", "x", value, above=1)
+
+
+def test_traced_numbers_are_refused():
+    with pytest.raises(ValueError, match="n=.*must be an integer"):
+        jax.jit(lambda n: validate_int("F", "n", n))(7)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_arrays_that_are_not_floating_are_refused(dtype):
+    validate_floating("F", jnp.ones(3, "bfloat16"))
+    with pytest.raises(ValueError, match=f"F was called with y of dtype {dtype}: it"):
+        validate_floating("F", jnp.ones(3, dtype), "y")

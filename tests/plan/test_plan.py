@@ -286,7 +286,7 @@ WRONG = [
     (("tiny", "--mesh", "data"), "no axis and size"),
     (
         ("tiny", "--mesh", "data=2", "--seq", 10**9),
-        "seq=1000000000): must be an integer in [1, 4,096]",
+        "seq=1000000000): must be an integer in [1, 4096]",
     ),
     (("tiny", "--mesh", "data=2", "--seq", 0), "seq=0"),
     (("tiny", "--mesh", "data=2", "--batch", 0), "batch=0"),
