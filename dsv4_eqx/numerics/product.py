@@ -17,8 +17,8 @@ def project(
 ) -> Float[Array, "..."]:
     """Sums over the last dimensions of both; the weight's others come last.
 
-    It is one product of matrices, whatever the dimensions are: XLA on CPU would write
-    down the transpose of a weight that has three of them.
+    It is one product of matrices, whatever the dimensions are: no transpose of a weight
+    that has three of them is ever laid out.
 
     **Arguments:**
 
