@@ -31,7 +31,8 @@ def reference_config(config: Config) -> DeepseekV4Config:
             "o_lora_rank n_routed_experts num_experts_per_tok routed_scaling_factor "
             "swiglu_limit sliding_window index_n_heads index_head_dim index_topk "
             "hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps rope_theta "
-            "compress_rope_theta max_position_embeddings initializer_range"
+            "compress_rope_theta max_position_embeddings initializer_range "
+            "bos_token_id eos_token_id"
         ).split()
     }
     return DeepseekV4Config(

@@ -16,7 +16,7 @@ from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, array_tensors, check_for_hf
 from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
-from dsv4_eqx.config.hf import NOT_OF_THE_MODEL
+from dsv4_eqx.config.hf_keys import other_keys
 from dsv4_eqx.numerics.validation import validate_dtype, validate_flag
 
 _CALL: Final = "convert"
@@ -67,7 +67,7 @@ def convert(
     if not official:
         check_for_hf(_CALL, model.config)
     raw, new_dtype = read_config(contents.directory), model.embedding.dtype.name
-    kept = {key: raw[key] for key in raw if key in NOT_OF_THE_MODEL}
+    kept = other_keys(raw, model.config.to_hf())
     kept |= {key: new_dtype for key in _DTYPES if key in raw}
     with Loader(contents, keep_quantized=False) as loader:
         write_checkpoint(

@@ -10,15 +10,26 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
+
 from dsv4_eqx.config.hf import fields_from_hf, fields_to_hf
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, KIND_OF_RATIO, SLIDING, TOPK_MOE
-from dsv4_eqx.numerics.validation import invalid_argument, is_int, is_number, shown
+from dsv4_eqx.numerics.validation import (
+    as_python,
+    invalid_argument,
+    is_int,
+    shown,
+    validate_int,
+    validate_number,
+)
 from dsv4_eqx.primitives.rotary import YarnScaling
 
-_LARGEST_SIZE: Final = 2**31 - 1
-_MAY_BE_ZERO: Final = ("num_nextn_predict_layers",)
-# Some floats must be above a bound, the others not negative. A SwiGLU limit of 0 would
+_LARGEST: Final = 2**31 - 1
+_PER_LAYER: Final = ("layer_types", "compress_ratios", "mlp_layer_types")
+_TOKEN_IDS: Final = ("bos_token_id", "eos_token_id")
+# Integers are at least 1, floats at least 0, but for these. A SwiGLU limit of 0 would
 # silence every expert.
+_LEAST: Final = {"num_nextn_predict_layers": 0}
 _ABOVE: Final = {
     "rope_theta": 1,
     "compress_rope_theta": 1,
@@ -38,7 +49,10 @@ class Config:
     - `compress_ratios`: tokens in one compressed entry; 0 where the layer only slides.
     - `mlp_layer_types`: `"hash_moe"` (experts by token id) or `"moe"` (by score).
 
-    `rope_scaling` is the YaRN of the layers that compress.
+    `rope_scaling` is the YaRN of the layers that compress. `bos_token_id` opens a text,
+    `eos_token_id`, or each of several, ends it; None where there is none.
+
+    Numbers of numpy are taken, and kept as Python's.
 
     **Raises:** ValueError naming the field, its value and what is allowed.
     """
@@ -74,20 +88,23 @@ class Config:
     max_position_embeddings: int = 1048576
     num_nextn_predict_layers: int = 0
     initializer_range: float = 0.02
+    bos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
             if field.type is int:
-                _validate_int(field.name, value)
+                least = _LEAST.get(name, 1)
+                value = validate_int("Config", name, value, least=least, most=_LARGEST)
             elif field.type is float:
-                _validate_float(field.name, value)
-                object.__setattr__(self, field.name, float(value))
+                value = validate_number("Config", name, value, above=_ABOVE.get(name))
+            elif name in _PER_LAYER:
+                value = _entries(name, value, self.num_hidden_layers)
+            elif name in _TOKEN_IDS:
+                value = _token_ids(name, value, self.vocab_size)
+            object.__setattr__(self, name, value)
         self._validate_sizes()
-        for name in ("layer_types", "compress_ratios", "mlp_layer_types"):
-            value = getattr(self, name)
-            _validate_layers(name, value, self.num_hidden_layers)
-            object.__setattr__(self, name, tuple(value))
         for layer in range(self.num_hidden_layers):
             self._validate_layer(layer)
 
@@ -123,12 +140,12 @@ class Config:
                 f"Config: layer_types[{layer}] is {shown(kind)}; it must be "
                 f"{SLIDING!r}, {CSA!r} or {HCA!r}."
             )
-        least, most = (0, 0) if kind == SLIDING else (1, _LARGEST_SIZE)
+        least, most = (0, 0) if kind == SLIDING else (1, _LARGEST)
         if not is_int(ratio) or not least <= ratio <= most:
             raise ValueError(
                 f"Config: compress_ratios[{layer}] is {shown(ratio)} and layer_types"
                 f"[{layer}] is {kind!r}; the ratio must be 0 for {SLIDING!r} and an "
-                f"integer in [1, {_LARGEST_SIZE}] for the others."
+                f"integer in [1, {_LARGEST}] for the others."
             )
         if mlp_kind not in (HASH_MOE, TOPK_MOE):
             raise ValueError(
@@ -225,21 +242,32 @@ class Config:
         )
 
     @classmethod
-    def from_hf(cls, source: str | os.PathLike | Mapping[str, Any]) -> "Config":
+    def from_hf(
+        cls,
+        source: str | os.PathLike | Mapping[str, Any],
+        *,
+        num_hidden_layers: int | None = None,
+    ) -> "Config":
         """Reads a Hugging Face configuration, the release's or transformers' own form.
 
-        Without `num_hash_layers` and `mlp_layer_types` the first three layers hash, as
-        in transformers.
+        Where the file does not say, the first three layers hash and text begins with
+        token 0 and ends with token 1, as in transformers. Keys that are not read are
+        named in one warning, which begins with "Config.from_hf". Among them are those
+        of DSpark's drafter, which stands where other releases have prediction blocks:
+        without it there are none.
 
         **Arguments:**
 
         - `source`: a `config.json`, a directory that holds one, or its mapping.
+        - `num_hidden_layers`: how many of the layers to read, from the first one on;
+            all by default. The prediction blocks stay.
 
         **Raises:** ValueError that names the first kind of fault found: a value that
         DeepSeek-V4 does not have, values that contradict each other, or all keys that
-        are missing or unknown; FileNotFoundError without a file.
+        are missing; FileNotFoundError without a file.
         """
-        return cls(**fields_from_hf(source, dataclasses.fields(cls)))
+        fields = dataclasses.fields(cls)
+        return cls(**fields_from_hf(source, fields, num_hidden_layers))
 
     def to_hf(self) -> dict[str, Any]:
         """A Hugging Face configuration, which `from_hf` and transformers read.
@@ -251,23 +279,8 @@ class Config:
         )
 
 
-def _validate_int(name: str, value: Any) -> None:
-    least = 0 if name in _MAY_BE_ZERO else 1
-    if not is_int(value) or not least <= value <= _LARGEST_SIZE:
-        allowed = f"an integer in [{least}, {_LARGEST_SIZE}]"
-        raise invalid_argument("Config", name, value, allowed)
-
-
-def _validate_float(name: str, value: Any) -> None:
-    bound = _ABOVE.get(name)
-    fits = is_number(value) and (value >= 0 if bound is None else value > bound)
-    if not fits:
-        range_ = "at least 0" if bound is None else f"above {bound}"
-        allowed = f"a number that float32 holds, {range_}"
-        raise invalid_argument("Config", name, value, allowed)
-
-
-def _validate_layers(name: str, value: Any, num_layers: int) -> None:
+def _entries(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(value, list | tuple):
         allowed = f"a list or tuple of {num_layers}, one for each layer"
         raise invalid_argument("Config", name, value, allowed)
@@ -276,6 +289,19 @@ def _validate_layers(name: str, value: Any, num_layers: int) -> None:
             f"Config: {name} has {len(value)} layers, num_hidden_layers is "
             f"{num_layers}."
         )
+    return tuple(map(as_python, value))
+
+
+def _token_ids(name: str, value: Any, vocab: int) -> int | tuple[int, ...] | None:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    ids = value if isinstance(value, list | tuple) else [value]
+    ids = tuple(map(as_python, ids))
+    if value is None:
+        return None
+    if not all(is_int(token) and 0 <= token < vocab for token in ids):
+        allowed = f"a token id in [0, {vocab}), some of them, or None"
+        raise invalid_argument("Config", name, value, allowed)
+    return ids if isinstance(value, list | tuple) else ids[0]
 
 
 def _released_schedule(ratios: tuple[int, ...]) -> dict[str, Any]:
@@ -295,4 +321,6 @@ def _released_schedule(ratios: tuple[int, ...]) -> dict[str, Any]:
         index_head_dim=128,
         rope_scaling=YarnScaling(16.0, 65536),
         num_nextn_predict_layers=1,
+        bos_token_id=0,
+        eos_token_id=1,
     )

@@ -2,24 +2,38 @@
 
 The release writes `qk_rope_head_dim`, `rope_theta`, `compress_rope_theta` and
 `rope_scaling`; transformers nests the same in `rope_parameters` under `main` and
-`compress`, and gives the rotary size as a fraction of the head.
+`compress`, and gives the rotary size as a fraction of the head. Whatever the form,
+every value becomes one of `Config`'s fields first; then all values of a field are
+compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from dsv4_eqx.numerics.validation import invalid_argument, is_int, is_number, shown
+from dsv4_eqx.config.hf_keys import CALL, is_same
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_number,
+    shown,
+    validate_size,
+)
 from dsv4_eqx.primitives.rotary import YarnScaling
 
-_CALL: Final = "Config.from_hf"
-_YARN_REQUIRED: Final = ("factor", "original_max_position_embeddings")
-_YARN: Final = (*_YARN_REQUIRED, "beta_fast", "beta_slow")
-_NUMBERS: Final = (*_YARN, "rope_theta", "partial_rotary_factor", "attention_factor")
-_KNOWN: Final = frozenset(_NUMBERS) | {"type", "rope_type"}
+_REQUIRED: Final = ("factor", "original_max_position_embeddings")
+_YARN: Final = (*_REQUIRED, "beta_fast", "beta_slow")
+_NUMBERS: Final = (*_YARN, "rope_theta", "partial_rotary_factor")
+# YaRN's temperature, which DeepSeek-V4 leaves out, and the rounding of its ramp.
+_IDENTITY: Final = {
+    "attention_factor": 1,
+    "mscale": 1,
+    "mscale_all_dim": 1,
+    "truncate": True,
+}
+_KNOWN: Final = frozenset(_NUMBERS) | _IDENTITY.keys() | {"type", "rope_type"}
 
 
 def mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A mapping inside another; empty where it is absent or null.
+    """A mapping inside another, without its nulls; empty where it is absent or null.
 
     **Arguments:**
 
@@ -29,134 +43,121 @@ def mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     **Raises:** ValueError if it is something else.
     """
     value = parent.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise invalid_argument(_CALL, key, value, "a mapping")
-    return value
+    if not isinstance(value, Mapping | None):
+        raise invalid_argument(CALL, key, value, "a mapping")
+    return {k: v for k, v in (value or {}).items() if v is not None}
 
 
-def unnested(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without `rope_parameters`, its `rope_scaling` a `YarnScaling`.
+def rotary_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary fields of `Config` that a configuration gives.
 
     **Arguments:**
 
     - `raw`: the whole configuration.
 
-    **Raises:** ValueError if the parts contradict each other or are no mappings.
+    **Raises:** ValueError if a value is none, or two of a field differ.
     """
-    flat = {key: value for key, value in raw.items() if key != "rope_parameters"}
-    nested, scaling = mapping(raw, "rope_parameters"), mapping(raw, "rope_scaling")
-    yarn = _yarn("rope_scaling", scaling)
-    main, compress = mapping(nested, "main"), mapping(nested, "compress")
-    if "main" in nested or "compress" in nested:
-        if nested.keys() != {"main", "compress"} or _yarn("main", main) is not None:
-            allowed = (
-                "{'main': ..., 'compress': ...} with no scaling in 'main', or like "
-                "rope_scaling"
+    found: dict[str, tuple[Any, str]] = {}
+    for field, value, place in _statements(raw):
+        first, first_place = found.setdefault(field, (value, place))
+        if value != first:
+            raise ValueError(
+                f"{CALL}: {field} is {shown(first)} by {first_place}, and "
+                f"{shown(value)} by {place}: they must agree; leave one out."
             )
-            raise invalid_argument(_CALL, "rope_parameters", nested, allowed)
-        _merge(flat, "rope_theta", main, "main")
-        _merge(flat, "compress_rope_theta", compress, "compress")
-        nested = compress
-    if nested:
-        parameters = _yarn("rope_parameters", nested)
-        if scaling and parameters != yarn:
-            allowed = f"what rope_scaling is too, {shown(scaling)}"
-            raise invalid_argument(_CALL, "rope_parameters", nested, allowed)
-        yarn = parameters
-    # Not nested, transformers overrides both numbers by what stands beside them; where
-    # no base does, by its default.
-    for name, part in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        base = flat.get("compress_rope_theta")
-        if base is None and part.get("rope_theta") is not None:
-            allowed = f"given, as {name} has the rope_theta {shown(part['rope_theta'])}"
-            raise invalid_argument(_CALL, "compress_rope_theta", base, allowed)
-        _merge(flat, "compress_rope_theta", part, name)
-    return flat | {"rope_scaling": yarn}
+    return {field: value for field, (value, _) in found.items()}
 
 
-def _merge(flat: dict[str, Any], base: str, part: Mapping[str, Any], name: str) -> None:
-    """Moves a part's base and fraction beside it; refuses what contradicts another."""
-    for inner in ("rope_theta", "partial_rotary_factor"):
-        key = base if inner == "rope_theta" else inner
-        value = part.get(inner)
-        if value is None:
-            continue
-        if flat.get(key) is None:
-            flat[key] = value
-        elif flat[key] != value:
-            allowed = f"{shown(value)}, the {inner} in {name}"
-            raise invalid_argument(_CALL, key, flat[key], allowed)
+def _statements(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Each value given: the field, the value and where it stands."""
+    for field in ("qk_rope_head_dim", "rope_theta", "compress_rope_theta"):
+        if raw.get(field) is not None:
+            yield field, raw[field], "that key"
+    yield from _rotary_dim(raw, raw, "")
+    for name, part, base in _parts(raw):
+        _validate_part(name, part)
+        if "rope_theta" in part:
+            yield base, part["rope_theta"], name
+        yield from _rotary_dim(raw, part, f" in {name}")
+        yarn = _yarn(name, part)
+        if base == "compress_rope_theta":
+            yield "rope_scaling", yarn, name
+        elif yarn is not None:
+            raise invalid_argument(CALL, name, part, "without a scaling")
 
 
-def rotary_from_hf(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of `Config`.
+def _parts(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Name and mapping of each part that is not empty, and the base it gives."""
+    nested = mapping(raw, "rope_parameters")
+    flat = {"rope_scaling": mapping(raw, "rope_scaling")}
+    if nested.keys() & {"main", "compress"}:
+        if nested.keys() != {"main", "compress"}:
+            allowed = "{'main': ..., 'compress': ...}, or like rope_scaling"
+            raise invalid_argument(CALL, "rope_parameters", nested, allowed)
+        yield "rope_parameters['main']", mapping(nested, "main"), "rope_theta"
+        compress = mapping(nested, "compress")
+        if compress:
+            yield "rope_parameters['compress']", compress, "compress_rope_theta"
+    else:
+        flat["rope_parameters"] = nested
+    for name, part in flat.items():
+        # transformers overrides a base here by compress_rope_theta or its default.
+        if "rope_theta" in part and raw.get("compress_rope_theta") is None:
+            base = shown(part["rope_theta"])
+            allowed = f"given, as {name} has the rope_theta {base}"
+            raise invalid_argument(CALL, "compress_rope_theta", None, allowed)
+        if part:
+            yield name, part, "compress_rope_theta"
 
-    **Arguments:**
 
-    - `flat`: from `unnested`, with `head_dim` and the rotary size in one of its forms.
-
-    **Raises:** ValueError if the rotary size is no whole number of channels.
-    """
-    names = ("rope_theta", "compress_rope_theta", "rope_scaling")
-    found = {name: flat[name] for name in names if name in flat}
-    return found | {"qk_rope_head_dim": _rotary_dim(flat)}
-
-
-def _rotary_dim(flat: Mapping[str, Any]) -> Any:
-    rotary_dim, head_dim = flat.get("qk_rope_head_dim"), flat["head_dim"]
-    fraction = flat.get("partial_rotary_factor")
-    if fraction is None or not (is_int(head_dim) and is_number(head_dim)):
-        return rotary_dim  # Config judges both
-    if not (is_number(fraction) and 0 < fraction <= 1):
-        raise invalid_argument(_CALL, "partial_rotary_factor", fraction, "in (0, 1]")
+def _rotary_dim(
+    raw: Mapping[str, Any], part: Mapping[str, Any], place: str
+) -> Iterator[tuple[str, Any, str]]:
+    """The rotary size that a fraction of the head gives, if there is one."""
+    fraction, head_dim = part.get("partial_rotary_factor"), raw.get("head_dim")
+    if fraction is None:
+        return
+    if not is_number(fraction) or not 0 < fraction <= 1:
+        raise invalid_argument(CALL, "partial_rotary_factor", fraction, "in (0, 1]")
+    # Without a head that size cannot be told; what is missing is said elsewhere.
+    size = 1 if head_dim is None else validate_size(CALL, "head_dim", head_dim)
     # Rounded: the product may be a hair off the integer that the quotient came from.
-    channels = round(head_dim * fraction)
-    if abs(head_dim * fraction - channels) > 1e-6 * head_dim:
+    channels = round(size * fraction)
+    if head_dim is not None and abs(size * fraction - channels) > 1e-6 * size:
         allowed = f"a whole number of channels over head_dim={head_dim}"
-        raise invalid_argument(_CALL, "partial_rotary_factor", fraction, allowed)
-    if rotary_dim is not None and rotary_dim != channels:
-        allowed = f"partial_rotary_factor x head_dim = {fraction} x {head_dim}"
-        raise invalid_argument(_CALL, "qk_rope_head_dim", rotary_dim, allowed)
-    return channels
+        raise invalid_argument(CALL, "partial_rotary_factor", fraction, allowed)
+    place = f"partial_rotary_factor={fraction}{place} and head_dim={head_dim}"
+    yield "qk_rope_head_dim", channels, place
 
 
-def _yarn(name: str, scaling: Mapping[str, Any]) -> YarnScaling | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    unknown = sorted(map(str, scaling.keys() - _KNOWN))
-    found = {key: scaling[key] for key in _YARN if scaling.get(key) is not None}
-    if (
-        kind not in ("default", "yarn")
-        or scaling.get("type", kind) != kind
-        or (kind == "default" and found)
-    ):
-        allowed = "of the type 'yarn', or 'default' without more"
-        raise invalid_argument(_CALL, name, scaling, allowed)
+def _validate_part(name: str, part: Mapping[str, Any]) -> None:
+    unknown = sorted(map(str, part.keys() - _KNOWN))
     if unknown:
-        allowed = f"without {unknown}, which are unknown"
-        raise invalid_argument(_CALL, name, scaling, allowed)
+        allowed = f"without {unknown}, of which the rotation may depend"
+        raise invalid_argument(CALL, name, part, allowed)
     for key in _NUMBERS:
-        if scaling.get(key) is not None and not is_number(scaling[key]):
-            raise invalid_argument(
-                _CALL, key, scaling[key], "a number that float32 holds"
-            )
-    # Another is YaRN's temperature, which DeepSeek-V4 leaves out.
-    if scaling.get("attention_factor") not in (None, 1):
-        factor = scaling["attention_factor"]
-        raise invalid_argument(_CALL, "attention_factor", factor, "1 or absent")
-    if kind == "default":
+        if key in part and not is_number(part[key]):
+            raise invalid_argument(CALL, key, part[key], "a number that float32 holds")
+    for key, wanted in _IDENTITY.items():
+        if key in part and not is_same(part[key], wanted):
+            allowed = f"{wanted!r} or left out: DeepSeek-V4's rotation knows no other"
+            raise invalid_argument(CALL, key, part[key], allowed)
+
+
+def _yarn(name: str, part: Mapping[str, Any]) -> YarnScaling | None:
+    kind = part.get("rope_type", part.get("type", "default"))
+    given = {key: part[key] for key in _YARN if key in part}
+    is_yarn = kind == "yarn" and part.get("type", kind) == kind
+    if not is_yarn and (given or kind != "default" or part.get("type", kind) != kind):
+        allowed = "of the type 'yarn', or 'default' without more"
+        raise invalid_argument(CALL, name, part, allowed)
+    if not is_yarn:
         return None
-    for key in _YARN_REQUIRED:
-        if key not in found:
-            allowed = f"a mapping with {' and '.join(_YARN_REQUIRED)}"
-            raise invalid_argument(_CALL, name, scaling, allowed)
-    factor, original_max_position = (found.pop(key) for key in _YARN_REQUIRED)
-    if not is_int(original_max_position):
-        raise invalid_argument(
-            _CALL, _YARN_REQUIRED[1], original_max_position, "an integer"
-        )
-    return YarnScaling(factor, original_max_position, **found)
+    if not given.keys() >= set(_REQUIRED):
+        allowed = f"a mapping with {' and '.join(_REQUIRED)}"
+        raise invalid_argument(CALL, name, part, allowed)
+    factor, length = (given.pop(key) for key in _REQUIRED)
+    return YarnScaling(factor, validate_size(CALL, _REQUIRED[1], length), **given)
 
 
 def yarn_to_hf(yarn: YarnScaling | None) -> dict[str, Any] | None:

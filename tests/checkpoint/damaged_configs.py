@@ -49,7 +49,7 @@ CASES = {
     "more layers than kinds": (edit_config(num_hidden_layers=3), "num_hidden_layers"),
     "negative": (edit_config(hidden_size=-64), CONFIG, "hidden_size=-64"),
     "zero": (edit_config(vocab_size=0), CONFIG, "vocab_size=0"),
-    "float for an int": (edit_config(hidden_size=64.0), CONFIG, "hidden_size=64.0"),
+    "float for an int": (edit_config(hidden_size=64.5), CONFIG, "hidden_size=64.5"),
     "bool for an int": (edit_config(o_groups=True), CONFIG, "o_groups=True"),
     "string for an int": (edit_config(hidden_size="64"), CONFIG, "hidden_size='64'"),
     "NaN": (edit_config(rms_norm_eps=float("nan")), CONFIG, "rms_norm_eps=nan"),

@@ -2,12 +2,16 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 import re
 import tracemalloc
+import warnings
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -141,44 +145,66 @@ def test_configs_are_hashable_frozen_and_compare_by_value():
 MAY_BE_ZERO = ("num_nextn_predict_layers",)
 INTS = [f.name for f in dataclasses.fields(Config) if f.type is int]
 FLOATS = [f.name for f in dataclasses.fields(Config) if f.type is float]
+# Of 0, an expert is silent; a base of 1 does not rotate.
+ABOVE_ZERO = ("swiglu_limit", "routed_scaling_factor")
+ABOVE_ONE = ("rope_theta", "compress_rope_theta")
 
 
-@pytest.mark.parametrize("value", [-1, 2**31, 10**30, True, 2.0, math.nan, "8", None])
-@pytest.mark.parametrize("name", INTS)
-def test_sizes_that_are_none_are_refused(name, value):
-    message = re.escape(f"{name}={value!r}") + ".* must be "
-    with pytest.raises(ValueError, match=message):
-        tiny_config(**{name: value})
+def test_fields_of_integers_refuse_what_is_none():
+    values = [-1, 2**31, 10**30, True, 2.0, math.nan, "8", None, np.float64(2)]
+    assert len(INTS) > 15
+    for name, value in itertools.product(INTS, values):
+        match = re.escape(f"Config({name}={value!r}): must be an integer in [")
+        with pytest.raises(ValueError, match=match):
+            tiny_config(**{name: value})
 
 
-@pytest.mark.parametrize("name", [n for n in INTS if n not in MAY_BE_ZERO])
-def test_sizes_of_zero_are_refused(name):
-    with pytest.raises(ValueError, match=rf"{name}=0.*\[1, 2147483647\]"):
-        tiny_config(**{name: 0})
+def test_fields_of_integers_refuse_zero_where_it_means_nothing():
+    for name in set(INTS) - set(MAY_BE_ZERO):
+        with pytest.raises(ValueError, match=rf"\({name}=0\).*\[1, 2147483647\]"):
+            tiny_config(**{name: 0})
+    assert tiny_config(num_nextn_predict_layers=0).num_nextn_predict_layers == 0
 
 
-@pytest.mark.parametrize(
-    "value",
-    [-1.0, math.nan, math.inf, True, "1", None, 10**400],
-    ids=lambda value: str(value)[:5],
-)
-@pytest.mark.parametrize("name", FLOATS)
-def test_factors_that_are_none_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}=.*must be"):
-        tiny_config(**{name: value})
+def test_fields_of_floats_refuse_what_float32_does_not_hold():
+    values = [-1.0, math.nan, math.inf, True, "1", None, 10**400, np.float64(1e39)]
+    assert len(FLOATS) > 5
+    for name, value in itertools.product(FLOATS, values):
+        with pytest.raises(ValueError, match=rf"Config\({name}=.*: must be a number"):
+            tiny_config(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["swiglu_limit", "routed_scaling_factor"])
-def test_factors_of_zero_that_silence_experts_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name}=0.*must be .*above 0"):
-        tiny_config(**{name: 0})
+def test_fields_of_floats_have_their_own_bounds():
+    for name, bound in [*((n, 0) for n in ABOVE_ZERO), *((n, 1) for n in ABOVE_ONE)]:
+        for value in (bound, bound / 2):
+            with pytest.raises(ValueError, match=f"{name}=.*, above {bound}"):
+                tiny_config(**{name: value})
+    for name in set(FLOATS) - {*ABOVE_ZERO, *ABOVE_ONE}:
+        assert getattr(tiny_config(**{name: 0}), name) == 0
 
 
-@pytest.mark.parametrize("name", ["rope_theta", "compress_rope_theta"])
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_bases_that_do_not_rotate_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}="):
-        tiny_config(**{name: value})
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.array, jnp.array])
+def test_numbers_of_numpy_and_jax_are_kept_as_pythons(kind):
+    plain = tiny_config(eos_token_id=(1, 7), bos_token_id=2)
+    given = {name: kind(getattr(plain, name)) for name in INTS}
+    given |= {name: np.float64(getattr(plain, name)) for name in FLOATS}
+    given |= {"compress_ratios": [kind(ratio) for ratio in plain.compress_ratios]}
+    given |= {"eos_token_id": [kind(1), kind(7)], "bos_token_id": kind(2)}
+    config = tiny_config(**given)
+    assert config == plain and hash(config) == hash(plain)
+    assert config.to_hf() == json.loads(json.dumps(config.to_hf()))
+    for field in dataclasses.fields(Config):
+        found, wanted = (getattr(c, field.name) for c in (config, plain))
+        assert type(found) is type(wanted), field.name
+    assert tiny_config(compress_ratios=np.array(plain.compress_ratios)) == tiny_config()
+
+
+@pytest.mark.parametrize("value", [-1, 97, True, 1.0, "1", [1, 97], [[1]], {1: 2}])
+def test_token_ids_that_are_none_are_refused(value):
+    for name in ("bos_token_id", "eos_token_id"):
+        match = re.escape(f"Config({name}={value!r}): must be a token id in [0, 97)")
+        with pytest.raises(ValueError, match=match):
+            tiny_config(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -236,7 +262,23 @@ BAD_HF = {
     "tied": ({"tie_word_embeddings": True}, ("tie_word_embeddings", "True", "False")),
     "two key heads": ({"num_key_value_heads": 2}, ("num_key_value_heads", "2", "1")),
     "scores": ({"scoring_func": "softmax"}, ("scoring_func", "softmax", "sqrtsoft")),
-    "unknown keys": ({"engram": 1, "gate_temp": 2}, ("engram", "gate_temp")),
+    "groups": ({"n_group": 8, "topk_group": 4}, ("n_group=8", "1 or left out")),
+    "dense layers": ({"first_k_dense_replace": 3}, ("first_k_dense_replace=3", "0 or")),
+    "true is no one": ({"n_group": True}, ("n_group=True", "1 or left out")),
+    "latent keys": ({"kv_lora_rank": 512}, ("kv_lora_rank=512", "None or left out")),
+    "pruned": ({"pruned_heads": {"0": [1]}}, ("pruned_heads", "{} or left out")),
+    "other experts": ({"num_local_experts": 8}, ("num_local_experts=8", "6 or left")),
+    "drafter": ({"dspark_block_size": "5"}, ("dspark_block_size='5'", "an integer")),
+    "ends": ({"eos_token_id": [1, 128]}, ("eos_token_id", "128", "[0, 128)")),
+    "cut by hand": (
+        {"num_hidden_layers": 3},
+        ("compress_ratios", "[128, 4, 0]", "num_hidden_layers=3"),
+    ),
+    "long kinds": (
+        {"layer_types": [CSA] * 6},
+        ("layer_types has 6", "from_hf(..., num_hidden_layers=5)"),
+    ),
+    "null": ({"hidden_size": None}, ("hidden_size=None", "an integer")),
     "short schedule": (schedule(0, 128, 4), ("compress_ratios", "3", "5")),
     "tail": (schedule(0, 128, 4, 128, 4, 4), ("compress_ratios", "[4]")),
     "short tail": ({"num_nextn_predict_layers": 2}, ("_predict_layers=2", "most 1")),
@@ -260,12 +302,21 @@ BAD_HF = {
     "rope beta": (yarn(beta_fast=0), ("beta_fast", "0")),
     "rope length": (yarn(original_max_position_embeddings=True), ("True",)),
     "rope temperature": (yarn(attention_factor=1.277), ("attention_factor", "1.277")),
-    "rope unknown": (yarn(mscale=1.0), ("rope_scaling", "['mscale']")),
+    "rope unknown": (yarn(short_factor=1.0), ("rope_scaling", "['short_factor']")),
+    "rope mscale": (yarn(mscale=0.707), ("mscale=0.707", "1 or left out")),
+    "rope softmax": (yarn(mscale_all_dim=0.5), ("mscale_all_dim=0.5", "1 or left out")),
+    "rope ramp": (yarn(truncate=False), ("truncate=False", "True or left out")),
     "rope untyped": (yarn(type="default"), ("rope_scaling", "'default'", "yarn")),
-    "rope twice": (nested({}, factor=8), ("rope_parameters", "'factor': 8", "16")),
-    "rope main": (nested(RAW["rope_scaling"]), ("rope_parameters", "no scaling in")),
+    "rope twice": (nested({}, factor=8), ("rope_scaling", "factor=8.0", "factor=16.0")),
+    "rope main": (
+        nested(RAW["rope_scaling"]),
+        ("['main']", "without a"),
+    ),
     "rope half": ({"rope_parameters": {"main": {}}}, ("rope_parameters", "'compress'")),
-    "rotary twice": ({"partial_rotary_factor": 0.25}, ("qk_rope_head_dim=64", "0.25")),
+    "rotary twice": (
+        {"partial_rotary_factor": 0.25},
+        ("qk_rope_head_dim is 64", "and 32 by partial_rotary_factor=0.25"),
+    ),
     "rotary part": ({"partial_rotary_factor": 0.3}, ("factor=0.3", "head_dim=128")),
     "rates twice": ({"compress_rates": {HCA: 64}}, ("compress_ratios", "64", HCA)),
     "rate": ({"compress_rates": {CSA: 0}}, ("compress_rates", "0", "at least 1")),
@@ -298,18 +349,116 @@ def test_from_hf_names_all_missing_keys_at_once():
     refused(names, without=names)
 
 
-def test_from_hf_refuses_a_v41_config():
-    ratios = [0, 0] + [2] * 18 + [1] * 20
-    changes = dict(
-        compress_ratios=ratios,
-        num_hidden_layers=40,
-        kv_source_layers=[2, 8, 14, 20],
-        index_source_layers=[2, 8, 14, 20, 24, 28, 32, 36],
-        n_routed_experts=384,
+V41 = {"compress_ratios": [0, 0] + [2] * 18 + [1] * 20, "num_hidden_layers": 40}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "deepseek_v41"},
+        {"model_type": "deepseek_v4.1"},
+        V41,
+        {"kv_source_layers": [2, 8, 14, 20], "index_source_layers": [2, 8, 14, 20]},
+        {"engram_layer_ids": [1, 14]},
+        {"gate_temp": 2},
+        {"dspark_n_routed_experts": 128},
+    ],
+    ids=str,
+)
+def test_from_hf_refuses_a_v41_by_name(changes):
+    sign = "compress_ratios" if changes is V41 else next(iter(changes))
+    refused(("is a DeepSeek-V4.1", "another model", sign), changes)
+
+
+DSPARK = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [40, 41, 42],
+    "dspark_markov_rank": 256,
+}
+
+
+def test_from_hf_reads_a_release_with_a_drafter_and_says_once_that_it_is_left_out():
+    with pytest.warns(UserWarning, match="dspark_block_size, .*the drafter") as said:
+        config = Config.from_hf(raw_flash((0, 0, 0)) | DSPARK)
+    assert len(said) == 1
+    # The drafter's tensors stand where the prediction block's would.
+    assert config == dataclasses.replace(Config.flash(), num_nextn_predict_layers=0)
+    assert Config.from_hf(config.to_hf()) == config
+
+
+def test_from_hf_names_the_keys_that_it_does_not_read_in_one_warning():
+    unread = {"unsloth_version": "2026.9", "some_size": 3, "vision_dim": 1024}
+    match = r"from_hf: .* some_size, unsloth_version \(unknown.*vision_dim \(of the im"
+    with pytest.warns(UserWarning, match=match) as said:
+        assert Config.from_hf(RAW | unread | DSPARK) != Config.from_hf(RAW)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Config.from_hf")
+        assert Config.from_hf(RAW | unread) == Config.from_hf(RAW)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict.fromkeys(
+            "tokenizer_class ep_size license _commit_hash name torchscript "
+            "attn_implementation router_z_loss_coef model_max_length aux_loss_alpha "
+            "seq_aux sep_token_id _anything".split(),
+            1,
+        ),
+        {"pruned_heads": {}, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+        {"num_local_experts": 6, "intermediate_size": 128, "kv_lora_rank": None},
+        {"dspark_block_size": None, "unsloth_version": None},
+        {"max_position_embeddings": 4096.0, "hidden_size": 128.0},
+        {"compress_ratios": [0.0, 128.0, 4, 128, 4, 0], "num_hash_layers": 2.0},
+        {"hidden_size": np.int64(128), "swiglu_limit": np.float32(1)},
+        yarn(mscale=1.0, mscale_all_dim=1.0, truncate=True, attention_factor=1.0),
+        yarn(original_max_position_embeddings=64.0, beta_fast=32.0, beta_slow=None),
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_from_hf_reads_what_changes_no_mathematics(more):
+    assert Config.from_hf(RAW | more) == Config.from_hf(RAW)  # warnings are errors
+
+
+@pytest.mark.parametrize("layers", [1, 3, np.int64(3), 5])
+@pytest.mark.parametrize("form", [RAW, Config.from_hf(RAW).to_hf()])
+def test_from_hf_reads_the_first_layers(layers, form):
+    whole = Config.from_hf(RAW)
+    found = Config.from_hf(form, num_hidden_layers=layers)
+    assert found == dataclasses.replace(
+        whole,
+        num_hidden_layers=layers,
+        layer_types=whole.layer_types[:layers],
+        compress_ratios=whole.compress_ratios[:layers],
+        mlp_layer_types=whole.mlp_layer_types[:layers],
     )
-    refused(("unknown", "kv_source_layers", "index_source_layers"), changes)
-    refused("compress_ratios", dict(num_hidden_layers=40, compress_ratios=ratios))
-    refused(("model_type", "deepseek_v41"), changes | {"model_type": "deepseek_v41"})
+    # Also where the number alone was changed by hand.
+    by_hand = form | {"num_hidden_layers": int(layers)}
+    assert Config.from_hf(by_hand, num_hidden_layers=layers) == found
+
+
+@pytest.mark.parametrize("layers", [0, 6, 2.5, True, "3"])
+def test_from_hf_refuses_layers_that_there_are_not(layers):
+    match = re.escape(f"num_hidden_layers={layers!r}): must be an integer in [1, 5]")
+    with pytest.raises(ValueError, match=match):
+        Config.from_hf(RAW, num_hidden_layers=layers)
+
+
+def test_token_ids_are_kept():
+    config = Config.from_hf(RAW | {"eos_token_id": [1, 7], "bos_token_id": 3})
+    assert (config.bos_token_id, config.eos_token_id) == (3, (1, 7))
+    written = config.to_hf()
+    assert (written["bos_token_id"], written["eos_token_id"]) == (3, [1, 7])
+    assert Config.from_hf(json.loads(json.dumps(written))) == config
+    none = Config.from_hf(RAW | {"eos_token_id": None})
+    assert none.eos_token_id is None and Config.from_hf(none.to_hf()) == none
+    # Where the file does not say, as in transformers.
+    raw = {key: RAW[key] for key in RAW if key not in ("eos_token_id", "bos_token_id")}
+    assert Config.from_hf(raw) == Config.from_hf(
+        RAW | dict(bos_token_id=0, eos_token_id=1)
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "version https://git-lfs"])
@@ -378,7 +527,8 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings("ignore:Config.from_hf")
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(KEYS, VALUES, max_size=3), st.sets(KEYS, max_size=2))
 def test_from_hf_of_a_mutated_config_is_a_config_or_a_value_error(changes, without):
     raw = {k: v for k, v in (RAW | changes).items() if k not in without}
