@@ -72,7 +72,7 @@ def _statements(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """Each value given: the field, the value and where it stands."""
     for field in ("qk_rope_head_dim", "rope_theta", "compress_rope_theta"):
         if raw.get(field) is not None:
-            yield field, raw[field], "that key"
+            yield field, raw[field], "its own key"
     yield from _rotary_dim(raw, raw, "")
     for name, part, base in _parts(raw):
         _validate_part(name, part)
@@ -114,26 +114,24 @@ def _rotary_dim(
     raw: Mapping[str, Any], part: Mapping[str, Any], place: str
 ) -> Iterator[tuple[str, Any, str]]:
     """The rotary size that a fraction of the head gives, if there is one."""
-    fraction, head_dim = part.get("partial_rotary_factor"), raw.get("head_dim")
-    if fraction is None:
-        return
+    key, head_dim = "partial_rotary_factor", raw.get("head_dim")
+    fraction = part.get(key)
+    if fraction is None or head_dim is None:
+        return  # without a head, that is what is said
     if not is_number(fraction) or not 0 < fraction <= 1:
-        raise invalid_argument(CALL, "partial_rotary_factor", fraction, "in (0, 1]")
-    # Without a head that size cannot be told; what is missing is said elsewhere.
-    size = 1 if head_dim is None else validate_size(CALL, "head_dim", head_dim)
+        raise invalid_argument(CALL, key, fraction, "in (0, 1]")
+    size = validate_size(CALL, "head_dim", head_dim) * fraction
     # Rounded: the product may be a hair off the integer that the quotient came from.
-    channels = round(size * fraction)
-    if head_dim is not None and abs(size * fraction - channels) > 1e-6 * size:
+    if abs(size - round(size)) > 1e-6 * head_dim:
         allowed = f"a whole number of channels over head_dim={head_dim}"
-        raise invalid_argument(CALL, "partial_rotary_factor", fraction, allowed)
-    place = f"partial_rotary_factor={fraction}{place} and head_dim={head_dim}"
-    yield "qk_rope_head_dim", channels, place
+        raise invalid_argument(CALL, key, fraction, allowed)
+    yield "qk_rope_head_dim", round(size), f"{key}={fraction}{place}"
 
 
 def _validate_part(name: str, part: Mapping[str, Any]) -> None:
     unknown = sorted(map(str, part.keys() - _KNOWN))
     if unknown:
-        allowed = f"without {unknown}, of which the rotation may depend"
+        allowed = f"without {unknown}, on which the rotation may depend"
         raise invalid_argument(CALL, name, part, allowed)
     for key in _NUMBERS:
         if key in part and not is_number(part[key]):
@@ -147,11 +145,11 @@ def _validate_part(name: str, part: Mapping[str, Any]) -> None:
 def _yarn(name: str, part: Mapping[str, Any]) -> YarnScaling | None:
     kind = part.get("rope_type", part.get("type", "default"))
     given = {key: part[key] for key in _YARN if key in part}
-    is_yarn = kind == "yarn" and part.get("type", kind) == kind
-    if not is_yarn and (given or kind != "default" or part.get("type", kind) != kind):
+    fits = kind == "yarn" or (kind == "default" and not given)
+    if not fits or part.get("type", kind) != kind:
         allowed = "of the type 'yarn', or 'default' without more"
         raise invalid_argument(CALL, name, part, allowed)
-    if not is_yarn:
+    if kind == "default":
         return None
     if not given.keys() >= set(_REQUIRED):
         allowed = f"a mapping with {' and '.join(_REQUIRED)}"
