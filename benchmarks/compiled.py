@@ -67,7 +67,7 @@ def program(kind: str, what: str, tokens: int) -> tuple[Callable[..., Any], tupl
         block = eqx.combine(arrays, rest)
         lengths = jnp.ones_like(start)
         out, cache = block.extend(streams, ids, cache, start, lengths)
-        return out, cache.keep(lengths, 1)
+        return out, cache.keep(lengths)
 
     batch, seq = (ROWS, 1) if what == "decoding" else (1, tokens)
     streams = jax.ShapeDtypeStruct((batch, seq, 4, dim), jnp.bfloat16)

@@ -175,7 +175,7 @@ def extended(module: Attention, x: jax.Array) -> jax.Array:
     cache = module.init_cache(1, seq, x.dtype)
     none, before = jnp.zeros(1, jnp.int32), jnp.full(1, seq - last, jnp.int32)
     _, cache = module.extend(x[:, :-last], cache, none, before)
-    cache = cache.keep(before, seq - last)
+    cache = cache.keep(before)
     return module.extend(x[:, -last:], cache, before, none + last)[0]
 
 

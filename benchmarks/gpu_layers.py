@@ -77,7 +77,7 @@ class Layer:
             streams, cache = state
             # A token a step, again and again the ones after the same context.
             out, cache = block.extend(streams, ids, cache, start + i, ones)
-            return (out, cache.keep(ones, 1)), chosen.pop()
+            return (out, cache.keep(ones)), chosen.pop()
 
         state, experts = lax.scan(step, (streams, cache), jnp.arange(_STEPS))
         return *state, experts

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 
 import equinox as eqx
@@ -21,16 +22,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.attention.cache import AttentionCache, CompressorState
+from dsv4_eqx.attention.cache import AttentionCache, CompressorState, Extended
 from dsv4_eqx.generation.generate import Generated
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import Draft, State
-from dsv4_eqx.kernels.entries import Entries, StackedEntries
+from dsv4_eqx.kernels.entries import LAYERS, Entries
 from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
-from dsv4_eqx.moe.experts import StackedExperts
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
+from dsv4_eqx.numerics.slice import Slice
 from dsv4_eqx.sharding.context import SplitSequence, SplitTokens
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.fsdp import Gathered
@@ -41,9 +42,8 @@ from tests.models import QUICKLY, T, random_tensors
 # Sizes that belong to activations; modules that hold weights do not have them.
 OF_ACTIVATIONS = {
     Entries: {"batch", "entries"},
-    StackedEntries: {"layers", "batch", "entries"},
-    CompressorState: {"batch", "pending", "entries"},
-    AttentionCache: {"batch", "keys"},
+    CompressorState: {"batch", "*repeats", "pending", "entries"},
+    AttentionCache: {"batch", "*repeats", "keys"},
     Cache: {"batch"},
     Generated: {"batch", "new"},
     State: {"batch"},
@@ -52,7 +52,7 @@ OF_ACTIVATIONS = {
     MTPCache: {"batch"},
 }
 # What it stands for decides.
-OF_THE_FIELD_THAT_HOLDS_IT = {QuantizedWeight: {"..."}}
+OF_THE_FIELD_THAT_HOLDS_IT = {QuantizedWeight: {"..."}, Slice: {"..."}}
 # What wrappers hold, by the name of the field.
 WRAPPED = {
     ExpertParallel: "experts",
@@ -107,21 +107,20 @@ def entries():
 def trees():
     """Everything that is walked."""
     cache = model().init_cache(3, 50)
-    cache = eqx.tree_at(lambda c: c.layers.repeated, cache, ())  # those are stacked
     ids, numbers = jnp.zeros((3, 5), jnp.int32), jnp.zeros((3, 5))
     one = ids[:, 0]
     generated = Generated(ids, one, numbers, cache, one, one)
     mtp = model().mtp[0].init_cache(3, 50, jnp.float32)
     draft = Draft(mtp, one, jnp.zeros((3, T.vocab_size)), one, one)
-    lookahead = Lookahead(one, one, cache.layers, 2, cache.capacity)
+    lookahead = Lookahead(one, one, Extended(cache.layers, 2), cache.capacity)
     state = State(cache, one, one, one == 1, jax.random.key(0), draft)
     caches = Caches(cache, mtp)
     sampling = Sampling(
         "call", temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, key=None
     )
     stacks = (
-        StackedExperts(model().layers.repeated[0].moe.experts, jnp.int32(1)),
-        StackedEntries(jnp.zeros((2, 3, 5, 4)), jnp.int32(1)),
+        Slice(model().layers.repeated[0].moe.experts.down, jnp.int32(1)),
+        Slice(jnp.zeros((2, 3, 5, 4)), jnp.int32(1), LAYERS),
     )
     return [
         model(),
@@ -157,8 +156,6 @@ def walk(node):
         yield node
     if isinstance(node, dsv4.Layers):
         children = unstacked(node)
-    elif isinstance(node, StackedExperts):
-        children = [jax.tree.map(lambda x: x[0], node.stack)]
     elif isinstance(node, eqx.Module):
         children = [getattr(node, field.name) for field in dataclasses.fields(node)]
     else:
@@ -174,6 +171,8 @@ def matches(value, annotation):
     # Wrappers stand in for what they wrap.
     while type(value) in WRAPPED:
         value = getattr(value, WRAPPED[type(value)])
+    if isinstance(annotation, types.UnionType):
+        return any(matches(value, option) for option in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         (inner, _) = typing.get_args(annotation)
         return isinstance(value, tuple) and all(matches(x, inner) for x in value)

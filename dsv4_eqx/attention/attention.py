@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from dsv4_eqx.attention.cache import (
     AttentionCache,
     CompressorState,
+    Extended,
     positions_after,
+    validate_state,
 )
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
 from dsv4_eqx.attention.indexer import Indexer
@@ -196,7 +198,7 @@ class Attention(eqx.Module):
         cache: AttentionCache,
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
-    ) -> tuple[Float[Array, "batch seq dim"], AttentionCache]:
+    ) -> tuple[Float[Array, "batch seq dim"], Extended]:
         """Attention of new tokens over themselves and all before them.
 
         **Arguments:**
@@ -207,8 +209,12 @@ class Attention(eqx.Module):
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
 
-        **Returns:** the output, and the cache with all new tokens; `keep` shortens it.
+        **Returns:** the output, and what gives the cache after the tokens that stay.
+
+        **Raises:** ValueError as calling does, and if the cache is none, or was
+        extended and not settled.
         """
+        validate_state("Attention.extend", cache, AttentionCache)
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
         self = dequantize(self)
         positions = positions_after(start, lengths, x.shape[1])
@@ -217,15 +223,17 @@ class Attention(eqx.Module):
         keys = jnp.concatenate([cache.window_keys, keys], axis=1)
         entries, selection, compressor, indexer = None, None, None, None
         if self.compressor is not None and cache.compressor is not None:
-            entries, compressor = self.compressor.extend(
+            entries, extended = self.compressor.extend(
                 x, cache.compressor, start, lengths
             )
+            compressor = extended.longer
         if self.indexer is not None and cache.indexer is not None:
-            selection, indexer = self.indexer.extend(
+            selection, extended = self.indexer.extend(
                 x, latent, cache.indexer, start, lengths
             )
+            indexer = extended.longer
         out = self.attend(latent, positions, keys, entries, selection)
-        return out, AttentionCache(keys, compressor, indexer)
+        return out, Extended(AttentionCache(keys, compressor, indexer), x.shape[1])
 
     def project_latent(
         self, x: Float[Array, "batch seq dim"]

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.cache import CompressorState, rows_from
+from dsv4_eqx.attention.cache import (
+    CompressorState,
+    Extended,
+    rows_from,
+    validate_state,
+)
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
 from dsv4_eqx.numerics.precision import wide_dtype
@@ -165,10 +170,8 @@ class Compressor(eqx.Module):
         state: CompressorState,
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
-    ) -> tuple[Entries, CompressorState]:
+    ) -> tuple[Entries, Extended]:
         """All entries so far, with those of the windows that new tokens complete.
-
-        The state that it gives has all new tokens; `keep` shortens it.
 
         **Arguments:**
 
@@ -176,7 +179,12 @@ class Compressor(eqx.Module):
         - `state`: after `start` tokens.
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
+
+        **Returns:** the entries, and what gives the state after the tokens that stay.
+
+        **Raises:** ValueError if the state is none, or was extended and not settled.
         """
+        validate_state("Compressor.extend", state, CompressorState)
         ratio = self.ratio
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
@@ -194,7 +202,8 @@ class Compressor(eqx.Module):
         entries = write_if(jnp.any(is_new), write, state.entries, start)
         index = jnp.arange(1, entries.shape[1] + 1, dtype=jnp.int32)
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
-        return Entries(entries, last_positions), CompressorState(values, gates, entries)
+        extended = Extended(CompressorState(values, gates, entries), x.shape[1])
+        return Entries(entries, last_positions), extended
 
     @property
     def num_pending(self) -> int:
@@ -211,7 +220,16 @@ class Compressor(eqx.Module):
         """What new tokens make of windows, from the one that the first of them is in.
 
         As many windows as the tokens can complete at most; those that they do not
-        complete mean nothing. Tokens before position 0 weigh nothing.
+        complete mean nothing. Tokens before position 0 weigh nothing. Ratio 4, two
+        series and five tokens from position 10 on, so that seven are pending:
+
+            position     3   4 5 6 7   8 9 10 11   12 13 14 -- (room)
+            given        pending: 3 .. 9     new: 10 .. 14
+            window           ---1---   ----2----   -----3-----
+                             ^ begin       ^ start
+
+        Window 2 becomes complete: its own tokens and those of window 1, which is read
+        for that alone. Window 3 may become so at another start; here it does not.
 
         **Arguments:**
 
@@ -220,21 +238,22 @@ class Compressor(eqx.Module):
         - `start`: position of each row's first new token.
         """
         ratio, series, _ = self.position_bias.shape
-        windows = -(-(values.shape[1] - self.num_pending) // ratio)
-        size = (windows + series - 1) * ratio
-        # From the window before where that is pooled too.
-        begin = self.num_pending - ratio * (series - 1) - start % ratio
-        first = (start // ratio - (series - 1)) * ratio
+        num_new = values.shape[1] - self.num_pending
+        windows = -(-num_new // ratio)
+        num_before = series - 1  # windows that are read for the first one alone
+        size = (num_before + windows) * ratio
+        first = (start // ratio - num_before) * ratio  # position of the first one read
+        begin = first - (start - self.num_pending)  # where that is in what is given
         position = first[:, None] + jnp.arange(size, dtype=start.dtype)
-        room = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
         is_token = (position >= 0)[..., None, None]
-        values = rows_from(jnp.pad(values, room), begin, size)
-        gates = rows_from(jnp.pad(gates, room), begin, size)
+        room = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
+        values = rows_from(jnp.pad(values, room), begin, size, -3)
+        gates = rows_from(jnp.pad(gates, room), begin, size, -3)
         pooled = self.pool(
             _windows(jnp.where(is_token, values, 0), ratio),
             _windows(jnp.where(is_token, gates, _NO_WEIGHT), ratio),
         )
-        return pooled[:, series - 1 :]
+        return pooled[:, num_before:]
 
     def finish(
         self,

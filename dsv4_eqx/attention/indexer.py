@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.cache import CompressorState, positions_after
+from dsv4_eqx.attention.cache import CompressorState, Extended, positions_after
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
@@ -107,8 +107,8 @@ class Indexer(eqx.Module):
         state: CompressorState,
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
-    ) -> tuple[Selection, CompressorState]:
-        """The selection of new tokens, and the state with all of them.
+    ) -> tuple[Selection, Extended]:
+        """The selection of new tokens.
 
         **Arguments:**
 
@@ -117,13 +117,17 @@ class Indexer(eqx.Module):
         - `state`: of the indexer's compressor after `start` tokens.
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
+
+        **Returns:** the selection, and what gives the state after the tokens that stay.
+
+        **Raises:** ValueError if the state is none, or was extended and not settled.
         """
-        keys, state = self.compressor.extend(x, state, start, lengths)
+        keys, extended = self.compressor.extend(x, state, start, lengths)
         if keys.values.shape[1] <= self.topk:
-            return None, state
+            return None, extended
         positions = positions_after(start, lengths, x.shape[1])
         weights = self.project_weights(x)
-        return self.select(latent, weights, positions, keys), state
+        return self.select(latent, weights, positions, keys), extended
 
     def project_weights(
         self, x: Float[Array, "batch seq dim"]

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from dsv4_eqx.kernels.entries import (
     Entries,
     Selection,
+    flat_entries,
     is_index,
-    stacked,
     visible,
 )
 from dsv4_eqx.kernels.query_blocks import KEPT
@@ -154,8 +154,7 @@ def key_lists(
     used = jnp.full((batch, seq), window, jnp.int32)
     if entries is not None:
         chosen = _chosen_entries(positions, entries, selection, segment_ids)
-        at = stacked(entries.values)
-        first = (at.layer * batch + row) * at.shape[1] + batch * num_window_keys
+        first = flat_entries(entries.values)[1][:, None, None] + batch * num_window_keys
         parts.append(jnp.where(chosen >= 0, first + chosen, -1))
         place = jnp.arange(1, chosen.shape[2] + 1, dtype=jnp.int32)
         last = jnp.max(jnp.where(chosen >= 0, place, 0), axis=2)
@@ -187,7 +186,7 @@ def _rows(
     dim = keys.shape[-1]
     if entries is None:
         return keys.reshape(-1, dim), jnp.zeros_like(keys, shape=(0, dim))
-    return keys.reshape(-1, dim), stacked(entries.values).stack.reshape(-1, dim)
+    return keys.reshape(-1, dim), flat_entries(entries.values)[0]
 
 
 def _num_splits(num_queries: int, heads: int, num_keys: int) -> int:

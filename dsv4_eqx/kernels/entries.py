@@ -1,12 +1,12 @@
 """Compressed entries: what they are, who sees them, and where they lie.
 
-A layer's entries are an array of their own, or lie among those of all layers, as in a
-cache that a scan over layers extends: to take them out and put them back would copy
-the whole cache for each token. The functions that read and write take both.
+A layer's entries are an array of their own, or a `Slice` of those of several layers, as
+in a cache that a scan over layers extends: to take them out and put them back would
+copy the whole cache for each token. The functions that read and write take both.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,22 +14,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_eqx.kernels.form import current_form
+from dsv4_eqx.numerics.slice import Slice, as_slice
 
-
-class StackedEntries(eqx.Module):
-    """One layer's entries, where they lie among those of all layers; no gradient."""
-
-    stack: Float[Array, "layers batch entries head_dim"]
-    layer: Int[Array, ""] | int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the layer's own."""
-        return self.stack.shape[1:]
-
-
-# A layer's values, in either form.
-Values = Float[Array, "batch entries head_dim"] | StackedEntries
+# A layer's values: an array, or a slice of [batch, layers, entries, head_dim].
+Values = Float[Array, "batch entries head_dim"] | Slice
+LAYERS: Final = 1  # the dimension of the stack that the slice's index counts along
 
 
 class Entries(eqx.Module):
@@ -121,10 +110,10 @@ def tile_of(
     - `begin`: the first of them.
     - `size`: how many.
     """
-    at = stacked(values)
+    at = as_slice(values, LAYERS)
     batch, _, dim = at.shape
-    start, sizes = (at.layer, 0, begin, 0), (1, batch, size, dim)
-    return lax.dynamic_slice(at.stack, start, sizes)[0]
+    start, sizes = (0, at.index, begin, 0), (batch, 1, size, dim)
+    return lax.dynamic_slice(at.stack, start, sizes)[:, 0]
 
 
 def gathered(
@@ -137,8 +126,8 @@ def gathered(
     - `values`: of the entries.
     - `index`: which of its row's a query is given; never past the last.
     """
-    at, index = stacked(values), jnp.maximum(index, 0)
-    place = at.layer, _rows(index), index
+    at, index = as_slice(values, LAYERS), jnp.maximum(index, 0)
+    place = _rows(index), at.index, index
     return at.stack.at[place].get(mode="promise_in_bounds")
 
 
@@ -174,9 +163,28 @@ def replaced(
     - `index`: which; past the last for none.
     - `new`: what to put there.
     """
-    at = stacked(values)
-    stack = at.stack.at[at.layer, _rows(index), index].set(new, mode="drop")
-    return _like(values, stack)
+    at = as_slice(values, LAYERS)
+    stack = at.stack.at[_rows(index), at.index, index].set(new, mode="drop")
+    if isinstance(values, Slice):
+        return Slice(stack, values.index, LAYERS)
+    return jnp.squeeze(stack, LAYERS)
+
+
+def flat_entries(
+    values: Values,
+) -> tuple[Float[Array, "rows head_dim"], Int[Array, " batch"]]:
+    """The entries of all rows, and of all layers where they lie together, in one list.
+
+    **Arguments:**
+
+    - `values`: of the entries.
+
+    **Returns:** the list, and where in it each row's own entries begin.
+    """
+    at = as_slice(values, LAYERS)
+    batch, layers, num_entries, dim = at.stack.shape
+    row = jnp.arange(batch, dtype=jnp.int32)
+    return at.stack.reshape(-1, dim), (row * layers + at.index) * num_entries
 
 
 def write_if(
@@ -204,24 +212,6 @@ def write_if(
         return write(entries, start + i)
 
     return lax.fori_loop(0, is_any.astype(jnp.int32), run, entries)
-
-
-def stacked(values: Values) -> StackedEntries:
-    """Values where they lie, those of a single layer too.
-
-    **Arguments:**
-
-    - `values`: of the entries.
-    """
-    if isinstance(values, StackedEntries):
-        return values
-    return StackedEntries(values[None], 0)
-
-
-def _like(values: Values, stack: Array) -> Values:
-    if isinstance(values, StackedEntries):
-        return StackedEntries(stack, values.layer)
-    return jnp.squeeze(stack, 0)
 
 
 def _rows(index: Int[Array, "batch ..."]) -> Int[Array, "batch ..."]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from dsv4_eqx.kernels.entries import Entries, Selection, stacked, tile_of
+from dsv4_eqx.kernels.entries import Entries, Selection, flat_entries, tile_of
 from dsv4_eqx.kernels.form import Form, current_form, is_reference
 
 # Attending to an entry of one's own costs about this many times one in common.
@@ -122,11 +122,10 @@ def query_block(keys: Entries) -> int:
 
 def _fits_hopper(queries: Array, keys: Entries) -> bool:
     heads, dim = queries.shape[2:]
-    at = stacked(keys.values).stack
     is_half = queries.dtype in (jnp.bfloat16, jnp.float16)
     return (
         is_half
-        and queries.dtype == at.dtype
+        and queries.dtype == keys.values.dtype
         and heads % 8 == 0
         and heads <= 128
         and dim % 64 == 0
@@ -137,15 +136,14 @@ def _score_on_hopper(queries, weights, keys, seen):
     # Pallas is imported where it is used: most users have no such GPU.
     from dsv4_eqx.kernels.hopper_scores import index_scores
 
-    at = stacked(keys.values)
-    batch, num_entries, dim = at.shape
-    rows = jnp.arange(batch, dtype=jnp.int32)
+    num_entries = keys.shape[1]
+    rows, first = flat_entries(keys.values)
     place = jnp.arange(1, num_entries + 1, dtype=jnp.int32)
     return index_scores(
         queries,
         weights.astype(jnp.float32),
-        at.stack.reshape(-1, dim),
-        (at.layer * batch + rows) * num_entries,
+        rows,
+        first,
         num_entries,
         jnp.max(jnp.where(seen, place, 0), axis=2),
     )

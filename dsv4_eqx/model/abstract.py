@@ -7,29 +7,37 @@ import abc
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
 
+from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.config.config import Config
-from dsv4_eqx.model.inputs import Lengths, TokenIds, validate_counts
-from dsv4_eqx.model.layers import LayersCache
+from dsv4_eqx.model.inputs import Lengths, TokenIds
 from dsv4_eqx.model.mtp import MTPCache
+from dsv4_eqx.numerics.validation import validate_counts
 
 
 class Cache(eqx.Module):
-    """The state of the model after some tokens, for `DeepSeekV4.extend`."""
+    """The state of the model after some tokens, for `DeepSeekV4.extend`.
+
+    Rows come first in every array: `jax.tree.map(lambda x: x[order], cache)` is the
+    cache of those rows, in this order.
+    """
 
     lengths: Int32[Array, " batch"]  # tokens of each row so far
-    layers: LayersCache
+    layers: tuple[AttentionCache, ...]  # as in `Layers`: first, repeated, last
     capacity: int = eqx.field(static=True)
 
 
 class Lookahead(eqx.Module):
-    """The state of the model with new tokens of which only the first may stay."""
+    """The state of the model with new tokens, before it is settled how many stay.
+
+    It cannot be extended again: `keep` gives the cache that can.
+    """
 
     before: Int32[Array, " batch"]  # tokens of each row without the new ones
     lengths: Int32[Array, " batch"]  # new tokens of each row
-    layers: LayersCache
-    seq: int = eqx.field(static=True)  # room for new tokens
+    layers: Extended
     capacity: int = eqx.field(static=True)
 
     def keep(self, lengths: Lengths) -> Cache:
@@ -45,7 +53,7 @@ class Lookahead(eqx.Module):
         """
         lengths = validate_counts("Lookahead.keep", lengths, self.lengths)
         lengths = jnp.asarray(lengths, jnp.int32)
-        layers = self.layers.keep(lengths, self.seq)
+        layers = self.layers.keep(lengths)
         return Cache(self.before + lengths, layers, self.capacity)
 
 
@@ -119,7 +127,10 @@ class AbstractModel(eqx.Module):
 
     @abc.abstractmethod
     def cross_entropy(
-        self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
+        self,
+        hidden: Float[Array, "*batch dim"],
+        targets: Int[Array, "*batch"],
+        mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """Cross-entropy of each target in nats, at least float32.
 
@@ -127,10 +138,12 @@ class AbstractModel(eqx.Module):
 
         - `hidden`: from `hidden` or `collapse`.
         - `targets`: the tokens that followed.
+        - `mask`: which targets count; all by default. The others cost 0, whatever they
+            are: the mean over those that count is `nats.sum() / mask.sum()`.
 
-        **Raises:** ValueError if the targets are not one for each position, or one is
-        outside the vocabulary; under `jit`, which does not know them, the
-        cross-entropy of such a one is NaN.
+        **Raises:** ValueError if the targets, or the mask, are not one for each
+        position, or a target that counts is outside the vocabulary; under `jit`, which
+        does not know them, the cross-entropy of such a one is NaN.
         """
 
     @abc.abstractmethod

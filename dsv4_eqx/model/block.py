@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attention import Attention
-from dsv4_eqx.attention.cache import AttentionCache
+from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
 from dsv4_eqx.model.parts import make_attention, make_hyper_connection, make_moe
@@ -81,17 +81,23 @@ class Block(eqx.Module):
         cache: AttentionCache,
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
-    ) -> tuple[Float[Array, "batch seq streams dim"], AttentionCache]:
+    ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
         """**Arguments:**
 
         - `streams`: the residual streams of new tokens, then of padding.
         - `token_ids`: those tokens; hash routing reads them.
         - `cache`, `start`, `lengths`: as for `Attention.extend`.
+
+        **Returns:** the streams, and what gives the cache after the tokens that stay.
+
+        **Raises:** ValueError as `Attention.extend` does.
         """
         x, mixing = self.attention_connection.read(streams)
-        x, cache = self.attention.extend(self.attention_norm(x), cache, start, lengths)
+        x, extended = self.attention.extend(
+            self.attention_norm(x), cache, start, lengths
+        )
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids), cache
+        return self._run_moe(streams, token_ids), extended
 
     def _run_moe(
         self,

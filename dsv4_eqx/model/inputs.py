@@ -7,30 +7,18 @@ not known, only shapes and dtypes.
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
+
+from dsv4_eqx.numerics.validation import (
+    is_concrete,
+    validate_counts,
+    validate_integers,
+)
 
 TokenIds = Int[Array | np.ndarray, "batch seq"]
 Lengths = Int[Array | np.ndarray, " batch"]
-
-
-def is_concrete(*arrays: Any) -> bool:
-    """Whether all the values are there to be looked at, and not only traced.
-
-    **Arguments:**
-
-    - `arrays`: of JAX or numpy.
-    """
-
-    def is_known(x: Any) -> bool:
-        if isinstance(x, jax.core.Tracer):
-            return False
-        # Of what lies over several processes, each knows only its part.
-        return not isinstance(x, jax.Array) or x.is_fully_addressable
-
-    return all(map(is_known, arrays))
 
 
 def validate_token_ids(
@@ -60,9 +48,13 @@ def validate_token_ids(
 
 
 def validate_targets(
-    call: str, targets: Int[Array, "*batch"], shape: tuple[int, ...], vocab: int
-) -> None:
-    """Refuses targets that are not a token id for each position.
+    call: str,
+    targets: Int[Array, "*batch"],
+    shape: tuple[int, ...],
+    vocab: int,
+    mask: Bool[Array | np.ndarray, "*batch"] | None = None,
+) -> Int[Array, "*batch"]:
+    """`targets`, checked as far as they are known; 0 where the mask is false.
 
     **Arguments:**
 
@@ -70,24 +62,34 @@ def validate_targets(
     - `targets`: token ids.
     - `shape`: of the positions.
     - `vocab`: how many token ids there are.
+    - `mask`: which targets count; all by default.
 
-    **Raises:** ValueError if the targets are no array of integers of this shape or,
-    unless traced, one of them is outside `[0, vocab)`.
+    **Raises:** ValueError if the targets are no array of integers of this shape, the
+    mask is no array of booleans of this shape, or, unless traced, one of the targets
+    that count is outside `[0, vocab)`.
     """
-    _validate_integers(call, "targets", targets)
+    validate_integers(call, "targets", targets)
     if targets.shape != shape:
         raise ValueError(
             f"{call}: targets of shape {targets.shape} are not one for each position "
             f"of hidden, {shape}."
         )
+    if mask is not None:
+        _validate_mask(call, mask, shape)
+        where = np.where if is_concrete(targets, mask) else jnp.where
+        targets = where(mask, targets, targets.dtype.type(0))
     _check_range(call, "target", targets, vocab)
+    return jnp.asarray(targets)
 
 
-def _validate_integers(call: str, name: str, values: Any) -> None:
-    is_array = isinstance(values, jax.Array | np.ndarray)
-    if not is_array or not jnp.issubdtype(values.dtype, jnp.integer):
-        found = values.dtype if is_array else type(values).__name__
-        raise ValueError(f"{call}: {name} must be an array of integers, not {found}.")
+def _validate_mask(call: str, mask: Any, shape: tuple[int, ...]) -> None:
+    is_array = isinstance(mask, jax.Array | np.ndarray)
+    if not is_array or mask.dtype != bool or mask.shape != shape:
+        found = f"{mask.dtype}{list(mask.shape)}" if is_array else type(mask).__name__
+        raise ValueError(
+            f"{call}: the mask must be an array of booleans of the targets' shape "
+            f"{shape}, true where a target counts, not {found}."
+        )
 
 
 def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
@@ -133,33 +135,3 @@ def validate_lengths(call: str, lengths: Lengths | None, tokens: TokenIds) -> Le
     batch, seq = tokens.shape
     whole = np.full(batch, seq, np.int32)
     return whole if lengths is None else validate_counts(call, lengths, whole)
-
-
-def validate_counts(call: str, lengths: Lengths, most: Lengths) -> Lengths:
-    """`lengths` as int32, checked as far as they are known.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `lengths`: tokens of each row that are meant.
-    - `most`: tokens that each row has.
-
-    **Raises:** ValueError if there is not an integer for each row, or, unless traced,
-    one of them is outside `[0, most]`.
-    """
-    _validate_integers(call, "lengths", lengths)
-    if lengths.shape != most.shape:
-        raise ValueError(
-            f"{call}: lengths must be one for each of the {len(most)} rows, not of the "
-            f"shape {lengths.shape}."
-        )
-    if is_concrete(lengths, most):
-        known, limits = np.asarray(lengths), np.asarray(most)
-        outside = np.flatnonzero((known < 0) | (known > limits))
-        if len(outside) > 0:
-            row = int(outside[0])
-            raise ValueError(
-                f"{call}: lengths[{row}] is {known[row]}: the row has 0 to "
-                f"{limits[row]} tokens."
-            )
-    return lengths.astype(jnp.int32)

@@ -5,41 +5,32 @@ The unit's layers are stacked and scanned, so that compile time does not grow wi
 depth. Flash: three layers, then (heavily compressed, compressed sparse) twenty times.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.cache import AttentionCache, mark_entries
+from dsv4_eqx.attention.cache import (
+    AttentionCache,
+    Extended,
+    States,
+)
 from dsv4_eqx.config.config import Config
-from dsv4_eqx.kernels.entries import StackedEntries
 from dsv4_eqx.model.block import Block
-from dsv4_eqx.moe.experts import Experts, StackedExperts
-
-
-class LayersCache(eqx.Module):
-    """The state of every layer, stacked as the layers are."""
-
-    first: tuple[AttentionCache, ...]
-    repeated: tuple[AttentionCache, ...]
-    last: tuple[AttentionCache, ...]
-
-    def keep(self, lengths: Int[Array, " batch"], seq: int) -> "LayersCache":
-        """**Arguments:** as for `AttentionCache.keep`."""
-
-        def one(cache: AttentionCache) -> AttentionCache:
-            return cache.keep(lengths, seq)
-
-        return LayersCache(
-            first=tuple(map(one, self.first)),
-            repeated=tuple(map(jax.vmap(one), self.repeated)),
-            last=tuple(map(one, self.last)),
-        )
+from dsv4_eqx.model.stacked import (
+    experts_in_place,
+    read_states,
+    repeating_unit,
+    with_room,
+    write_states,
+)
+from dsv4_eqx.numerics.validation import invalid_argument, is_int
 
 
 class Layers(eqx.Module):
@@ -51,6 +42,7 @@ class Layers(eqx.Module):
     first: tuple[Block, ...]
     repeated: tuple[Block, ...]
     last: tuple[Block, ...]
+    num_repeats: int = eqx.field(static=True)  # how often the unit repeats
 
     def __init__(
         self, config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
@@ -79,6 +71,7 @@ class Layers(eqx.Module):
         self.first = tuple(block(layer) for layer in range(start))
         self.repeated = tuple(stacked(start + i) for i in range(period))
         self.last = tuple(block(layer) for layer in range(end, num_layers))
+        self.num_repeats = repeats
 
     def __call__(
         self,
@@ -115,8 +108,10 @@ class Layers(eqx.Module):
             streams, _ = lax.scan(run_unit, streams, self.repeated)
         return run_all(streams, self.last, "last")
 
-    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> LayersCache:
-        """The state of all layers before any token.
+    def init_cache(
+        self, batch: int, capacity: int, dtype: DTypeLike
+    ) -> tuple[AttentionCache, ...]:
+        """The state of all layers before any token: first, repeated, last.
 
         **Arguments:** as for `Attention.init_cache`.
         """
@@ -128,138 +123,210 @@ class Layers(eqx.Module):
             one = eqx.filter_eval_shape(
                 lambda part: state(jax.tree.map(lambda x: x[0], part)), block
             )
-            shape = (self.num_repeats,)
-            return jax.tree.map(lambda x: jnp.zeros(shape + x.shape, x.dtype), one)
 
-        return LayersCache(
-            first=tuple(map(state, self.first)),
-            repeated=tuple(map(stacked, self.repeated)),
-            last=tuple(map(state, self.last)),
+            def zeros(x: jax.ShapeDtypeStruct) -> Array:
+                return jnp.zeros((batch, self.num_repeats, *x.shape[1:]), x.dtype)
+
+            return jax.tree.map(zeros, one)
+
+        return (
+            *map(state, self.first),
+            *map(stacked, self.repeated),
+            *map(state, self.last),
         )
 
     def extend(
         self,
         streams: Float[Array, "batch seq streams dim"],
         token_ids: Int[Array, "batch seq"],
-        cache: LayersCache,
+        cache: tuple[AttentionCache, ...],
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
-        *,
-        keep: bool = True,
-    ) -> tuple[Float[Array, "batch seq streams dim"], LayersCache]:
-        """**Arguments:** as for `Block.extend`, with the state of all layers.
+    ) -> tuple[Float[Array, "batch seq streams dim"], tuple[AttentionCache, ...]]:
+        """Runs new tokens, which all stay.
 
-        - `keep`: False leaves it to `LayersCache.keep` which new tokens stay.
+        **Arguments:** as for `Block.extend`, with the state of all layers.
+
+        **Returns:** the streams, and the state of all layers after the new tokens.
+
+        **Raises:** ValueError as `Block.extend` does.
+        """
+
+        def settle(extended: Extended) -> AttentionCache:
+            return extended.keep(lengths)
+
+        return self._extend(streams, token_ids, cache, start, lengths, settle, 0)
+
+    def lookahead(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: tuple[AttentionCache, ...],
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
+        """Runs new tokens; what is seen decides which of them stay.
+
+        **Arguments:** as for `extend`.
+
+        **Returns:** the streams, and what gives the state after the tokens that stay.
+
+        **Raises:** ValueError as `Block.extend` does.
         """
         seq = token_ids.shape[1]
 
+        def leave(extended: Extended) -> States:
+            return extended.longer
+
+        streams, longer = self._extend(
+            streams, token_ids, cache, start, lengths, leave, seq
+        )
+        return streams, Extended(longer, seq)
+
+    def _extend(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: tuple[AttentionCache, ...],
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+        settle: Callable[[Extended], Any],
+        room: int,
+    ) -> tuple[Float[Array, "batch seq streams dim"], Any]:
+        """One block after another; those of the unit are scanned.
+
+            carry      streams, states of all repetitions --> the same, after the unit
+                         | read_states           ^ write_states
+            repeat r   windows, entries  -->  windows with the new tokens, entries
+                       (a copy) (in place)     (cut by `settle`)
+
+        `room` is how many more tokens a settled state has in its windows.
+        """
+
         def run(
-            streams: Array, blocks: tuple, caches: tuple, name: str
+            streams: Array, blocks: tuple, states: tuple, name: str
         ) -> tuple[Array, tuple]:
             after = []
-            for i, (block, before) in enumerate(zip(blocks, caches, strict=True)):
+            for i, (block, before) in enumerate(zip(blocks, states, strict=True)):
                 with jax.named_scope(f"layers.{name}.{i}"):
-                    streams, new = block.extend(
+                    streams, extended = block.extend(
                         streams, token_ids, before, start, lengths
                     )
-                    after.append(new.keep(lengths, seq) if keep else new)
+                    after.append(settle(extended))
             return streams, tuple(after)
 
-        # A scan copies what it hands out and collects: entries stay where they are, as
-        # experts do.
-        def run_unit(carry: tuple, unit: tuple) -> tuple[tuple, tuple]:
-            streams, stacks = carry
-            repeat, blocks, rest = unit
-            blocks = _in_place(blocks, self.repeated, repeat)
-            entries = jax.tree.map(lambda x: StackedEntries(x, repeat), stacks)
-            states = eqx.combine(rest, entries)
-            streams, after = run(streams, blocks, states, "repeated")
-            after = _unwrapped(after)
-            stacks, rest = eqx.partition(after, mark_entries(after))
-            return (streams, stacks), rest
+        def run_unit(carry: tuple, unit: tuple) -> tuple[tuple, None]:
+            (streams, states), (repeat, blocks) = carry, unit
+            blocks = experts_in_place(blocks, self.repeated, repeat)
+            before = read_states(states, repeat, room)
+            streams, after = run(streams, blocks, before, "repeated")
+            return (streams, write_states(after, states, repeat)), None
 
-        streams, first = run(streams, self.first, cache.first, "first")
-        repeated = ()
+        num_first, num_last = len(self.first), len(cache) - len(self.last)
+        repeated = cache[num_first:num_last]
+        streams, first = run(streams, self.first, cache[:num_first], "first")
         if self.repeated:
-            stacks, rest = eqx.partition(cache.repeated, mark_entries(cache.repeated))
-            units = jnp.arange(self.num_repeats), self.repeated, rest
-            (streams, stacks), rest = lax.scan(run_unit, (streams, stacks), units)
-            repeated = eqx.combine(rest, stacks)
-        streams, last = run(streams, self.last, cache.last, "last")
-        return streams, LayersCache(first, repeated, last)
+            units = jnp.arange(self.num_repeats), self.repeated
+            carry = streams, with_room(repeated, room)
+            (streams, repeated), _ = lax.scan(run_unit, carry, units)
+        streams, last = run(streams, self.last, cache[num_last:], "last")
+        return streams, (*first, *repeated, *last)
 
     def __len__(self) -> int:
         return len(self.first) + self.num_repeats * len(self.repeated) + len(self.last)
 
-    @property
-    def num_repeats(self) -> int:
-        """How often the unit repeats."""
-        stacked = jax.tree.leaves(self.repeated)
-        return stacked[0].shape[0] if stacked else 0
-
     def __getitem__(self, layer: int) -> Block:
-        """One layer's block, unstacked."""
+        """One layer's block, unstacked.
+
+        **Raises:** IndexError if there is no such layer; ValueError if it is stacked
+        with others, and its leaves are neither arrays nor labels, as in `eqx.tree_at`.
+        """
+        section, index, repeat = self.place(layer)
+        block = getattr(self, section)[index]
+        if repeat is None:
+            return block
+
+        def part(x: Any) -> Any:
+            if isinstance(x, jax.Array | np.ndarray):
+                return x[repeat]
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+            if isinstance(x, bool | int | float | str):
+                return x  # a label, of all layers in the stack
+            raise ValueError(
+                f"layer {layer} lies in a stack with others, and cannot be reached "
+                f"through layers[{layer}] here: edit the block model.layers[{layer}], "
+                f"then dsv4_eqx.replace_layer(model, {layer}, block)."
+            )
+
+        return jax.tree.map(part, block)
+
+    def place(self, layer: int) -> tuple[str, int, int | None]:
+        """Where a layer is: field, index in it, and which repetition if it is stacked.
+
+        **Arguments:**
+
+        - `layer`: its number, from 0.
+
+        **Raises:** IndexError if there is no such layer.
+        """
         if not 0 <= layer < len(self):
             raise IndexError(f"layer {layer} of {len(self)}")
         inner = layer - len(self.first)
         if inner < 0:
-            return self.first[layer]
-        repeat, position = divmod(inner, max(len(self.repeated), 1))
+            return "first", layer, None
+        repeat, index = divmod(inner, max(len(self.repeated), 1))
         if repeat < self.num_repeats:
-            return jax.tree.map(lambda x: x[repeat], self.repeated[position])
-        return self.last[inner - self.num_repeats * len(self.repeated)]
+            return "repeated", index, repeat
+        return "last", inner - self.num_repeats * len(self.repeated), None
 
 
-def _in_place(blocks: tuple, stacked: tuple, repeat: Int[Array, ""]) -> tuple:
-    """One repetition's blocks, their experts read from the stack."""
+def replace_layer(model: Any, layer: int, block: Block) -> Any:
+    """The model with another block in the place of one layer's.
 
-    def replace(node: Any, stack: Any) -> Any:
-        return StackedExperts(stack, repeat) if is_experts(node) else node
-
-    def is_experts(node: Any) -> bool:
-        return isinstance(node, Experts)
-
-    def one(block: Any, stack: Any) -> Any:
-        # What is a block only while it runs, as with split weights, is handed out.
-        if not isinstance(block, Block):
-            return block
-        return jax.tree.map(replace, block, stack, is_leaf=is_experts)
-
-    return tuple(map(one, blocks, stacked))
-
-
-def _unwrapped(caches: PyTree) -> PyTree:
-    """The caches with the arrays that entries lie in."""
-
-    def is_wrapped(node: Any) -> bool:
-        return isinstance(node, StackedEntries)
-
-    def unwrap(node: Any) -> Any:
-        return node.stack if is_wrapped(node) else node
-
-    return jax.tree.map(unwrap, caches, is_leaf=is_wrapped)
-
-
-def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:
-    """Start, period and count of the repetition that leaves least to compile.
+    `replace_layer(model, 2, edit(model.layers[2]))` edits a layer, whether it is one of
+    its own or stacked with others; gradients flow through it.
 
     **Arguments:**
 
-    - `kinds`: what must be equal for two layers to share their program.
+    - `model`: a model, or its `layers`.
+    - `layer`: number of the layer, from 0.
+    - `block`: of any kind where the layer is one of its own. In a stack, of the same
+        structure, shapes and dtypes as the layers that it is stacked with.
 
-    **Returns:** `(len(kinds), 0, 0)` where nothing repeats.
+    **Raises:** ValueError if there is no such layer, or the block does not fit.
     """
-    num_layers = len(kinds)
-    best = (num_layers, num_layers, 0, 0)  # blocks to compile, start, period, repeats
-    for start in range(num_layers):
-        for period in range(1, (num_layers - start) // 2 + 1):
-            repeats = 1
-            while (
-                kinds[start : start + period]
-                == (kinds[start + repeats * period : start + (repeats + 1) * period])
-            ):
-                repeats += 1
-            blocks = num_layers - period * (repeats - 1)
-            if repeats > 1:
-                best = min(best, (blocks, start, period, repeats))
-    return best[1:]
+
+    def is_layers(node: Any) -> bool:
+        return isinstance(node, Layers)
+
+    found = [x for x in jax.tree.leaves(model, is_leaf=is_layers) if is_layers(x)]
+    if len(found) != 1 or not is_int(layer) or not 0 <= layer < len(found[0]):
+        num_layers = sum(map(len, found))
+        allowed = f"the number of one of the model's {num_layers} layers"
+        raise invalid_argument("replace_layer", "layer", layer, allowed)
+    section, index, repeat = found[0].place(layer)
+    if repeat is not None:
+        block = _put(getattr(found[0], section)[index], block, layer, repeat)
+
+    def replaced(node: Any) -> Any:
+        if not is_layers(node):
+            return node
+        return eqx.tree_at(lambda node: getattr(node, section)[index], node, block)
+
+    return jax.tree.map(replaced, model, is_leaf=is_layers)
+
+
+def _put(stack: Block, block: Block, layer: int, repeat: int) -> Block:
+    def shapes(block: Block, start: int) -> list:
+        leaves = jax.tree_util.tree_leaves_with_path(block)
+        return [(path, x.shape[start:], x.dtype) for path, x in leaves]
+
+    same = jax.tree.structure(stack) == jax.tree.structure(block)
+    if not same or shapes(stack, 1) != shapes(block, 0):
+        raise ValueError(
+            f"replace_layer: layer {layer} lies in a stack with others, which one "
+            "program runs: the block must have the same structure, shapes and dtypes "
+            f"as model.layers[{layer}]."
+        )
+    return jax.tree.map(lambda x, new: x.at[repeat].set(new), stack, block)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
@@ -130,24 +130,22 @@ class DeepSeekV4(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
         """As `AbstractModel.lookahead`."""
         token_ids, lengths = self.validate_new(tokens, cache, lengths)
-        streams, layers = self.layers.extend(
-            self.embed(token_ids),
-            token_ids,
-            cache.layers,
-            cache.lengths,
-            lengths,
-            keep=False,
+        streams, layers = self.layers.lookahead(
+            self.embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
         )
-        seq = token_ids.shape[1]
-        return streams, Lookahead(cache.lengths, lengths, layers, seq, cache.capacity)
+        return streams, Lookahead(cache.lengths, lengths, layers, cache.capacity)
 
     def cross_entropy(
-        self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
+        self,
+        hidden: Float[Array, "*batch dim"],
+        targets: Int[Array, "*batch"],
+        mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`."""
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
-        validate_targets("cross_entropy", targets, positions, vocab)
-        return cross_entropy_from_logits(self.unembed(hidden), targets)
+        targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
+        nats = cross_entropy_from_logits(self.unembed(hidden), targets)
+        return nats if mask is None else jnp.where(mask, nats, 0)
 
     @jax.named_scope("unembed")
     def unembed(
@@ -202,6 +200,11 @@ class DeepSeekV4(AbstractModel):
         return count_params(main)
 
     def _validate_cache(self, cache: Cache, lengths: Lengths) -> None:
+        if isinstance(cache, Lookahead):
+            raise ValueError(
+                "extend: the cache is a Lookahead, of whose new tokens it is not "
+                "settled how many stay: give lookahead.keep(lengths)."
+            )
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: the cache is a {type(cache).__name__}.")
         batch = lengths.shape[0]

@@ -15,10 +15,10 @@ from dsv4_eqx.attention.cache import AttentionCache
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
 from dsv4_eqx.model.block import Block
-from dsv4_eqx.model.inputs import validate_counts
 from dsv4_eqx.model.parts import make_hyper_head
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
+from dsv4_eqx.numerics.validation import validate_counts
 from dsv4_eqx.primitives.norm import RMSNorm
 
 
@@ -122,15 +122,14 @@ class MTP(eqx.Module):
         batch, seq = token_ids.shape
         whole = np.full(batch, seq, np.int32)
         lengths = jnp.asarray(validate_counts("MTP.extend", lengths, whole))
-        streams, attention = self.block.extend(
+        streams, extended = self.block.extend(
             self._join(streams, embedded),
             token_ids,
             cache.attention,
             cache.lengths,
             lengths,
         )
-        attention = attention.keep(lengths, seq)
-        cache = MTPCache(cache.lengths + lengths, attention)
+        cache = MTPCache(cache.lengths + lengths, extended.keep(lengths))
         return self.norm(self.head(streams)), cache
 
     def _join(

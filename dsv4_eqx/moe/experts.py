@@ -5,6 +5,8 @@ branch on both sides, before the activation; the routing weight is applied in fl
 before the down projection; the experts' outputs are added up in float32.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import dequantize
+from dsv4_eqx.numerics.slice import as_slice
 from dsv4_eqx.numerics.validation import (
     validate_activations,
     validate_number,
@@ -95,7 +98,24 @@ class Experts(eqx.Module):
         **Raises:** ValueError if `x` has other channels or another dtype than the
         experts' weights, or `chosen` and `weights` do not fit it.
         """
-        return _run_experts(self, x, chosen, weights, self.num_local, 0)
+        validate_activations("Experts", x, self.gate_up, ("tokens", "dim"))
+        validate_routing(x, chosen, weights)
+        hidden, dim = self.gate_up.shape[2:]
+        slots = chosen.shape[1]
+        x, chosen = match_varying(x, chosen)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        inverse = jnp.argsort(order)
+        group_sizes = jnp.bincount(chosen.reshape(-1), length=self.num_local)
+        out = grouped_swiglu(
+            dispatch(x, order, inverse, slots),
+            weights.reshape(-1)[order],
+            _of_all(self.gate_up, 2 * hidden),  # gate and up in one matrix
+            _of_all(self.down, dim),
+            group_sizes.astype(jnp.int32),
+            self.limit,
+            first=as_slice(self.down).index * self.num_local,
+        )
+        return combine(out, order, inverse, slots)
 
     @property
     def num_local(self) -> int:
@@ -103,65 +123,10 @@ class Experts(eqx.Module):
         return self.down.shape[0]
 
 
-class StackedExperts(eqx.Module):
-    """One layer's experts, read where they lie among those of all layers.
-
-    A scan over layers copies each one's weights out of the stack. A decoded token needs
-    few of the experts, and then the copy of all costs more than the layer.
-    """
-
-    stack: Experts
-    layer: Int[Array, ""]
-
-    @jax.named_scope("Experts")
-    def __call__(
-        self,
-        x: Float[Array, "tokens dim"],
-        chosen: Int[Array, "tokens slots"],
-        weights: Float[Array, "tokens slots"],
-    ) -> Float[Array, "tokens dim"]:
-        """**Arguments, returns, raises:** as `Experts`."""
-        first = self.layer * self.num_local
-        return _run_experts(self.stack, x, chosen, weights, self.num_local, first)
-
-    @property
-    def num_local(self) -> int:
-        """How many of a layer's are here."""
-        return self.stack.down.shape[1]
-
-
-def _run_experts(
-    experts: Experts,
-    x: Float[Array, "tokens dim"],
-    chosen: Int[Array, "tokens slots"],
-    weights: Float[Array, "tokens slots"],
-    num_experts: int,
-    first: Int[Array, ""] | int,
-) -> Float[Array, "tokens dim"]:
-    """As `Experts`, of those of its experts that follow the `first`."""
-    validate_activations("Experts", x, experts.gate_up, ("tokens", "dim"))
-    validate_routing(x, chosen, weights)
-    *_, hidden, dim = experts.gate_up.shape
-    # Gate and up in one matrix; a packed weight's two arrays join alike.
-    gate_up = jax.tree.map(
-        lambda x: x.reshape(-1, 2 * hidden, x.shape[-1]), experts.gate_up
-    )
-    down = jax.tree.map(lambda x: x.reshape(-1, dim, x.shape[-1]), experts.down)
-    slots = chosen.shape[1]
-    x, chosen = match_varying(x, chosen)
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
-    inverse = jnp.argsort(order)
-    group_sizes = jnp.bincount(chosen.reshape(-1), length=num_experts)
-    out = grouped_swiglu(
-        dispatch(x, order, inverse, slots),
-        weights.reshape(-1)[order],
-        gate_up,
-        down,
-        group_sizes.astype(jnp.int32),
-        experts.limit,
-        first=first,
-    )
-    return combine(out, order, inverse, slots)
+def _of_all(weight: Any, size: int) -> Any:
+    """A weight's matrices of `size` rows, those of all layers if it is a slice."""
+    stack = as_slice(weight).stack
+    return jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), stack)
 
 
 def validate_routing(x: Array, chosen: Array, weights: Array) -> None:

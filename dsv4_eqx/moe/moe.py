@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.moe.experts import Experts, SharedExpert, StackedExperts
+from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
 from dsv4_eqx.numerics.validation import validate_activations, validate_ids
 
@@ -49,7 +49,7 @@ class MoE(eqx.Module):
     def _validate_experts(self) -> None:
         # Wrapped experts send the tokens to where their expert is; bare ones would
         # silently leave out what is on other devices.
-        if not isinstance(self.experts, Experts | StackedExperts):
+        if not isinstance(self.experts, Experts):
             return
         routes, own = self.router.weight.shape[0], self.experts.num_local
         if own != routes:

@@ -9,14 +9,17 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
+from dsv4_eqx.numerics.slice import Slice
 
 _LARGEST_FLOAT32: Final = (2.0 - 2.0**-23) * 2.0**127
 _LONGEST: Final = 200  # characters of a value in an error
 # Of weights. Other floats, FP8 and FP4, mean nothing without their scales.
 FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
+
+_Counts = Int[Array | np.ndarray, " batch"]
 
 
 def as_python(value: Any) -> Any:
@@ -252,7 +255,7 @@ def validate_floating(call: str, x: Array, name: str = "x") -> None:
 def validate_activations(
     call: str,
     x: Array,
-    weight: Array | QuantizedWeight,
+    weight: Array | QuantizedWeight | Slice,
     dims: tuple[str, ...] | None = None,
 ) -> None:
     """Refuses activations that do not fit the weight they will meet.
@@ -298,3 +301,67 @@ def validate_ids(call: str, name: str, ids: Array, shape: tuple[int, ...]) -> No
             f"{call} was called with {name} of shape {ids.shape} and dtype "
             f"{ids.dtype}: they must be integers of shape {shape}, as x has tokens."
         )
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """Whether all the values are there to be looked at, and not only traced.
+
+    **Arguments:**
+
+    - `arrays`: of JAX or numpy.
+    """
+
+    def is_known(x: Any) -> bool:
+        if isinstance(x, jax.core.Tracer):
+            return False
+        # Of what lies over several processes, each knows only its part.
+        return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+    return all(map(is_known, arrays))
+
+
+def validate_integers(call: str, name: str, values: Any) -> None:
+    """Refuses what is no array of integers.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `name`: of the values.
+    - `values`: anything.
+
+    **Raises:** ValueError if they are something else.
+    """
+    is_array = isinstance(values, jax.Array | np.ndarray)
+    if not is_array or not jnp.issubdtype(values.dtype, jnp.integer):
+        found = values.dtype if is_array else type(values).__name__
+        raise ValueError(f"{call}: {name} must be an array of integers, not {found}.")
+
+
+def validate_counts(call: str, lengths: _Counts, most: _Counts) -> _Counts:
+    """`lengths` as int32, checked as far as they are known.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `lengths`: tokens of each row that are meant.
+    - `most`: tokens that each row has.
+
+    **Raises:** ValueError if there is not an integer for each row, or, unless traced,
+    one of them is outside `[0, most]`.
+    """
+    validate_integers(call, "lengths", lengths)
+    if lengths.shape != most.shape:
+        raise ValueError(
+            f"{call}: lengths must be one for each of the {len(most)} rows, not of the "
+            f"shape {lengths.shape}."
+        )
+    if is_concrete(lengths, most):
+        known, limits = np.asarray(lengths), np.asarray(most)
+        outside = np.flatnonzero((known < 0) | (known > limits))
+        if len(outside) > 0:
+            row = int(outside[0])
+            raise ValueError(
+                f"{call}: lengths[{row}] is {known[row]}: the row has 0 to "
+                f"{limits[row]} tokens."
+            )
+    return lengths.astype(jnp.int32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.moe.experts import Experts, StackedExperts, validate_routing
+from dsv4_eqx.moe.experts import Experts, validate_routing
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.varying import match_varying
 
@@ -29,7 +29,7 @@ class ExpertParallel(eqx.Module):
     Each device of the axis calls it with its own tokens.
     """
 
-    experts: Experts | StackedExperts
+    experts: Experts
     axis: str = eqx.field(static=True)
     # Whether the platform sends rows as they are, without filling up.
     is_ragged: bool = eqx.field(static=True, default=False)

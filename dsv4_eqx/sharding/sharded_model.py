@@ -15,13 +15,15 @@ from typing import Any, Final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 from dsv4_eqx.model.inputs import Lengths, TokenIds, validate_targets
+from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
@@ -32,7 +34,6 @@ from dsv4_eqx.sharding.parallelize import parallelize, place, validate_mesh
 from dsv4_eqx.sharding.rules import (
     DEFAULT_RULES,
     Rules,
-    annotated_leaves,
     entry_of,
     partition_specs,
     validate_rules,
@@ -169,11 +170,14 @@ class ShardedModel(AbstractModel):
         return self._map(run, split, (split.spec,), out)(hidden)
 
     def cross_entropy(
-        self, hidden: Float[Array, "*batch dim"], targets: Int[Array, "*batch"]
+        self,
+        hidden: Float[Array, "*batch dim"],
+        targets: Int[Array, "*batch"],
+        mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`; the logits stay where they are."""
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
-        validate_targets("cross_entropy", targets, positions, vocab)
+        targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
         split = self._split("cross_entropy", targets.shape)
         join, spec = self._for_vocab(split)
 
@@ -182,7 +186,8 @@ class ShardedModel(AbstractModel):
             return cross_entropy_split_vocab(logits, join(targets), self._vocab_axis)
 
         specs = split.spec, split.spec
-        return self._map(run, split, specs, spec)(hidden, targets)
+        nats = self._map(run, split, specs, spec)(hidden, targets)
+        return nats if mask is None else jnp.where(mask, nats, 0)
 
     def multi_token_logits(
         self, tokens: TokenIds, *, remat: bool = False
@@ -218,16 +223,15 @@ class ShardedModel(AbstractModel):
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
         """As `AbstractModel.extend_streams`."""
-        streams, layers, new = self._extend(tokens, cache, lengths, keep=True)
+        streams, layers, new = self._extend(Layers.extend, tokens, cache, lengths)
         return streams, Cache(cache.lengths + new, layers, cache.capacity)
 
     def lookahead(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
         """As `AbstractModel.lookahead`."""
-        streams, layers, new = self._extend(tokens, cache, lengths, keep=False)
-        seq = tokens.shape[1]
-        return streams, Lookahead(cache.lengths, new, layers, seq, cache.capacity)
+        streams, layers, new = self._extend(Layers.lookahead, tokens, cache, lengths)
+        return streams, Lookahead(cache.lengths, new, layers, cache.capacity)
 
     def extend_mtp(
         self,
@@ -239,24 +243,20 @@ class ShardedModel(AbstractModel):
         """As `AbstractModel.extend_mtp`."""
         following, lengths = self.model.validate_following(following, cache, lengths)
         split = self._split("extend_mtp", lengths.shape)
-        rows, state = split.spec, _row_specs(cache, split.spec)
+        rows = split.spec  # which come first in every array of a state
         return self._map(
-            lambda model, *args: model.extend_mtp(*args),
-            split,
-            (rows, rows, state, rows),
-            (rows, state),
+            lambda model, *args: model.extend_mtp(*args), split, (rows,) * 4, rows
         )(streams, following, cache, lengths)
 
-    def _extend(self, tokens: Any, cache: Any, lengths: Any, *, keep: bool) -> Any:
+    def _extend(self, extend: Callable, tokens: Any, cache: Any, lengths: Any) -> Any:
         token_ids, lengths = self.model.validate_new(tokens, cache, lengths)
         split = self._split("extend", token_ids.shape[:1])
 
         def run(model: DeepSeekV4, ids: Array, *state: Any) -> Any:
-            return model.layers.extend(model.embed(ids), ids, *state, keep=keep)
+            return extend(model.layers, model.embed(ids), ids, *state)
 
-        rows, state = split.spec, _row_specs(cache.layers, split.spec)
-        specs = rows, state, rows, rows
-        streams, layers = self._map(run, split, specs, (rows, state))(
+        rows = split.spec  # which come first in every array of a state
+        streams, layers = self._map(run, split, (rows,) * 4, rows)(
             token_ids, cache.layers, cache.lengths, lengths
         )
         return streams, layers, lengths
@@ -336,7 +336,8 @@ class ShardedModel(AbstractModel):
     def _placed(self, call: str, batch: int, make: Callable[[], Any]) -> Any:
         """A cache split by rows; abstract if the model is."""
         shapes = eqx.filter_eval_shape(make)
-        specs = _row_specs(shapes, self._split(call, (batch,)).spec)
+        rows = self._split(call, (batch,)).spec
+        specs = jax.tree.map(lambda _: rows, shapes)
         if isinstance(self.model.embedding, jax.ShapeDtypeStruct):
             return place(shapes, specs, self.mesh)
         return jax.jit(make, out_shardings=self._shardings(specs))()
@@ -364,15 +365,6 @@ def _specs(model: DeepSeekV4, *, rules: Rules, mesh: Any, fsdp: bool) -> Any:
     if fsdp and mesh.shape[_FSDP] > 1:
         return split_further(model, specs, mesh, _FSDP)
     return specs
-
-
-def _row_specs(cache: Any, rows: P) -> Any:
-    """Specs of a state whose arrays have rows first, behind stacked layers."""
-    specs = []
-    for leaf in annotated_leaves(cache):
-        stacked = leaf.array.ndim - len(leaf.dims or ())
-        specs.append(P(*[None] * stacked, *rows[:1]))
-    return jax.tree.unflatten(jax.tree.structure(cache), specs)
 
 
 def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

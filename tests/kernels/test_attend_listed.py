@@ -16,7 +16,8 @@ from dsv4_eqx.kernels import attend_listed as module
 from dsv4_eqx.kernels import hopper_attention, hopper_attention_backward
 from dsv4_eqx.kernels.attend import attend_reference
 from dsv4_eqx.kernels.attend_listed import attend_listed, key_lists
-from dsv4_eqx.kernels.entries import Entries, StackedEntries
+from dsv4_eqx.kernels.entries import LAYERS, Entries
+from dsv4_eqx.numerics.slice import Slice
 from tests.kernels.test_attend import operands, selections
 from tests.models import QUICKLY
 
@@ -113,11 +114,12 @@ def test_entries_are_listed_where_they_lie_in_a_stack():
     _, positions, keys, _, entries, *_ = attention_operands(30, "all")
     lists, used = key_lists(positions, keys.shape[1], entries, None, None)
     batch, count, _ = entries.shape
-    stack = jnp.zeros((3, *entries.shape)).at[2].set(entries.values)
-    stacked = Entries(StackedEntries(stack, jnp.array(2)), entries.last_positions)
+    stack = jnp.stack([jnp.zeros_like(entries.values)] * 2 + [entries.values], LAYERS)
+    stacked = Entries(Slice(stack, jnp.array(2), LAYERS), entries.last_positions)
     others, also_used = key_lists(positions, keys.shape[1], stacked, None, None)
     first = batch * keys.shape[1]
-    shifted = np.where(lists >= first, lists + 2 * batch * count, lists)
+    row, at = np.divmod(lists - first, count)
+    shifted = np.where(lists >= first, first + (row * 3 + 2) * count + at, lists)
     np.testing.assert_array_equal(others, shifted)
     np.testing.assert_array_equal(used, also_used)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from dsv4_eqx.kernels import hopper_scores
-from dsv4_eqx.kernels.entries import Entries, StackedEntries, visible
+from dsv4_eqx.kernels.entries import LAYERS, Entries, visible
 from dsv4_eqx.kernels.form import use_kernels
 from dsv4_eqx.kernels.select import query_block, select
+from dsv4_eqx.numerics.slice import Slice
 
 HEADS, DIM, TOPK = 8, 64, 5
 
@@ -48,8 +49,8 @@ def test_hopper_selects_what_other_forms_do(layers, monkeypatch):
     keys = Entries(values, last)
     expected = select(queries, weights, visible(keys, positions), keys, TOPK)
     if layers is not None:
-        stack = normal(layers, 2, 33, DIM).at[1].set(values)
-        keys = Entries(StackedEntries(stack, jnp.array(1)), last)
+        stack = normal(2, layers, 33, DIM).at[:, 1].set(values)
+        keys = Entries(Slice(stack, jnp.array(1), LAYERS), last)
     with use_kernels("hopper"):
         seen = visible(keys, positions)
         found = jax.jit(select, static_argnums=4)(queries, weights, seen, keys, TOPK)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsv4_eqx import DeepSeekV4
-from dsv4_eqx.attention.cache import CompressorState
+from dsv4_eqx.attention.cache import CompressorState, Extended
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
 
@@ -143,15 +143,83 @@ def test_a_row_that_does_not_advance_keeps_its_state():
     _, after = extend(
         model(), np.full((2, seq), 7, np.int32), caches[3], np.array([0, 3], np.int32)
     )
-    rows = [
-        (x[0], y[0])
-        for x, y in zip(
-            jax.tree.leaves((caches[3].layers.first, caches[3].layers.last)),
-            jax.tree.leaves((after.layers.first, after.layers.last)),
-        )
-    ]
-    for before, now in rows:
-        np.testing.assert_array_equal(now, before)
+    for before, now in zip(jax.tree.leaves(caches[3]), jax.tree.leaves(after)):
+        np.testing.assert_array_equal(now[0], before[0])
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1, 1]])
+def test_rows_of_a_cache_in_another_order_go_on_as_those_rows(order):
+    seq, lengths = PARTS["out of phase by up to five"]
+    _, caches = in_parts(fresh(), seq, lengths)
+    cache = jax.tree.map(lambda x: x[np.array(order)], caches[4])
+    assert eqx.tree_equal(*map(jax.tree.structure, (cache, caches[4])))
+    done = np.asarray(cache.lengths)
+    assert len(set(np.asarray(caches[4].lengths))) == 2  # or any order would do
+    rest = np.stack(
+        [TOKENS[row, n : n + seq] for row, n in zip(order, done, strict=True)]
+    )
+    hidden, _ = extend(model(), rest, cache, np.full(2, seq, np.int32))
+    for i, (row, n) in enumerate(zip(order, done)):
+        assert_close(hidden[i], whole()[row, n : n + seq])
+
+
+def test_every_array_of_a_state_has_the_rows_first():
+    cache = eqx.filter_eval_shape(model().init_cache, 7, CAPACITY)
+    _, lookahead = jax.eval_shape(
+        lambda model, *args: model.lookahead(*args),
+        model(),
+        np.ones((7, 3), int),
+        cache,
+    )
+    mtp = eqx.filter_eval_shape(model().init_mtp_cache, 7, CAPACITY)
+    for leaf in jax.tree.leaves((cache, lookahead, mtp)):
+        assert leaf.shape[0] == 7
+
+
+def extended_twice(part):
+    """A part's `extend` given what its `extend` gave."""
+    attention, ones = model().layers[2].attention, jnp.ones(2, jnp.int32)
+    cache = attention.init_cache(2, CAPACITY, jnp.float32)
+    x = jnp.ones((2, 3, CONFIG.hidden_size))
+    streams = jnp.ones((2, 3, CONFIG.hc_mult, CONFIG.hidden_size))
+    latent = jnp.ones((2, 3, CONFIG.q_lora_rank))
+    call, state = {
+        "Attention": (lambda s: attention.extend(x, s, ones, ones), cache),
+        "Compressor": (
+            lambda s: attention.compressor.extend(x, s, ones, ones),
+            cache.compressor,
+        ),
+        "Indexer": (
+            lambda s: attention.indexer.extend(x, latent, s, ones, ones),
+            cache.indexer,
+        ),
+        "Block": (
+            lambda s: model().layers[2].extend(streams, TOKENS[:, :3], s, ones, ones),
+            cache,
+        ),
+        "DeepSeekV4": (lambda s: model().lookahead(SOME, s), fresh()),
+    }[part]
+    return jax.eval_shape(lambda: call(call(state)[1]))
+
+
+@pytest.mark.parametrize(
+    "part", ["Attention", "Compressor", "Indexer", "Block", "DeepSeekV4"]
+)
+def test_what_was_extended_is_settled_before_it_is_extended(part, without_shape_checks):
+    with pytest.raises(ValueError, match=r"not settled.*give \w+.keep\(lengths\)"):
+        extended_twice(part)
+
+
+def test_no_more_tokens_stay_than_were_new(without_shape_checks):
+    attention, ones = model().layers[0].attention, jnp.ones(2, jnp.int32)
+    cache = attention.init_cache(2, CAPACITY, jnp.float32)
+    extended = Extended(cache, 3)
+    with pytest.raises(
+        ValueError, match=r"Extended.keep: lengths\[1\] is 4: .* 0 to 3"
+    ):
+        extended.keep(3 * ones + jnp.arange(2))
+    with pytest.raises(ValueError, match="each of the 2 rows"):
+        extended.keep(jnp.ones(3, jnp.int32))
 
 
 @pytest.mark.parametrize("stay", [(0, 5), (2, 4), (3, 0), (1, 1)])
@@ -171,11 +239,7 @@ def test_a_lookahead_keeps_what_it_is_told(stay):
         hidden, _ = extend(model(), rest, cache, np.full(2, seq, np.int32))
         assert_close(hidden[row], whole()[row, first : first + seq])
     expected = extend(model(), ahead, caches[3], np.array(stay, np.int32))[1]
-    for kept, other in zip(
-        (*cache.layers.first, *cache.layers.repeated, *cache.layers.last),
-        (*expected.layers.first, *expected.layers.repeated, *expected.layers.last),
-        strict=True,
-    ):
+    for kept, other in zip(cache.layers, expected.layers, strict=True):
         assert_close(kept.window_keys, other.window_keys)
 
 
@@ -191,16 +255,16 @@ def test_a_token_copies_neither_the_experts_nor_the_entries_of_a_layer():
     )
     token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     memory = step.lower(cache, abstract, token).compile().memory_analysis()
-    unit, state = abstract.layers.repeated[1], cache.layers.repeated[1].compressor
+    unit, state = abstract.layers.repeated[1], cache.layers[2].compressor
     for stack in (unit.moe.experts.gate_up, unit.moe.experts.down, state.entries):
-        a_layer = stack.size // stack.shape[0] * stack.dtype.itemsize
+        a_layer = stack.size // abstract.layers.num_repeats * stack.dtype.itemsize
         assert memory.temp_size_in_bytes < a_layer / 3
 
 
 def test_cache_has_what_is_needed_and_no_more():
     cache = eqx.filter_eval_shape(model().init_cache, 3, CAPACITY)
     entries = pending = keys = 0
-    for layer in (*cache.layers.first, *cache.layers.repeated, *cache.layers.last):
+    for layer in cache.layers:
         keys += layer.window_keys.size
         for state in (layer.compressor, layer.indexer):
             if isinstance(state, CompressorState):

@@ -1,5 +1,6 @@
 """The stack of layers: what repeats is found, and scanning it changes nothing."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_eqx import Block, Config, Layers
+from dsv4_eqx import Block, Config, Layers, replace_layer
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from dsv4_eqx.model.layers import repeating_unit
+from dsv4_eqx.model.stacked import repeating_unit
 from tests.models import QUICKLY, random_model, random_tensors, small_config
 
 RATIOS = {SLIDING: 0, CSA: 4, HCA: 16}
@@ -123,6 +124,80 @@ def test_layers_that_are_not_there_raise_an_index_error(layer):
     layers = random_model(STACK).layers
     with pytest.raises(IndexError, match=f"layer {layer} of 6"):
         layers[layer]
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_a_layer_is_replaced_alone(layer):
+    model = random_model(STACK)
+    block = model.layers[layer]
+    sinks = block.attention.sinks + 3
+    edited = eqx.tree_at(lambda block: block.attention.sinks, block, sinks)
+    after = replace_layer(model, layer, edited)
+    for number, (now, before) in enumerate(zip(after.layers, model.layers)):
+        assert eqx.tree_equal(now, edited if number == layer else before)
+    assert after.config == model.config
+    gradient = jax.grad(
+        lambda sinks: jnp.sum(
+            replace_layer(
+                model.layers,
+                layer,
+                eqx.tree_at(lambda block: block.attention.sinks, block, sinks),
+            )[layer].attention.sinks
+        )
+    )(sinks)
+    np.testing.assert_array_equal(gradient, jnp.ones_like(sinks))
+
+
+def test_a_layer_of_its_own_may_become_another_kind():
+    layers = random_model(STACK).layers
+    after = replace_layer(layers, 0, layers[1])
+    assert eqx.tree_equal(after[0], layers[1])
+    with pytest.raises(ValueError, match="layer 2 lies in a stack with others"):
+        replace_layer(layers, 2, layers[1])  # compressed, and not
+
+
+@pytest.mark.parametrize("layer", [6, -1, True, "2"])
+def test_a_layer_that_is_not_there_is_not_replaced(layer):
+    model = random_model(STACK)
+    with pytest.raises(ValueError, match=r"replace_layer\(layer=.*6 layers"):
+        replace_layer(model, layer, model.layers[0])
+
+
+def test_tree_at_reaches_a_layer_of_its_own_and_says_what_to_call_in_a_stack():
+    model = random_model(STACK)
+    zeros = jnp.zeros_like(model.layers[0].attention.sinks)
+    for layer in (0, 5):
+        after = eqx.tree_at(lambda m: m.layers[layer].attention.sinks, model, zeros)
+        assert not np.asarray(after.layers[layer].attention.sinks).any()
+    with pytest.raises(ValueError, match=r"replace_layer\(model, 2, block\)"):
+        eqx.tree_at(lambda m: m.layers[2].attention.sinks, model, zeros)
+
+
+def test_a_tree_of_anything_in_the_models_shape_has_the_models_structure():
+    model = random_model(STACK)
+    labels = jax.tree.map(lambda x: "adam" if x.ndim < 2 else "muon", model)
+    assert bool(labels.layers) and len(labels.layers) == 6
+    assert labels.layers.num_repeats == 2
+    assert labels.layers[0].attention.sinks == "adam"
+    assert labels.layers[3].attention.query_down == "muon"  # of its stack
+    for leaf in (True, None, 1.5):
+        assert len(jax.tree.map(lambda x: leaf, model).layers) == 6
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: str(path), model)
+    assert ".repeated" in paths.layers[4].moe.experts.down
+
+
+def test_labels_by_path_are_what_optax_takes():
+    optax = pytest.importorskip("optax")
+    floats = eqx.filter(random_model(STACK), eqx.is_inexact_array)
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "still" if "experts" in str(path) else "moved", floats
+    )
+    transforms = {"still": optax.set_to_zero(), "moved": optax.scale(-1.0)}
+    optimizer = optax.partition(transforms, labels)
+    ones = jax.tree.map(jnp.ones_like, floats)
+    updates, _ = optimizer.update(ones, optimizer.init(floats), floats)
+    assert not np.asarray(updates.layers.repeated[0].moe.experts.down).any()
+    assert (np.asarray(updates.layers.last[0].moe.shared.down) == -1).all()
 
 
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])

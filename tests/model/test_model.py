@@ -255,6 +255,40 @@ def test_targets_that_are_none_are_refused(targets, message, without_shape_check
         model.cross_entropy(jnp.ones((1, 3, 60)), targets)
 
 
+def test_a_masked_target_costs_nothing_and_is_never_read():
+    model = random_model(small_config())
+    generator = np.random.default_rng(0)
+    hidden = jnp.asarray(generator.normal(size=(2, 3, 60)), jnp.float32)
+    targets = np.array([[1, -100, 96], [2**31 - 1, 0, 5]], np.int32)
+    mask = np.array([[True, False, True], [False, True, False]])
+
+    def loss(hidden, mask):
+        return jnp.sum(model.cross_entropy(hidden, targets, mask))
+
+    nats = model.cross_entropy(hidden, targets, mask)
+    plain = model.cross_entropy(hidden, np.where(mask, targets, 7))
+    np.testing.assert_array_equal(nats, np.where(mask, plain, 0))
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss))):
+        found = np.asarray(gradient(hidden, mask))
+        assert np.isfinite(found).all()
+        np.testing.assert_array_equal(found.any(axis=-1), mask)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.array([[True, True, False]]), r"target -100 at \[0, 1\]"),
+        (np.array([[True, False]]), r"shape \(1, 3\).*not bool\[1, 2\]"),
+        (np.array([[1, 0, 1]]), "array of booleans.*not int64"),
+        ([[True, False, True]], "array of booleans.*not list"),
+    ],
+)
+def test_masks_that_are_none_are_refused(mask, message, without_shape_checks):
+    model = random_model(small_config())
+    with pytest.raises(ValueError, match=message):
+        model.cross_entropy(jnp.ones((1, 3, 60)), np.array([[1, -100, 2]]), mask)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

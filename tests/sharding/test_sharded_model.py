@@ -236,8 +236,8 @@ def test_extending_gives_the_same_hidden_activations():
     wanted, found = (
         extend(one, ids, one.init_cache(BATCH, 20), lengths) for one in (plain(), model)
     )
-    state = found[1].layers.first[0].window_keys
-    assert state.sharding.shard_shape(state.shape)[0] == BATCH // 2
+    for state in jax.tree.leaves(found[1]):
+        assert state.sharding.shard_shape(state.shape)[0] == BATCH // 2
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(
             found[0][row, :length], wanted[0][row, :length], 0, 2e-5
@@ -261,6 +261,10 @@ def test_a_loss_without_whole_logits_equals_the_plain_one(rules):
     sent = [item.num_bytes for item in collectives(lowered.compile(), mesh)]
     assert max(sent, default=0) <= a_device * CONFIG.hidden_size
     assert (sent == []) == ("vocab" in rules)
+    mask = np.asarray(targets) % 3 > 0
+    ignored = np.where(mask, targets, -100)
+    found = nats(model, hidden, ignored, mask)
+    np.testing.assert_allclose(found, np.where(mask, wanted, 0), 0, 2e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""What layers that are stacked share: which repeat, and what a scan leaves in place.
+
+A scan copies what it hands to each repetition, and what it collects. Of experts and
+compressed entries a token needs few, and the copy of all would cost more than the layer
+itself: those two are read and written where they lie, through a `Slice`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from dsv4_eqx.attention.cache import map_states
+from dsv4_eqx.kernels.entries import LAYERS
+from dsv4_eqx.model.block import Block
+from dsv4_eqx.moe.experts import Experts
+from dsv4_eqx.numerics.quantized_weight import is_quantized
+from dsv4_eqx.numerics.slice import Slice, is_slice
+
+
+def experts_in_place(blocks: tuple, stacked: tuple, repeat: Int[Array, ""]) -> tuple:
+    """One repetition's blocks, their experts' weights read from the stack."""
+
+    def is_experts(node: Any) -> bool:
+        return isinstance(node, Experts)
+
+    def in_place(node: Any, stack: Any) -> Any:
+        if not is_experts(node):
+            return node
+        return jax.tree.map(lambda x: Slice(x, repeat), stack, is_leaf=is_quantized)
+
+    def one(block: Any, stack: Any) -> Any:
+        # What is a block only while it runs, as with split weights, is handed out.
+        if not isinstance(block, Block):
+            return block
+        return jax.tree.map(in_place, block, stack, is_leaf=is_experts)
+
+    return tuple(map(one, blocks, stacked))
+
+
+def with_room(states: tuple, room: int) -> tuple:
+    """Stacked states with room for more tokens in their windows."""
+
+    def longer(x: Array, tokens: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[tokens] = (0, room)
+        return jnp.pad(x, widths) if room else x
+
+    return map_states(longer, lambda entries: entries, states)
+
+
+def read_states(states: tuple, repeat: Int[Array, ""], room: int) -> tuple:
+    """One repetition's states, without the room; their entries stay where they are."""
+
+    def window(x: Array, tokens: int) -> Array:
+        x = lax.dynamic_index_in_dim(x, repeat, LAYERS, keepdims=False)
+        return lax.slice_in_dim(x, 0, x.shape[tokens] - room, axis=x.ndim + tokens)
+
+    return map_states(window, lambda entries: Slice(entries, repeat, LAYERS), states)
+
+
+def write_states(after: tuple, states: tuple, repeat: Int[Array, ""]) -> tuple:
+    """Stacked states with those of one repetition, whose entries are there already."""
+
+    def put(new: Any, stack: Array) -> Array:
+        if is_slice(new):
+            return new.stack
+        return lax.dynamic_update_index_in_dim(stack, new, repeat, LAYERS)
+
+    return jax.tree.map(put, after, states, is_leaf=is_slice)
+
+
+def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:
+    """Start, period and count of the repetition that leaves least to compile.
+
+    **Arguments:**
+
+    - `kinds`: what must be equal for two layers to share their program.
+
+    **Returns:** `(len(kinds), 0, 0)` where nothing repeats.
+    """
+    num_layers = len(kinds)
+    best = (num_layers, num_layers, 0, 0)  # blocks to compile, start, period, repeats
+    for start in range(num_layers):
+        for period in range(1, (num_layers - start) // 2 + 1):
+            repeats = 1
+            while (
+                kinds[start : start + period]
+                == (kinds[start + repeats * period : start + (repeats + 1) * period])
+            ):
+                repeats += 1
+            blocks = num_layers - period * (repeats - 1)
+            if repeats > 1:
+                best = min(best, (blocks, start, period, repeats))
+    return best[1:]
