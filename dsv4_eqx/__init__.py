@@ -25,6 +25,7 @@ from dsv4_eqx.model.abstract import AbstractModel as AbstractModel
 from dsv4_eqx.model.abstract import Cache as Cache
 from dsv4_eqx.model.block import Block as Block
 from dsv4_eqx.model.layers import Layers as Layers
+from dsv4_eqx.model.layers import replace_layer as replace_layer
 from dsv4_eqx.model.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.model.mtp import MTP as MTP
 from dsv4_eqx.moe.experts import Experts as Experts
@@ -44,3 +45,7 @@ from dsv4_eqx.sharding.rules import DEFAULT_RULES as DEFAULT_RULES
 from dsv4_eqx.sharding.rules import partition_specs as partition_specs
 from dsv4_eqx.sharding.sharded_model import ShardedModel as ShardedModel
 from dsv4_eqx.sharding.sharded_model import shard as shard
+from dsv4_eqx.training.masks import apply_mask as apply_mask
+from dsv4_eqx.training.masks import decay_mask as decay_mask
+from dsv4_eqx.training.masks import layer_mask as layer_mask
+from dsv4_eqx.training.masks import trainable as trainable

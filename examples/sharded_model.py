@@ -53,15 +53,15 @@ def read_tokens(path: pathlib.Path) -> np.ndarray:
 @jax.jit
 def train_step(model, tokens):
     """A step of gradient descent: the model after it, and the loss in nats a byte."""
-    floats, others = eqx.partition(model, eqx.is_inexact_array)
+    trained, others = eqx.partition(model, dsv4.trainable(model))
 
-    def mean_nats(floats):
-        model = eqx.combine(floats, others)
+    def mean_nats(trained):
+        model = eqx.combine(trained, others)
         hidden = model.hidden(tokens[:, :-1], remat=True)
         return jnp.mean(model.cross_entropy(hidden, tokens[:, 1:]))
 
-    loss, grads = jax.value_and_grad(mean_nats)(floats)
-    moved = jax.tree.map(lambda x, d: x - RATE * d, floats, grads)
+    loss, grads = jax.value_and_grad(mean_nats)(trained)
+    moved = jax.tree.map(lambda x, d: x - RATE * d, trained, grads)
     return eqx.combine(moved, others), loss
 
 

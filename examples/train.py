@@ -67,9 +67,10 @@ def loss(trained, rest, tokens):
 
 def train(model, tokens, asked):
     """The trained model and the two losses of each step, in nats a byte."""
-    trained, rest = eqx.partition(model, eqx.is_inexact_array)
+    trained, rest = eqx.partition(model, dsv4.trainable(model, mtp=True))
     schedule = optax.cosine_decay_schedule(asked.learning_rate, asked.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    adamw = optax.adamw(schedule, mask=dsv4.decay_mask)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     @jax.jit
     def step(trained, state, tokens):

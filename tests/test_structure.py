@@ -20,6 +20,7 @@ FLOORS = (
     ("hyper_connection", "attention", "moe"),
     ("model",),
     ("generation", "sharding"),
+    ("training",),
     ("plan",),
     ("checkpoint",),
     ("__init__",),

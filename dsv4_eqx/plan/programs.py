@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.model.abstract import AbstractModel, Cache
 from dsv4_eqx.sharding.sharded_model import ShardedModel
+from dsv4_eqx.training.masks import trainable
 
 
 def training_step(
@@ -22,8 +23,8 @@ def training_step(
 ) -> tuple[Float[Array, ""], Any]:
     """The mean cross-entropy in nats of the main model, and its gradients.
 
-    Each layer's input alone is kept for the backward pass. Prediction blocks get
-    gradients of zero: their loss is not part of it.
+    Each layer's input alone is kept for the backward pass. What the loss does not
+    reach, as prediction blocks, has no gradient: see `trainable`.
 
     **Arguments:**
 
@@ -31,14 +32,14 @@ def training_step(
     - `tokens`: token ids.
     - `targets`: the token that follows each.
     """
-    floats, others = eqx.partition(model, eqx.is_inexact_array)
+    trained, others = eqx.partition(model, trainable(model))
 
-    def mean_nats(floats: Any) -> Array:
-        model = eqx.combine(floats, others)
+    def mean_nats(trained: Any) -> Array:
+        model = eqx.combine(trained, others)
         hidden = model.hidden(tokens, remat=True)
         return jnp.mean(model.cross_entropy(hidden, targets))
 
-    return jax.value_and_grad(mean_nats)(floats)
+    return jax.value_and_grad(mean_nats)(trained)
 
 
 def decoding_step(

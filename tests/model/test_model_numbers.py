@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv4_eqx import from_state_dict
+from dsv4_eqx import from_state_dict, trainable
 from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import (
@@ -66,6 +66,9 @@ def test_gradients_equal_those_of_autograd(seed):
     loss, grads = loss_and_grad(model, tokens)
     np.testing.assert_allclose(float(loss), expected.item(), rtol=1e-5)
     parameters = dict(reference.named_parameters())
+    pairs = jax.tree.leaves(jax.tree.map(lambda *x: x, trainable(model), grads))
+    for is_reached, grad in zip(pairs[::2], pairs[1::2]):
+        assert grad is None and not is_reached or bool(grad.any()) == is_reached
     errors, zeros = {}, set()
     for source, leaf in sources(grads, official=False):
         for index in np.ndindex(source.names.shape):

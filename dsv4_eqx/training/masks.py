@@ -1,0 +1,155 @@
+"""Which parameters a training run moves, for `eqx.partition` and for optax.
+
+A mask is a tree of booleans in the model's shape. Layers that are scanned lie in one
+array each, so that a mask of some of them has arrays of booleans there: partition by
+`trainable(model, layers=...)`, and give the updates to `apply_mask`.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_eqx.attention.indexer import Indexer
+from dsv4_eqx.model.layers import Layers
+from dsv4_eqx.model.mtp import MTP
+from dsv4_eqx.moe.router import TopKRouter
+from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
+from dsv4_eqx.sharding.rules import annotated_leaves
+
+
+def trainable(
+    model: Any, *, mtp: bool = False, layers: Iterable[int] | None = None
+) -> Any:
+    """Marks what a loss over tokens reaches.
+
+    That is every floating-point array but those of indexers and of prediction (MTP)
+    blocks, and the routers' biases: their gradient is zero, yet XLA lays it out, and an
+    optimizer with weight decay would shrink them all the same.
+
+    `trained, rest = eqx.partition(model, trainable(model))`
+
+    **Arguments:**
+
+    - `model`: a model, or a part of one; its arrays may be abstract.
+    - `mtp`: whether the prediction blocks' own loss is part of it.
+    - `layers`: if given, only these layers, counted from 0. Of layers that are stacked,
+        arrays are marked that hold one of them: `apply_mask` keeps the others still.
+
+    **Raises:** ValueError if there is no such layer, or `mtp` is no boolean.
+    """
+    validate_flag("trainable", "mtp", mtp)
+
+    def is_part(node: Any) -> bool:
+        is_left_out = isinstance(node, Indexer) or isinstance(node, MTP) and not mtp
+        return is_left_out or isinstance(node, TopKRouter)
+
+    def mark(node: Any) -> Any:
+        if isinstance(node, TopKRouter):
+            marks = jax.tree.map(_is_inexact, node)
+            return eqx.tree_at(lambda router: router.bias, marks, False)
+        if is_part(node):
+            return jax.tree.map(lambda _: False, node)
+        return _is_inexact(node)
+
+    marks = jax.tree.map(mark, model, is_leaf=is_part)
+    if layers is None:
+        return marks
+    wanted = layer_mask(model, layers)
+    return jax.tree.map(lambda x, y: x and bool(np.any(y)), marks, wanted)
+
+
+def decay_mask(model: Any) -> Any:
+    """Marks what weight decay is for: the matrices, as the annotations tell them.
+
+    Those are floating-point arrays whose annotation names two or more dimensions, but
+    for compressors' position biases. Norms, sinks, other biases and gating factors have
+    one, however many their stacked arrays have.
+
+    `optax.adamw(1e-3, mask=decay_mask)`
+
+    **Arguments:**
+
+    - `model`: a model, what is left of one by `eqx.partition`, or a part of one.
+
+    **Raises:** ValueError if an annotation is a string, or has several shapes.
+    """
+
+    def is_matrix(dims: tuple[str, ...]) -> bool:
+        return len(dims) >= 2 and "ratio" not in dims
+
+    marks = [
+        _is_inexact(leaf.array) and is_matrix(leaf.dims or ())
+        for leaf in annotated_leaves(model)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model), marks)
+
+
+def layer_mask(model: Any, layers: Iterable[int]) -> Any:
+    """Marks the arrays of some layers.
+
+    A stack that holds these layers and others has an array of booleans, which
+    broadcasts against it.
+
+    **Arguments:**
+
+    - `model`: a model.
+    - `layers`: numbers of layers, from 0.
+
+    **Raises:** ValueError if there is no such layer.
+    """
+    wanted = set(layers)
+
+    def mark(node: Any) -> Any:
+        if not isinstance(node, Layers):
+            return False
+        unknown = wanted - set(range(len(node)))
+        if unknown:
+            allowed = f"numbers of layers, in [0, {len(node)})"
+            raise invalid_argument("layer_mask", "layers", sorted(unknown), allowed)
+        places = [node.place(layer) for layer in wanted]
+        marks = node
+        for section in ("first", "repeated", "last"):
+            for i, block in enumerate(getattr(node, section)):
+                repeats = [repeat for *at, repeat in places if at == [section, i]]
+                marks = eqx.tree_at(
+                    lambda layers, section=section, i=i: getattr(layers, section)[i],
+                    marks,
+                    _mark_repeats(block, repeats, node.num_repeats),
+                )
+        return marks
+
+    return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Layers))
+
+
+def _mark_repeats(block: Any, repeats: list[int | None], num_repeats: int) -> Any:
+    """A boolean where all repetitions, or the only one, are marked alike."""
+    if not repeats or None in repeats or len(repeats) == num_repeats:
+        return jax.tree.map(lambda _: bool(repeats), block)
+    marked = np.isin(np.arange(num_repeats), repeats)
+    return jax.tree.map(lambda x: marked.reshape(-1, *[1] * (x.ndim - 1)), block)
+
+
+def apply_mask(mask: Any, updates: Any) -> Any:
+    """The updates, or gradients, with zeros where the mask is false.
+
+    **Arguments:**
+
+    - `mask`: from `layer_mask`, `trainable` or `decay_mask`.
+    - `updates`: in the model's shape, None for what is not trained.
+    """
+
+    def one(marked: Any, update: Any) -> Any:
+        if update is None or marked is True:
+            return update
+        zero = jnp.zeros((), update.dtype)
+        return jnp.where(jnp.asarray(marked), update, zero)
+
+    return jax.tree.map(one, mask, updates)
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
