@@ -14,6 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from dsv4_eqx.kernels.mix import mix, sinkhorn
+from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.validation import validate_number, validate_sizes
@@ -81,10 +83,11 @@ class HyperConnection(eqx.Module):
         std = validate_number("HyperConnection", "std", std)
         mixes = (2 + self.num_streams) * self.num_streams
         shape = (mixes, self.num_streams, self.dim)
-        self.weight = std * jax.random.normal(key, shape, jnp.float32)
+        self.weight = normal(key, shape, jnp.float32, std=std)
         self.base = jnp.zeros(mixes, jnp.float32)
         self.scale = jnp.ones(3, jnp.float32)
 
+    @compiled_once
     @jax.named_scope("HyperConnection.read")
     def read(
         self, streams: Float[Array, "*batch streams dim"]
@@ -187,7 +190,7 @@ class HyperHead(eqx.Module):
         self.norm_eps = validate_number("HyperHead", "norm_eps", norm_eps)
         std = validate_number("HyperHead", "std", std)
         shape = (self.num_streams, self.num_streams, self.dim)
-        self.weight = std * jax.random.normal(key, shape, jnp.float32)
+        self.weight = normal(key, shape, jnp.float32, std=std)
         self.base = jnp.zeros(self.num_streams, jnp.float32)
         self.scale = jnp.ones(1, jnp.float32)
 

@@ -1,5 +1,6 @@
 """Models, tokens and compiled calls that several test files share."""
 
+import contextlib
 import functools
 
 import jax
@@ -103,3 +104,17 @@ def relative(actual, expected):
     size = np.linalg.norm(expected)
     error = actual - expected.reshape(actual.shape)
     return np.linalg.norm(error) / size if size else np.abs(actual).max()
+
+
+@contextlib.contextmanager
+def compilations():
+    """Notes the programs that XLA compiles."""
+    found, is_open = [], True
+
+    def note(event, duration, **_):
+        if is_open and event.endswith("backend_compile_duration"):
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    is_open = False

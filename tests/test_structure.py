@@ -31,7 +31,7 @@ MAY_IMPORT = {
     for part in parts
 }
 # Everything else is written for one device.
-MAY_NAME_DEVICES = ("sharding", "checkpoint", "plan")
+MAY_NAME_DEVICES = ("sharding", "checkpoint", "training", "plan")
 OF_DEVICES = set(
     "sharding shard_map Mesh PartitionSpec NamedSharding psum pmean pmax pmin ppermute "
     "psum_scatter all_gather all_to_all ragged_all_to_all axis_index axis_size "

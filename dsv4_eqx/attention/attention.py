@@ -23,6 +23,8 @@ from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.kernels.query_blocks import map_queries
+from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.validation import (
@@ -118,12 +120,11 @@ class Attention(eqx.Module):
         validate_rotary(call, rope, head_dim)
         _validate_parts(self, q_rank, compressor, indexer)
         keys = jax.random.split(key, 5)
-        normal = jax.random.normal
-        self.query_down = std * normal(keys[0], (q_rank, dim), dtype)
+        self.query_down = normal(keys[0], (q_rank, dim), dtype, std=std)
         self.query_norm = RMSNorm(q_rank, eps=norm_eps)
-        self.query_up = std * normal(keys[1], (num_heads, head_dim, q_rank), dtype)
+        self.query_up = normal(keys[1], (num_heads, head_dim, q_rank), dtype, std=std)
         self.head_norm = UnweightedRMSNorm(eps=norm_eps)
-        self.key_value = std * normal(keys[2], (head_dim, dim), dtype)
+        self.key_value = normal(keys[2], (head_dim, dim), dtype, std=std)
         self.key_value_norm = RMSNorm(head_dim, eps=norm_eps)
         self.sinks = jnp.zeros(num_heads, jnp.float32)
         sizes = num_heads * head_dim // num_groups, num_groups * out_per_group
@@ -131,9 +132,10 @@ class Attention(eqx.Module):
             *sizes, num_groups, key=keys[3], std=std, dtype=dtype
         )
         shape = (dim, num_groups, out_per_group)
-        self.output_up = std * normal(keys[4], shape, dtype)
+        self.output_up = normal(keys[4], shape, dtype, std=std)
         self.rope, self.compressor, self.indexer = rope, compressor, indexer
 
+    @compiled_once
     @jax.named_scope("Attention")
     def __call__(
         self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
@@ -191,6 +193,7 @@ class Attention(eqx.Module):
             indexer=state(None if self.indexer is None else self.indexer.compressor),
         )
 
+    @compiled_once
     @jax.named_scope("Attention.extend")
     def extend(
         self,

@@ -21,6 +21,8 @@ from dsv4_eqx.attention.cache import (
 )
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
+from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import wide_dtype
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.validation import (
@@ -92,13 +94,14 @@ class Compressor(eqx.Module):
         value_key, gate_key = jax.random.split(key)
         series = 2 if overlap else 1
         shape = (series, self.head_dim, self.dim)
-        self.value = std * jax.random.normal(value_key, shape, dtype)
-        self.gate = std * jax.random.normal(gate_key, shape, dtype)
+        self.value = normal(value_key, shape, dtype, std=std)
+        self.gate = normal(gate_key, shape, dtype, std=std)
         self.position_bias = jnp.zeros((ratio, series, head_dim), jnp.float32)
         self.norm = RMSNorm(head_dim, eps=norm_eps)
         self.rope = rope
         self.overlap = bool(overlap)
 
+    @compiled_once
     @jax.named_scope("Compressor")
     def __call__(self, x: Float[Array, "batch seq dim"]) -> Entries:
         """Entries of all complete windows of a sequence that starts at position 0.
@@ -163,6 +166,7 @@ class Compressor(eqx.Module):
             entries=jnp.zeros((batch, capacity // ratio, head_dim), dtype),
         )
 
+    @compiled_once
     @jax.named_scope("Compressor.extend")
     def extend(
         self,

@@ -20,6 +20,8 @@ from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
 from dsv4_eqx.kernels.select import query_block, select
+from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.validation import validate_number, validate_sizes
@@ -75,11 +77,12 @@ class Indexer(eqx.Module):
         std = validate_number("Indexer", "std", std)
         query_key, weight_key = jax.random.split(key)
         query_shape = (self.num_heads, compressor.head_dim, self.q_rank)
-        self.query_up = std * jax.random.normal(query_key, query_shape, dtype)
+        self.query_up = normal(query_key, query_shape, dtype, std=std)
         weight_shape = (self.num_heads, self.dim)
-        self.head_weights = std * jax.random.normal(weight_key, weight_shape, dtype)
+        self.head_weights = normal(weight_key, weight_shape, dtype, std=std)
         self.compressor = compressor
 
+    @compiled_once
     @jax.named_scope("Indexer")
     def __call__(
         self,
@@ -100,6 +103,7 @@ class Indexer(eqx.Module):
         weights = self.project_weights(x)
         return self.select(latent, weights, positions, self.compressor(x))
 
+    @compiled_once
     def extend(
         self,
         x: Float[Array, "batch seq dim"],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -110,10 +111,10 @@ def tile_of(
     - `begin`: the first of them.
     - `size`: how many.
     """
-    at = as_slice(values, LAYERS)
-    batch, _, dim = at.shape
-    start, sizes = (0, at.index, begin, 0), (batch, 1, size, dim)
-    return lax.dynamic_slice(at.stack, start, sizes)[:, 0]
+    stack, layer = _stack_of(values)
+    batch, _, _, dim = stack.shape
+    start, sizes = (0, layer, begin, 0), (batch, 1, size, dim)
+    return lax.dynamic_slice(stack, start, sizes)[:, 0]
 
 
 def gathered(
@@ -126,9 +127,9 @@ def gathered(
     - `values`: of the entries.
     - `index`: which of its row's a query is given; never past the last.
     """
-    at, index = as_slice(values, LAYERS), jnp.maximum(index, 0)
-    place = _rows(index), at.index, index
-    return at.stack.at[place].get(mode="promise_in_bounds")
+    (stack, layer), index = _stack_of(values), jnp.maximum(index, 0)
+    place = _rows(index), layer, index
+    return stack.at[place].get(mode="promise_in_bounds")
 
 
 def scattered(
@@ -163,8 +164,8 @@ def replaced(
     - `index`: which; past the last for none.
     - `new`: what to put there.
     """
-    at = as_slice(values, LAYERS)
-    stack = at.stack.at[_rows(index), at.index, index].set(new, mode="drop")
+    stack, layer = _stack_of(values)
+    stack = stack.at[_rows(index), layer, index].set(new, mode="drop")
     if isinstance(values, Slice):
         return Slice(stack, values.index, LAYERS)
     return jnp.squeeze(stack, LAYERS)
@@ -181,10 +182,10 @@ def flat_entries(
 
     **Returns:** the list, and where in it each row's own entries begin.
     """
-    at = as_slice(values, LAYERS)
-    batch, layers, num_entries, dim = at.stack.shape
+    stack, layer = _stack_of(values)
+    batch, layers, num_entries, dim = stack.shape
     row = jnp.arange(batch, dtype=jnp.int32)
-    return at.stack.reshape(-1, dim), (row * layers + at.index) * num_entries
+    return stack.reshape(-1, dim), (row * layers + layer) * num_entries
 
 
 def write_if(
@@ -212,6 +213,15 @@ def write_if(
         return write(entries, start + i)
 
     return lax.fori_loop(0, is_any.astype(jnp.int32), run, entries)
+
+
+def _stack_of(
+    values: Values,
+) -> tuple[Float[Array, "batch layers entries head_dim"], Int[Array, ""] | int]:
+    """The entries of all layers, and which layer's these are."""
+    at = as_slice(values, LAYERS)
+    assert isinstance(at.stack, jax.Array)  # no packed weight
+    return at.stack, at.index
 
 
 def _rows(index: Int[Array, "batch ..."]) -> Int[Array, "batch ..."]:

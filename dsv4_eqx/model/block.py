@@ -12,6 +12,7 @@ from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
 from dsv4_eqx.model.parts import make_attention, make_hyper_connection, make_moe
 from dsv4_eqx.moe.moe import MoE
+from dsv4_eqx.numerics.compiled import compiled_once
 from dsv4_eqx.primitives.norm import RMSNorm
 
 
@@ -55,6 +56,7 @@ class Block(eqx.Module):
         self.moe_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = make_moe(config, moe_kind, key=keys[3], dtype=dtype)
 
+    @compiled_once
     @jax.named_scope("Block")
     def __call__(
         self,
@@ -73,6 +75,7 @@ class Block(eqx.Module):
         streams = self.attention_connection.write(streams, x, mixing)
         return self._run_moe(streams, token_ids)
 
+    @compiled_once
     @jax.named_scope("Block.extend")
     def extend(
         self,

@@ -6,6 +6,7 @@ not known, only shapes and dtypes.
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,12 +75,13 @@ def validate_targets(
             f"{call}: targets of shape {targets.shape} are not one for each position "
             f"of hidden, {shape}."
         )
+    kept = targets
     if mask is not None:
         _validate_mask(call, mask, shape)
         where = np.where if is_concrete(targets, mask) else jnp.where
-        targets = where(mask, targets, targets.dtype.type(0))
-    _check_range(call, "target", targets, vocab)
-    return jnp.asarray(targets)
+        kept = where(mask, targets, targets.dtype.type(0))
+    _check_range(call, "target", kept, vocab)
+    return jnp.asarray(kept)
 
 
 def _validate_mask(call: str, mask: Any, shape: tuple[int, ...]) -> None:
@@ -104,6 +106,12 @@ def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
 
 
 def _validate_array(call: str, tokens: Any) -> None:
+    if isinstance(tokens, eqx.Module):
+        raise ValueError(
+            f"{call}: token ids must be an array, not a {type(tokens).__name__}. A tree "
+            "in the model's shape can be called: where a function may be given, as in "
+            "optax.partition, give lambda _: tree."
+        )
     if not isinstance(tokens, jax.Array | np.ndarray):
         raise ValueError(
             f"{call}: token ids must be an array of JAX or numpy, not "

@@ -30,6 +30,8 @@ from dsv4_eqx.model.stacked import (
     with_room,
     write_states,
 )
+from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.initial import stack
 from dsv4_eqx.numerics.validation import invalid_argument, is_int
 
 
@@ -63,16 +65,17 @@ class Layers(eqx.Module):
             return Block(config, layer, key=keys[layer], dtype=dtype)
 
         def stacked(layer: int) -> Block:
-            make = eqx.filter_vmap(
-                lambda key: Block(config, layer, key=key, dtype=dtype)
-            )
-            return make(keys[layer:end:period])
+            def make(key: PRNGKeyArray) -> Block:
+                return Block(config, layer, key=key, dtype=dtype)
+
+            return stack(make, keys[layer:end:period])
 
         self.first = tuple(block(layer) for layer in range(start))
         self.repeated = tuple(stacked(start + i) for i in range(period))
         self.last = tuple(block(layer) for layer in range(end, num_layers))
         self.num_repeats = repeats
 
+    @compiled_once
     def __call__(
         self,
         streams: Float[Array, "batch seq streams dim"],
@@ -135,6 +138,7 @@ class Layers(eqx.Module):
             *map(state, self.last),
         )
 
+    @compiled_once
     def extend(
         self,
         streams: Float[Array, "batch seq streams dim"],
@@ -157,6 +161,7 @@ class Layers(eqx.Module):
 
         return self._extend(streams, token_ids, cache, start, lengths, settle, 0)
 
+    @compiled_once
     def lookahead(
         self,
         streams: Float[Array, "batch seq streams dim"],

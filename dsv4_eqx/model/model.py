@@ -28,6 +28,7 @@ from dsv4_eqx.model.inputs import (
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP, MTPCache
 from dsv4_eqx.model.parts import make_hyper_head
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import is_quantized
 from dsv4_eqx.numerics.validation import (
@@ -72,11 +73,11 @@ class DeepSeekV4(AbstractModel):
         keys = jax.random.split(key, 4 + config.num_nextn_predict_layers)
         shape = (config.vocab_size, config.hidden_size)
         std = config.initializer_range
-        self.embedding = std * jax.random.normal(keys[0], shape, dtype)
+        self.embedding = normal(keys[0], shape, dtype, std=std)
         self.layers = Layers(config, key=keys[1], dtype=dtype)
         self.head = make_hyper_head(config, key=keys[2])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.unembedding = std * jax.random.normal(keys[3], shape, dtype)
+        self.unembedding = normal(keys[3], shape, dtype, std=std)
         self.mtp = tuple(
             MTP(config, config.num_hidden_layers + i, key=key, dtype=dtype)
             for i, key in enumerate(keys[4:])

@@ -16,6 +16,7 @@ from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
 from dsv4_eqx.model.block import Block
 from dsv4_eqx.model.parts import make_hyper_head
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.validation import validate_counts
@@ -64,9 +65,9 @@ class MTP(eqx.Module):
         dim, eps = config.hidden_size, config.rms_norm_eps
         std = config.initializer_range
         self.embedding_norm = RMSNorm(dim, eps=eps)
-        self.embedding_in = std * jax.random.normal(keys[0], (dim, dim), dtype)
+        self.embedding_in = normal(keys[0], (dim, dim), dtype, std=std)
         self.streams_norm = RMSNorm(dim, eps=eps)
-        self.streams_in = std * jax.random.normal(keys[1], (dim, dim), dtype)
+        self.streams_in = normal(keys[1], (dim, dim), dtype, std=std)
         self.block = Block(config, layer, key=keys[2], dtype=dtype)
         self.head = make_hyper_head(config, key=keys[3])
         self.norm = RMSNorm(dim, eps=eps)

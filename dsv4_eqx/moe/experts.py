@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_eqx.kernels.activation import clamped_swiglu
 from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
+from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.slice import as_slice
@@ -75,10 +77,11 @@ class Experts(eqx.Module):
         std = validate_number("Experts", "std", std)
         gate_up_key, down_key = jax.random.split(key)
         gate_up_shape = (self.num_experts, 2, self.hidden_dim, self.dim)
-        self.gate_up = std * jax.random.normal(gate_up_key, gate_up_shape, dtype)
+        self.gate_up = normal(gate_up_key, gate_up_shape, dtype, std=std)
         down_shape = (self.num_experts, self.dim, self.hidden_dim)
-        self.down = std * jax.random.normal(down_key, down_shape, dtype)
+        self.down = normal(down_key, down_shape, dtype, std=std)
 
+    @compiled_once
     @jax.named_scope("Experts")
     def __call__(
         self,
@@ -173,9 +176,9 @@ class SharedExpert(eqx.Module):
         std = validate_number("SharedExpert", "std", std)
         gate_up_key, down_key = jax.random.split(key)
         gate_up_shape = (2, self.hidden_dim, self.dim)
-        self.gate_up = std * jax.random.normal(gate_up_key, gate_up_shape, dtype)
+        self.gate_up = normal(gate_up_key, gate_up_shape, dtype, std=std)
         down_shape = (self.dim, self.hidden_dim)
-        self.down = std * jax.random.normal(down_key, down_shape, dtype)
+        self.down = normal(down_key, down_shape, dtype, std=std)
 
     @jax.named_scope("SharedExpert")
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
+from dsv4_eqx.numerics.compiled import compiled_once
 from dsv4_eqx.numerics.validation import validate_activations, validate_ids
 
 
@@ -25,6 +26,7 @@ class MoE(eqx.Module):
     experts: Experts
     shared: SharedExpert
 
+    @compiled_once
     @jax.named_scope("MoE")
     def __call__(
         self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]

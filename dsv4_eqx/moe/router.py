@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
@@ -75,7 +76,7 @@ class TopKRouter(eqx.Module):
         )
         std = validate_number("TopKRouter", "std", std)
         shape = (self.num_experts, self.dim)
-        self.weight = std * jax.random.normal(key, shape, dtype)
+        self.weight = normal(key, shape, dtype, std=std)
         self.bias = jnp.zeros(self.num_experts, jnp.float32)
 
     @jax.named_scope("TopKRouter")
@@ -138,7 +139,7 @@ class HashRouter(eqx.Module):
         std = validate_number("HashRouter", "std", std)
         weight_key, table_key = jax.random.split(key)
         shape = (self.num_experts, self.dim)
-        self.weight = std * jax.random.normal(weight_key, shape, dtype)
+        self.weight = normal(weight_key, shape, dtype, std=std)
         sizes = self.vocab_size, self.num_slots, self.num_experts
         self.table = _spread_table(*sizes, table_key)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.validation import validate_dtype, validate_number, validate_sizes
 
 
@@ -58,7 +59,7 @@ class GroupedLinear(eqx.Module):
                 "the groups must divide out_features."
             )
         shape = (n_groups, out_features // n_groups, inner)
-        self.weight = std * jax.random.normal(key, shape, dtype)
+        self.weight = normal(key, shape, dtype, std=std)
 
     @jax.named_scope("GroupedLinear")
     def __call__(

@@ -129,7 +129,7 @@ def _mark_repeats(block: Any, repeats: list[int | None], num_repeats: int) -> An
     """A boolean where all repetitions, or the only one, are marked alike."""
     if not repeats or None in repeats or len(repeats) == num_repeats:
         return jax.tree.map(lambda _: bool(repeats), block)
-    marked = np.isin(np.arange(num_repeats), repeats)
+    marked = np.isin(np.arange(num_repeats), np.array(repeats, int))
     return jax.tree.map(lambda x: marked.reshape(-1, *[1] * (x.ndim - 1)), block)
 
 

@@ -171,6 +171,12 @@ def test_tokens_that_are_no_array_are_refused(tokens):
         inspect.unwrap(validate_token_ids)("call", tokens, 97)
 
 
+def test_a_tree_of_labels_given_as_a_function_is_told_apart(without_shape_checks):
+    labels = jax.tree.map(lambda _: "adam", abstract_model(T, jnp.float32))
+    with pytest.raises(ValueError, match="give lambda _: tree"):
+        labels(labels)
+
+
 def test_tokens_beyond_the_last_position_are_refused():
     abstract = abstract_model(tiny_config(max_position_embeddings=16), jnp.float32)
     for call in (DeepSeekV4.__call__, DeepSeekV4.multi_token_logits):
