@@ -8,6 +8,7 @@ back at the query's position and projected group by group.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
@@ -19,6 +20,7 @@ from dsv4_eqx.attention.cache import (
     validate_state,
 )
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
+from dsv4_eqx.attention.documents import document_starts, local_positions
 from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
@@ -29,6 +31,7 @@ from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
+    is_concrete,
     validate_activations,
     validate_ids,
     validate_number,
@@ -138,17 +141,24 @@ class Attention(eqx.Module):
     @compiled_once
     @jax.named_scope("Attention")
     def __call__(
-        self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq dim"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
-        """Attention over a whole sequence.
+        """Attention over whole sequences.
 
         **Arguments:**
 
         - `x`: normalised activations.
-        - `positions`: 0, 1, 2, ... in each row.
+        - `positions`: 0, 1, 2, ... in each row, or in each document of a row.
+        - `segment_ids`: document of each token, where a row has several: any integers,
+            the same throughout a document. An id that comes back is another document.
 
         **Raises:** ValueError if `x` has other channels or another dtype than the
-        weights or no tokens, or the positions are not one integer for each token.
+        weights or no tokens, or positions or ids are not one integer for each token;
+        and if positions do not start at 0 in each document, which is not checked under
+        `jit`.
         """
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
         validate_ids("Attention", "positions", positions, x.shape[:2])
@@ -158,18 +168,23 @@ class Attention(eqx.Module):
                 "be at least 1."
             )
         positions = positions.astype(jnp.int32)  # as those of compressed entries
+        documents = ()
+        if segment_ids is not None:
+            _validate_documents(positions, segment_ids)
+            segment_ids = document_starts(segment_ids)
+            documents = (segment_ids,)
         self = dequantize(self)
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
-        entries = None if self.compressor is None else self.compressor(x)
+        entries = None if self.compressor is None else self.compressor(x, *documents)
         selection = None
         if self.indexer is not None:
-            selection = self.indexer(x, latent, positions)
+            selection = self.indexer(x, latent, positions, *documents)
         # No more than the sequence: a window that it does not fill costs nothing.
         num_before = min(self.window, x.shape[1]) - 1
         before = jnp.zeros_like(keys, shape=(len(keys), num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
-        return self.attend(latent, positions, keys, entries, selection)
+        return self.attend(latent, positions, keys, entries, selection, *documents)
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> AttentionCache:
         """The state before any token.
@@ -326,6 +341,21 @@ class Attention(eqx.Module):
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
         return project(latent, self.output_up, over=2)
+
+
+def _validate_documents(
+    positions: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"]
+) -> None:
+    validate_ids("Attention", "segment_ids", segment_ids, positions.shape)
+    if is_concrete(positions, segment_ids):
+        wrong = np.argwhere(positions != local_positions(segment_ids))
+        if len(wrong) > 0:
+            place = [int(i) for i in wrong[0]]
+            raise ValueError(
+                f"Attention: position {positions[tuple(place)]} at {place} is not the "
+                "token's in its document, as segment_ids have it: give 0, 1, 2, ... in "
+                "each document."
+            )
 
 
 def _validate_parts(

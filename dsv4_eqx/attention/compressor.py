@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import (
     CompressorState,
@@ -19,6 +19,7 @@ from dsv4_eqx.attention.cache import (
     rows_from,
     validate_state,
 )
+from dsv4_eqx.attention.documents import document_starts, last_tokens
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
 from dsv4_eqx.numerics.compiled import compiled_once
@@ -27,6 +28,7 @@ from dsv4_eqx.numerics.precision import wide_dtype
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.validation import (
     validate_flag,
+    validate_ids,
     validate_number,
     validate_sizes,
 )
@@ -103,15 +105,31 @@ class Compressor(eqx.Module):
 
     @compiled_once
     @jax.named_scope("Compressor")
-    def __call__(self, x: Float[Array, "batch seq dim"]) -> Entries:
-        """Entries of all complete windows of a sequence that starts at position 0.
+    def __call__(
+        self,
+        x: Float[Array, "batch seq dim"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> Entries:
+        """Entries of all complete windows of sequences that start at position 0.
 
         **Arguments:**
 
         - `x`: normalised activations, in `x.dtype` of the entries.
+        - `segment_ids`: document of each token, where a row has several; each is
+            compressed alone. An id that comes back is another document.
+
+        **Raises:** ValueError if `segment_ids` are not an integer for each token.
         """
         ratio = self.ratio
         windows = x.shape[1] // ratio
+        if segment_ids is not None:
+            validate_ids("Compressor", "segment_ids", segment_ids, x.shape[:2])
+            starts = document_starts(segment_ids)
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32) - starts
+            values, gates = self.project(x)
+            return self.compress_documents(
+                values, gates, positions, starts, windows, x.dtype
+            )
         values, gates = self.project(x[:, : windows * ratio])
         pooled = self.pool(_windows(values, ratio), _windows(gates, ratio))
         first = jnp.arange(windows, dtype=jnp.int32) * ratio
@@ -146,6 +164,65 @@ class Compressor(eqx.Module):
         """
         gates = gates + self.position_bias.astype(gates.dtype)
         return pool_windows(values, gates)
+
+    def compress_documents(
+        self,
+        values: Float[Array, "batch tokens series head_dim"],
+        gates: Float[Array, "batch tokens series head_dim"],
+        positions: Int32[Array, "batch seq"],
+        segment_ids: Int32[Array, "batch seq"],
+        windows: int,
+        dtype: DTypeLike,
+    ) -> Entries:
+        """Entries of the windows that end among some tokens, wherever these begin.
+
+        With two series, an entry pools the first one of the window before and the
+        second one of its own: of a document's first window, its own alone. Windows of
+        4 tokens:
+
+            position        0  1  2  3  4  5  6  7  8  9
+            first entry    [   own    ]
+            second entry   [  before  ][   own    ]
+            in no entry                             8  9
+
+        **Arguments:**
+
+        - `values`, `gates`: from `project`, of the tokens, and of any before them that
+            their windows need.
+        - `positions`: of the tokens, each in its document.
+        - `segment_ids`: document of each, never negative.
+        - `windows`: room for so many; what is left over has the document -1.
+        - `dtype`: of the entries.
+        """
+        ratio, series, _ = self.position_bias.shape
+        seq = positions.shape[1]
+        last = last_tokens(positions, ratio, windows)
+        is_window, last = last < seq, jnp.minimum(last, seq - 1)
+        first_positions = jnp.take_along_axis(positions, last, axis=1) - (ratio - 1)
+        first = last - (ratio - 1) + (values.shape[1] - seq)
+
+        def pooled_tokens(x: Array, nothing: float) -> Array:
+            """Of each window the tokens that it pools, one series after another."""
+            parts = []
+            for n in range(series):
+                back = ratio * (series - 1 - n)  # to the window before, or to none
+                part = _tokens_at(x[:, :, n], first - back, ratio)
+                if back > 0:
+                    exists = (first_positions >= back)[..., None, None]
+                    part = jnp.where(exists, part, nothing)
+                parts.append(part)
+            return jnp.concatenate(parts, axis=2)
+
+        bias = jnp.concatenate([self.position_bias[:, n] for n in range(series)])
+        gates = pooled_tokens(gates, _NO_WEIGHT) + bias.astype(gates.dtype)
+        values = pooled_tokens(values, 0)
+        pooled = pool_windows(values[:, :, :, None], gates[:, :, :, None])
+        document = jnp.take_along_axis(segment_ids, last, axis=1)
+        return self.finish(
+            pooled.astype(dtype),
+            jnp.where(is_window, first_positions, 0),
+            jnp.where(is_window, document, -1),
+        )
 
     def init_state(
         self, batch: int, capacity: int, dtype: DTypeLike
@@ -286,6 +363,18 @@ class Compressor(eqx.Module):
         first_positions: Int[Array, "batch windows"],
     ) -> Float[Array, "batch windows head_dim"]:
         return self.rope(self.norm(pooled), first_positions)
+
+
+def _tokens_at(
+    x: Float[Array, "batch seq head_dim"],
+    first: Int[Array, "batch windows"],
+    ratio: int,
+) -> Float[Array, "batch windows ratio head_dim"]:
+    """As many tokens from each of the first ones on; any for one before the row."""
+    index = first[..., None] + jnp.arange(ratio, dtype=first.dtype)
+    index = jnp.maximum(index, 0)
+    read = jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))
+    return read(x, index)
 
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.cache import CompressorState, Extended, positions_after
 from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
 from dsv4_eqx.kernels.select import query_block, select
@@ -89,19 +90,25 @@ class Indexer(eqx.Module):
         x: Float[Array, "batch seq dim"],
         latent: Float[Array, "batch seq q_rank"],
         positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Selection:
-        """The selection of every query of a sequence that starts at position 0.
+        """The selection of every query of sequences that start at position 0.
 
         **Arguments:**
 
         - `x`: normalised activations.
         - `latent`: the normalised query latent, shared with attention.
-        - `positions`: of the tokens.
+        - `positions`: of the tokens, each in its document.
+        - `segment_ids`: as for `Compressor`.
         """
         if x.shape[1] // self.compressor.ratio <= self.topk:
             return None  # everything visible is selected: no score is needed
         weights = self.project_weights(x)
-        return self.select(latent, weights, positions, self.compressor(x))
+        if segment_ids is None:
+            return self.select(latent, weights, positions, self.compressor(x))
+        starts = document_starts(segment_ids)  # those of the compressor's entries
+        keys = self.compressor(x, starts)
+        return self.select(latent, weights, positions, keys, starts)
 
     @compiled_once
     def extend(

@@ -74,13 +74,13 @@ def _forward(floats, others, form):
         values = gathered(entries.values, selection)
         softmax = softmax.add(queries, values, selection >= 0)
     elif entries is not None:
-        tile, tiles = _tiling(entries, positions, form)
+        tile, tiles = _tiling(entries, positions, segment_ids, form)
 
         def add_tile(i, softmax):
             _, values, seen = _tile(i, tile, entries, positions, segment_ids, selection)
             return softmax.add(queries, values, seen)
 
-        softmax = lax.fori_loop(0, tiles, add_tile, softmax)
+        softmax = lax.fori_loop(*tiles, add_tile, softmax)
     out = (softmax.weighted / softmax.total).astype(queries.dtype)
     out = checkpoint_name(out, KEPT)
     log_total = checkpoint_name(softmax.top + jnp.log(softmax.total), KEPT)
@@ -107,7 +107,7 @@ def _backward(form, residuals, d_out):
         d_queries += more
         d_entries = scattered(d_gathered, selection, entries.values.shape[1])
     elif entries is not None:
-        tile, tiles = _tiling(entries, positions, form)
+        tile, tiles = _tiling(entries, positions, segment_ids, form)
 
         def add_tile(i, gradients):
             d_queries, d_entries = gradients
@@ -121,7 +121,7 @@ def _backward(form, residuals, d_out):
 
         transposed = *d_keys.shape[:2], entries.values.shape[1]
         gradients = d_queries, jnp.zeros_like(d_keys, shape=transposed)
-        d_queries, d_entries = lax.fori_loop(0, tiles, add_tile, gradients)
+        d_queries, d_entries = lax.fori_loop(*tiles, add_tile, gradients)
         d_entries = jnp.swapaxes(d_entries, 1, 2)
     d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
     gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
@@ -228,16 +228,25 @@ def _einsum(equation: str, left: Array, right: Array) -> Array:
 
 
 def _tiling(
-    entries: Entries, positions: Int[Array, "batch block"], form: Form
-) -> tuple[int, Int[Array, ""] | int]:
-    """Entries in a tile, and the tiles up to the last one that any query sees."""
+    entries: Entries,
+    positions: Int[Array, "batch block"],
+    segment_ids: Int[Array, "batch block"] | None,
+    form: Form,
+) -> tuple[int, tuple[Int[Array, ""] | int, Int[Array, ""] | int]]:
+    """Entries in a tile, and the tiles from the first to the last that a query sees."""
     num_entries = entries.last_positions.shape[1]
     tile = min(form.entry_tile, num_entries)
     if not form.stops_early:
-        return tile, -(-num_entries // tile)
+        return tile, (0, -(-num_entries // tile))
+    if segment_ids is not None:
+        seen = jnp.any(visible(entries, positions, segment_ids), axis=1)
+        index = jnp.arange(num_entries)
+        first = jnp.min(jnp.where(seen, index, num_entries))
+        end = jnp.max(jnp.where(seen, index + 1, 0))
+        return tile, (first // tile, -(-end // tile))
     seen = entries.last_positions <= jnp.max(positions, axis=1, keepdims=True)
     count = jnp.max(jnp.where(seen, jnp.arange(1, num_entries + 1), 0))
-    return tile, -(-count // tile)
+    return tile, (0, -(-count // tile))
 
 
 def _tile(

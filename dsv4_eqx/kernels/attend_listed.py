@@ -175,6 +175,8 @@ def _chosen_entries(
     seen = visible(entries, positions, segment_ids)
     if selection is not None:
         return listed(seen & selection, seen.shape[-1])
+    if segment_ids is not None:  # the document's entries alone, wherever they begin
+        return listed(seen, seen.shape[-1])
     every = jnp.arange(seen.shape[-1], dtype=jnp.int32)
     return jnp.where(seen, every, -1)
 

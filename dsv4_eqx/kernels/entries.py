@@ -25,8 +25,8 @@ LAYERS: Final = 1  # the dimension of the stack that the slice's index counts al
 class Entries(eqx.Module):
     """Compressed entries that queries may look at.
 
-    A query sees an entry of its own owner if the last of the tokens in it is not after
-    the query. What a cache has not filled yet is after every query.
+    A query sees an entry of its own document if the last of the tokens in it is not
+    after the query. What a cache has not filled yet is after every query.
     """
 
     values: Values
@@ -60,9 +60,12 @@ def in_window(
 ) -> Bool[Array, "batch block keys"]:
     """Whether a window key is one of the last `window` tokens of a query's document.
 
+    A query at position p of its document has p tokens of it before itself: what lies
+    further back is another document's, wherever that begins.
+
     **Arguments:**
 
-    - `positions`: of consecutive queries.
+    - `positions`: of consecutive queries, each in its document.
     - `num_keys`: those of the `window - 1` tokens before the first query, and the
         queries' own.
     """
@@ -79,7 +82,7 @@ def visible(
     positions: Int[Array, "batch seq"],
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Bool[Array, "batch seq entries"]:
-    """Whether an entry has the query's owner and its last token is not after the query.
+    """Whether an entry is of the query's document and ends no later than the query.
 
     **Arguments:**
 

@@ -153,7 +153,7 @@ def _score_by_tiles(queries, weights, keys, seen, form):
     batch, block = queries.shape[:2]
     num_entries = keys.shape[1]
     tile = min(form.entry_tile, num_entries)
-    tiles = _num_tiles(seen, tile, form)
+    tiles = _tiles(seen, tile, keys.segment_ids is not None, form)
 
     def score_tile(i, scores):
         # The last tile reaches back into the one before.
@@ -175,18 +175,25 @@ def _score_by_tiles(queries, weights, keys, seen, form):
         return lax.dynamic_update_slice_in_dim(scores, part, begin, axis=2)
 
     scores = jnp.zeros_like(queries, jnp.float32, shape=(batch, block, num_entries))
-    return lax.fori_loop(0, tiles, score_tile, scores)
+    return lax.fori_loop(*tiles, score_tile, scores)
 
 
-def _num_tiles(
-    seen: Bool[Array, "batch block entries"], tile: int, form: Form
-) -> Int[Array, ""] | int:
-    """Tiles up to the last entry that any query sees."""
+def _tiles(
+    seen: Bool[Array, "batch block entries"],
+    tile: int,
+    has_documents: bool,
+    form: Form,
+) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
+    """Tiles up to the last entry that any query sees; from the first, of documents."""
     num_entries = seen.shape[2]
     if not form.stops_early:
-        return -(-num_entries // tile)
+        return 0, -(-num_entries // tile)
     any_sees = jnp.any(seen, axis=(0, 1))
-    return jnp.max(jnp.where(any_sees, jnp.arange(num_entries), -1)) // tile + 1
+    index = jnp.arange(num_entries)
+    end = jnp.max(jnp.where(any_sees, index, -1)) // tile + 1
+    if not has_documents:
+        return 0, end
+    return jnp.min(jnp.where(any_sees, index, num_entries)) // tile, end
 
 
 def highest(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.config.config import Config
-from dsv4_eqx.model.inputs import Lengths, TokenIds
+from dsv4_eqx.model.inputs import Lengths, SegmentIds, TokenIds
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.numerics.validation import validate_counts
 
@@ -68,35 +68,44 @@ class AbstractModel(eqx.Module):
         """Prediction blocks."""
 
     def __call__(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
         Rows are the batch: `jax.vmap` over calls works outside of `jit` alone.
 
+        A row may hold several documents, of any lengths, one after another: with
+        `segment_ids`, each is computed as if it were alone. At a document's last token
+        the logits are of a token that would continue it. Padding is one more document:
+        give it an id of its own, and leave its output unread.
+
         **Arguments:**
 
         - `tokens`: token ids, each in `[0, vocab)`.
+        - `segment_ids`: document of each token, where rows hold several: any integers,
+            the same throughout a document, each in one document of a row.
         - `remat`: keep only each layer's input for the backward pass.
 
         **Raises:** ValueError if the tokens are no array of integers of two dimensions,
-        are empty, or longer than `max_position_embeddings`; and if one is outside the
-        vocabulary, which is not checked under `jit`.
+        are empty, or longer than `max_position_embeddings`; if the segment ids are no
+        integers of the same shape; and if a token is outside the vocabulary or a
+        segment id comes back after another one. These two are not checked under `jit`,
+        where an id that comes back is another document.
         """
-        return self.unembed(self.hidden(tokens, remat=remat))
+        return self.unembed(self.hidden(tokens, segment_ids, remat=remat))
 
     def hidden(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq dim"]:
         """What the unembedding turns into logits.
 
         **Arguments:** as for calling.
         """
-        return self.collapse(self.streams(tokens, remat=remat))
+        return self.collapse(self.streams(tokens, segment_ids, remat=remat))
 
     @abc.abstractmethod
     def streams(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the last layer.
 
@@ -148,11 +157,16 @@ class AbstractModel(eqx.Module):
 
     @abc.abstractmethod
     def multi_token_logits(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
         """Logits of the next token, and of the one after it.
 
         The second has one position less: it needs the next token itself.
+
+        With `segment_ids`, both predict within documents. In a document's last position
+        p, token p+1 is another document's: no target for the first, and the second
+        means nothing. In the last but one, p+2 is another document's: no target for the
+        second. Leave these out of the loss.
 
         **Arguments:** as for calling; at least two tokens.
 

@@ -63,15 +63,17 @@ class Block(eqx.Module):
         streams: Float[Array, "batch seq streams dim"],
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq streams dim"]:
         """**Arguments:**
 
         - `streams`: the residual streams.
         - `token_ids`: the tokens; hash routing reads them.
-        - `positions`: 0, 1, 2, ... in each row.
+        - `positions`, `segment_ids`: as for `Attention`.
         """
+        documents = () if segment_ids is None else (segment_ids,)
         x, mixing = self.attention_connection.read(streams)
-        x = self.attention(self.attention_norm(x), positions)
+        x = self.attention(self.attention_norm(x), positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
         return self._run_moe(streams, token_ids)
 

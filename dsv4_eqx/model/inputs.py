@@ -10,8 +10,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Int32
 
+from dsv4_eqx.attention.documents import document_starts, validate_segment_ids
 from dsv4_eqx.numerics.validation import (
     is_concrete,
     validate_counts,
@@ -19,6 +20,7 @@ from dsv4_eqx.numerics.validation import (
 )
 
 TokenIds = Int[Array | np.ndarray, "batch seq"]
+SegmentIds = Int[Array | np.ndarray, "batch seq"] | None
 Lengths = Int[Array | np.ndarray, " batch"]
 
 
@@ -46,6 +48,27 @@ def validate_token_ids(
         tokens = where(is_meant, tokens, tokens.dtype.type(0))
     _check_range(call, "token id", tokens, vocab)
     return jnp.asarray(tokens, jnp.int32)
+
+
+def token_places(
+    call: str, token_ids: Int[Array, "batch seq"], segment_ids: SegmentIds
+) -> tuple[Int32[Array, "batch seq"], Int32[Array, "batch seq"] | None]:
+    """Each token's position in its document, and where in the row that starts.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `token_ids`: the tokens.
+    - `segment_ids`: document of each; without, rows are documents and start nowhere.
+
+    **Raises:** ValueError if the segment ids do not give each token a document.
+    """
+    index = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
+    if segment_ids is None:
+        return jnp.broadcast_to(index, token_ids.shape), None
+    validate_segment_ids(call, segment_ids, token_ids.shape)
+    starts = document_starts(segment_ids)
+    return index - starts, starts
 
 
 def validate_targets(
@@ -108,9 +131,9 @@ def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
 def _validate_array(call: str, tokens: Any) -> None:
     if isinstance(tokens, eqx.Module):
         raise ValueError(
-            f"{call}: token ids must be an array, not a {type(tokens).__name__}. A tree "
-            "in the model's shape can be called: where a function may be given, as in "
-            "optax.partition, give lambda _: tree."
+            f"{call}: token ids must be an array, not a {type(tokens).__name__}. Where "
+            "a function may be given, as in optax.partition, a tree in the model's "
+            "shape is called: give lambda _: tree."
         )
     if not isinstance(tokens, jax.Array | np.ndarray):
         raise ValueError(

@@ -81,6 +81,7 @@ class Layers(eqx.Module):
         streams: Float[Array, "batch seq streams dim"],
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
         *,
         remat: bool = False,
     ) -> Float[Array, "batch seq streams dim"]:
@@ -88,13 +89,14 @@ class Layers(eqx.Module):
 
         - `streams`: the residual streams.
         - `token_ids`: the tokens; hash routing reads them.
-        - `positions`: 0, 1, 2, ... in each row.
+        - `positions`, `segment_ids`: as for `Attention`.
         - `remat`: keep only each layer's input for the backward pass.
         """
 
         def run(block: Callable[..., Array], streams: Array) -> Array:
-            return block(streams, token_ids, positions)
+            return block(streams, token_ids, positions, *documents)
 
+        documents = () if segment_ids is None else (segment_ids,)
         run = eqx.filter_checkpoint(run) if remat else run
 
         def run_all(streams: Array, blocks: tuple, name: str) -> Array:

@@ -19,8 +19,10 @@ from dsv4_eqx.hyper_connection import HyperHead
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 from dsv4_eqx.model.inputs import (
     Lengths,
+    SegmentIds,
     TokenIds,
     is_concrete,
+    token_places,
     validate_lengths,
     validate_targets,
     validate_token_ids,
@@ -85,12 +87,12 @@ class DeepSeekV4(AbstractModel):
         self.config = config
 
     def streams(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
         """As `AbstractModel.streams`."""
         token_ids = self.validate_tokens(tokens)
-        streams = self.embed(token_ids)
-        return self.layers(streams, token_ids, _positions(token_ids), remat=remat)
+        places = token_places("DeepSeekV4", token_ids, segment_ids)
+        return self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
 
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
@@ -161,14 +163,16 @@ class DeepSeekV4(AbstractModel):
         )
 
     def multi_token_logits(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
         """As `AbstractModel.multi_token_logits`."""
         token_ids = self.validate_ahead(tokens)
-        streams = self.streams(token_ids, remat=remat)
+        places = token_places("multi_token_logits", token_ids, segment_ids)
+        streams = self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
         following = token_ids[:, 1:]
+        positions, documents = jax.tree.map(lambda x: x[:, :-1], places)
         ahead = self.mtp[0](
-            streams[:, :-1], self.embedding[following], following, _positions(following)
+            streams[:, :-1], self.embedding[following], following, positions, documents
         )
         return self.unembed(self.collapse(streams)), self.unembed(ahead)
 
@@ -344,8 +348,3 @@ def count_params(tree: object) -> int:
     found = jax.tree.leaves(tree, is_leaf=is_quantized)
     leaves = (x for x in found if hasattr(x, "dtype"))
     return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
-
-
-def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    batch, seq = token_ids.shape
-    return jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))

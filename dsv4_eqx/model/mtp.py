@@ -79,6 +79,7 @@ class MTP(eqx.Module):
         embedded: Float[Array, "batch seq dim"],
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
         """What the unembedding turns into logits of the token after next.
 
@@ -87,9 +88,11 @@ class MTP(eqx.Module):
         - `streams`: of the main model after its last layer.
         - `embedded`: embedding of the token after each position.
         - `token_ids`: those tokens.
-        - `positions`: of the streams.
+        - `positions`, `segment_ids`: of the streams, as for `Attention`. Where the
+            token after is another document's, the output means nothing.
         """
-        streams = self.block(self._join(streams, embedded), token_ids, positions)
+        joined = self._join(streams, embedded)
+        streams = self.block(joined, token_ids, positions, segment_ids)
         return self.norm(self.head(streams))
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> MTPCache:

@@ -58,6 +58,23 @@ def is_number(value: Any) -> bool:
     return is_real and bool(abs(as_python(value)) <= _LARGEST_FLOAT32)
 
 
+def is_concrete(*arrays: Any) -> bool:
+    """Whether all the values are there to be looked at, and not only traced.
+
+    **Arguments:**
+
+    - `arrays`: of JAX or numpy.
+    """
+
+    def is_known(x: Any) -> bool:
+        if isinstance(x, jax.core.Tracer):
+            return False
+        # Of what lies over several processes, each knows only its part.
+        return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+    return all(map(is_known, arrays))
+
+
 def shown(value: Any) -> str:
     """`value` as an error shows it, whatever it is and however long.
 
@@ -301,23 +318,6 @@ def validate_ids(call: str, name: str, ids: Array, shape: tuple[int, ...]) -> No
             f"{call} was called with {name} of shape {ids.shape} and dtype "
             f"{ids.dtype}: they must be integers of shape {shape}, as x has tokens."
         )
-
-
-def is_concrete(*arrays: Any) -> bool:
-    """Whether all the values are there to be looked at, and not only traced.
-
-    **Arguments:**
-
-    - `arrays`: of JAX or numpy.
-    """
-
-    def is_known(x: Any) -> bool:
-        if isinstance(x, jax.core.Tracer):
-            return False
-        # Of what lies over several processes, each knows only its part.
-        return not isinstance(x, jax.Array) or x.is_fully_addressable
-
-    return all(map(is_known, arrays))
 
 
 def validate_integers(call: str, name: str, values: Any) -> None:

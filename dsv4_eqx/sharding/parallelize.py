@@ -11,12 +11,19 @@ from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.validation import invalid_argument
-from dsv4_eqx.sharding.context import SplitSequence, SplitTokens
+from dsv4_eqx.sharding.context import (
+    SplitSequence,
+    SplitSequenceAndHeads,
+    SplitTokens,
+    split_sequence,
+)
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import AXES
 from dsv4_eqx.sharding.tensor import SummedOver
 
-_WRAPPERS: Final = ExpertParallel | SummedOver | SplitSequence | SplitTokens
+_WRAPPERS: Final = (
+    ExpertParallel | SummedOver | SplitSequence | SplitSequenceAndHeads | SplitTokens
+)
 
 
 def parallelize(
@@ -64,7 +71,7 @@ def parallelize(
             if tensor in sequence:
                 return SplitTokens(node, "tensor")
         if isinstance(node, Attention) and sequence:
-            return SplitSequence(node, sequence, tensor)
+            return split_sequence(node, sequence, tensor)
         node = exchanging(node)
         return node if tensor is None else SummedOver(node, tensor)
 

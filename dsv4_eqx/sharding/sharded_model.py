@@ -22,7 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
-from dsv4_eqx.model.inputs import Lengths, TokenIds, validate_targets
+from dsv4_eqx.model.inputs import (
+    Lengths,
+    SegmentIds,
+    TokenIds,
+    token_places,
+    validate_targets,
+)
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
@@ -129,20 +135,21 @@ class ShardedModel(AbstractModel):
         return _specs(self.model, rules=rules, mesh=self.mesh, fsdp=self.fsdp)
 
     def streams(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
         """As `AbstractModel.streams`.
 
         **Raises:** ValueError also if batch or sequence do not divide over the mesh.
         """
         token_ids = self.model.validate_tokens(tokens)
+        places = token_places("DeepSeekV4", token_ids, segment_ids)
         split = self._split("streams", token_ids.shape)
 
-        def run(model: DeepSeekV4, ids: Array, positions: Array) -> Array:
-            return model.layers(model.embed(ids), ids, positions, remat=remat)
+        def run(model: DeepSeekV4, ids: Array, *places: Any) -> Array:
+            return model.layers(model.embed(ids), ids, *places, remat=remat)
 
-        inputs = token_ids, _positions(token_ids)
-        specs = split.spec, split.spec
+        inputs = token_ids, *places
+        specs = (split.spec,) * len(inputs)
         return self._map(run, split, specs, split.spec, remat=remat)(*inputs)
 
     def collapse(
@@ -190,22 +197,22 @@ class ShardedModel(AbstractModel):
         return nats if mask is None else jnp.where(mask, nats, 0)
 
     def multi_token_logits(
-        self, tokens: TokenIds, *, remat: bool = False
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
         """As `AbstractModel.multi_token_logits`."""
         token_ids = self.model.validate_ahead(tokens)
-        streams = self.streams(token_ids, remat=remat)
+        places = token_places("multi_token_logits", token_ids, segment_ids)
+        streams = self.streams(token_ids, segment_ids, remat=remat)
         split = self._split("multi_token_logits", token_ids.shape)
         # The last position's successor is not known: any does, for no other sees it.
         following = jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
 
-        def run(model: DeepSeekV4, streams: Array, ids: Array, positions: Array):
-            return model.mtp[0](streams, model.embedding[ids], ids, positions)
+        def run(model: DeepSeekV4, streams: Array, ids: Array, *places: Any):
+            return model.mtp[0](streams, model.embedding[ids], ids, *places)
 
-        specs = split.spec, split.spec, split.spec
-        ahead = self._map(run, split, specs, split.spec)(
-            streams, following, _positions(token_ids)
-        )
+        inputs = streams, following, *places
+        specs = (split.spec,) * len(inputs)
+        ahead = self._map(run, split, specs, split.spec)(*inputs)
         logits = self.unembed(self.collapse(streams))
         return logits, self.unembed(ahead)[:, :-1]
 
@@ -365,11 +372,6 @@ def _specs(model: DeepSeekV4, *, rules: Rules, mesh: Any, fsdp: bool) -> Any:
     if fsdp and mesh.shape[_FSDP] > 1:
         return split_further(model, specs, mesh, _FSDP)
     return specs
-
-
-def _positions(token_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    index = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-    return jnp.broadcast_to(index, token_ids.shape)
 
 
 def _validate_made(model: Any, mesh: Mesh | AbstractMesh) -> None:

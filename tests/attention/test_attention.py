@@ -1,6 +1,5 @@
 """Attention of all three kinds against transformers, part by part and whole."""
 
-import dataclasses
 import functools
 
 import equinox as eqx
@@ -225,46 +224,7 @@ def test_bfloat16_keeps_the_dtype_and_float32_parts(kind):
     assert relative(out.astype(jnp.float32), expected) < 2e-2
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICKLY)
-def packed(attention, x, lengths):
-    """Documents one after another in a row, each compressed on its own."""
-    at = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
-    segment_ids = jnp.repeat(jnp.arange(len(lengths)), np.array(lengths))[None]
-    parts = jnp.split(x, np.cumsum(lengths)[:-1], axis=1)
-
-    def compress(compressor):
-        made = []
-        for owner, part in enumerate(parts):
-            entries = compressor(part)
-            owned = jnp.full_like(entries.last_positions, owner)
-            made.append(dataclasses.replace(entries, segment_ids=owned))
-        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *made)
-
-    latent, keys = attention.project_latent(x), attention.project_keys(x, at)
-    keys = jnp.pad(keys, ((0, 0), (attention.window - 1, 0), (0, 0)))
-    entries = selection = None
-    if attention.compressor is not None:
-        entries = compress(attention.compressor)
-    if attention.indexer is not None:
-        indexer = attention.indexer
-        weights = indexer.project_weights(x)
-        entry_keys = compress(indexer.compressor)
-        selection = indexer.select(latent, weights, at, entry_keys, segment_ids)
-    segment_ids = None if entries is None else segment_ids
-    return attention.attend(latent, at, keys, entries, selection, segment_ids)
-
-
-# 19 + 100 + 30 tokens: indices of some entries; without the 100: a mask.
-@pytest.mark.parametrize("lengths", [(19, 100, 30), (19, 1, 30)])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_packed_documents_do_not_see_each_other(kind, lengths):
-    ours, x = small_attention(kind), activations(sum(lengths), batch=1)
-    out = packed(ours, x, lengths)
-    alone = [attend(ours, part) for part in jnp.split(x, np.cumsum(lengths)[:-1], 1)]
-    np.testing.assert_allclose(out, jnp.concatenate(alone, axis=1), 1e-5, 1e-5)
-
-
-def test_owners_of_queries_alone_are_refused():
+def test_documents_of_queries_alone_are_refused():
     ours, x = small_attention(HCA), activations(40)
     entries, at = ours.compressor(x), positions(x)
     with pytest.raises(ValueError, match="only the queries have segment_ids"):
