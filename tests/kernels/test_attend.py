@@ -1,5 +1,6 @@
 """attend against a dense softmax over window, entries and sink, in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from dsv4_eqx.kernels.attend import attend
 from dsv4_eqx.kernels.entries import Entries, visible
+from dsv4_eqx.kernels.form import FORMS, use_kernels
 from tests.models import QUICKLY, relative
 
 BATCH, HEADS, DIM, WINDOW, RATIO, TOPK = 2, 3, 5, 9, 4, 3
@@ -37,10 +39,39 @@ def operands(seq, window=WINDOW, start=0, seed=0, sink=1.0):
     )
 
 
+# Some without an entry, some with many; over blocks of queries and tiles of entries.
+DOCUMENTS = (1, 3, 50, 4, 5, 64, 9, 15)
+
+
+def packed_operands(seed=0):
+    """The same of two rows of several documents, in different orders."""
+    given = operands(sum(DOCUMENTS), seed=seed)
+    room = given["last"].shape[1]
+    rows = []
+    for lengths in (DOCUMENTS, DOCUMENTS[::-1]):
+        ends = [
+            (n, i) for n, d in enumerate(lengths) for i in range(RATIO - 1, d, RATIO)
+        ]
+        ends += [(-1, RATIO - 1)] * (room - len(ends))
+        ids = np.repeat(np.arange(len(lengths)), lengths)
+        rows.append((ids, np.concatenate(list(map(np.arange, lengths))), *zip(*ends)))
+    names = "segment_ids", "positions", "entry_ids", "last"
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    return given | {name: np.array(rows, np.int32) for name, rows in columns}
+
+
+def sees_entries(given):
+    """Whether an entry ends no later than a query, in the same document."""
+    seen = given["last"][:, None] <= given["positions"][..., None]
+    if "segment_ids" in given:
+        seen = seen & (given["entry_ids"][:, None] == given["segment_ids"][..., None])
+    return seen
+
+
 def selections(given, seed=1):
     """A mask of up to TOPK visible entries of each query, and their indices."""
     rng = np.random.default_rng(seed)
-    seen = given["last"][:, None] <= given["positions"][..., None]
+    seen = sees_entries(given)
     score = np.where(seen, rng.random(seen.shape), -1)
     order = np.argsort(-score, axis=-1)[..., :TOPK]
     index = np.where(np.take_along_axis(seen, order, -1), order, -1)
@@ -64,8 +95,7 @@ def dense(xp, given, mask, has_entries, stored=lambda x: x):
     seen = (own >= 0) & (own < window) & (own <= positions[..., None])
     if has_entries:
         keys = xp.concatenate([keys, given["values"]], axis=1)
-        seen_entries = given["last"][:, None] <= positions[..., None]
-        seen = xp.concatenate([seen, seen_entries & mask], axis=2)
+        seen = xp.concatenate([seen, sees_entries(given) & mask], axis=2)
     logits = xp.einsum("bqhc,bkc->bqhk", given["queries"], keys) * DIM**-0.5
     logits = xp.where(seen[:, :, None], logits, -np.inf)
     sinks = xp.broadcast_to(given["sinks"][:, None], (*logits.shape[:3], 1))
@@ -77,12 +107,14 @@ def dense(xp, given, mask, has_entries, stored=lambda x: x):
 
 
 def ours(given, kind, mask, index):
-    entries = None if kind == "none" else Entries(given["values"], given["last"])
+    entries = Entries(given["values"], given["last"], given.get("entry_ids"))
+    entries = None if kind == "none" else entries
     selection = dict(mask=mask, index=index).get(kind)
     return attend(
         *(given[name] for name in ("queries", "positions", "keys", "sinks")),
         entries,
         selection,
+        given.get("segment_ids"),
     )
 
 
@@ -130,6 +162,23 @@ def test_attend_equals_a_dense_softmax_in_the_middle_of_a_sequence(seq, start):
     mask, index = selections(given)
     for kind, out in of_every_kind(given, mask, index).items():
         np.testing.assert_allclose(out, exact(given, kind, mask), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("form", ["cpu", "gpu", "reference"])
+def test_documents_of_a_row_attend_to_themselves_alone(form, monkeypatch):
+    # Tiles of a few entries: those before a block's documents are left out.
+    tiled = dataclasses.replace(FORMS[form], entry_tile=5)
+    monkeypatch.setitem(FORMS, form, tiled)
+    given = packed_operands()
+    mask, index = selections(given)
+    with use_kernels(form):
+        for kind, out in of_every_kind(given, mask, index).items():
+            np.testing.assert_allclose(out, exact(given, kind, mask), 1e-5, 1e-5)
+        for kind in KINDS if form == "cpu" else ():
+            found = with_gradients(given, kind, mask, index)
+            expected = with_gradients(given, f"dense {kind}", mask, index)
+            for name in expected:
+                assert relative(found[name], expected[name]) <= 1e-5, (kind, name)
 
 
 @pytest.mark.parametrize("sink", [-80.0, 80.0])

@@ -16,9 +16,9 @@ from dsv4_eqx.kernels import attend_listed as module
 from dsv4_eqx.kernels import hopper_attention, hopper_attention_backward
 from dsv4_eqx.kernels.attend import attend_reference
 from dsv4_eqx.kernels.attend_listed import attend_listed, key_lists
-from dsv4_eqx.kernels.entries import LAYERS, Entries
+from dsv4_eqx.kernels.entries import LAYERS, Entries, visible
 from dsv4_eqx.numerics.slice import Slice
-from tests.kernels.test_attend import operands, selections
+from tests.kernels.test_attend import operands, packed_operands, selections
 from tests.models import QUICKLY
 
 pytestmark = pytest.mark.slow  # the interpreter, or whole models
@@ -72,19 +72,20 @@ def plain_kernels(monkeypatch):
 
 
 def attention_operands(seq, kind, start=0):
-    """What `attend` takes, for one kind of selection."""
-    given = operands(seq, start=start)
+    """What `attend` takes, for one kind of selection; of documents without a `seq`."""
+    given = packed_operands() if seq is None else operands(seq, start=start)
+    given = {name: jnp.asarray(value) for name, value in given.items()}
     mask, index = selections(given)
-    entries = Entries(jnp.asarray(given["values"]), jnp.asarray(given["last"]))
+    entries = Entries(given["values"], given["last"], given.get("entry_ids"))
     selection = {"mask": jnp.asarray(mask), "index": jnp.asarray(index)}.get(kind)
     if kind == "none" or given["values"].shape[1] == 0:
         entries = selection = None
-    arrays = (jnp.asarray(given[n]) for n in ("queries", "positions", "keys", "sinks"))
-    return *arrays, entries, selection, None
+    arrays = (given[name] for name in ("queries", "positions", "keys", "sinks"))
+    return *arrays, entries, selection, given.get("segment_ids")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seq, start", [(1, 40), (7, 0), (30, 3), (67, 0)])
+@pytest.mark.parametrize("seq, start", [(1, 40), (7, 0), (30, 3), (67, 0), (None, 0)])
 def test_listed_attention_equals_the_reference(seq, start, kind, plain_kernels):
     given = attention_operands(seq, kind, start)
     floats, others = eqx.partition(given, eqx.is_inexact_array)
@@ -108,6 +109,14 @@ def test_listed_attention_equals_the_reference(seq, start, kind, plain_kernels):
     expected = jax.tree.leaves(with_gradients(reference, floats))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, 3e-5, 3e-5)
+
+
+def test_a_list_has_no_place_for_other_documents_entries():
+    _, positions, keys, _, entries, _, ids = attention_operands(None, "all")
+    _, used = key_lists(positions, keys.shape[1], entries, None, ids)
+    window = keys.shape[1] - positions.shape[1] + 1
+    seen = np.asarray(visible(entries, positions, ids)).sum(axis=2)
+    np.testing.assert_array_equal(used, window + seen.reshape(-1))
 
 
 def test_entries_are_listed_where_they_lie_in_a_stack():

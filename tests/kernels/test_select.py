@@ -1,5 +1,7 @@
 """The selection with the kernel for Hopper GPUs in it, which a few lines stand for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 
 from dsv4_eqx.kernels import hopper_scores
 from dsv4_eqx.kernels.entries import LAYERS, Entries, visible
-from dsv4_eqx.kernels.form import use_kernels
-from dsv4_eqx.kernels.select import query_block, select
+from dsv4_eqx.kernels.form import FORMS, use_kernels
+from dsv4_eqx.kernels.select import query_block, select, select_reference
 from dsv4_eqx.numerics.slice import Slice
 
 HEADS, DIM, TOPK = 8, 64, 5
@@ -56,6 +58,31 @@ def test_hopper_selects_what_other_forms_do(layers, monkeypatch):
         found = jax.jit(select, static_argnums=4)(queries, weights, seen, keys, TOPK)
     assert found.shape == (2, 41, TOPK)
     assert picks(found) == picks(expected)
+
+
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_selections_of_documents_equal_the_reference(form, monkeypatch):
+    # Tiles of a few entries: those before a block's documents are not scored.
+    monkeypatch.setitem(FORMS, form, dataclasses.replace(FORMS[form], entry_tile=7))
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    # Two rows of two documents, and a block of queries in the second one of each.
+    last = np.concatenate([4 * np.arange(20) + 3, 4 * np.arange(13) + 3])
+    ids = np.concatenate([np.zeros(20), np.ones(11), np.full(2, -1)])
+    keys = Entries(
+        normal(2, 33, DIM),
+        jnp.asarray(np.stack([last, last]), jnp.int32),
+        jnp.asarray(np.stack([ids, ids]), jnp.int32),
+    )
+    positions = jnp.broadcast_to(jnp.arange(9, 50), (2, 41))
+    seen = visible(keys, positions, jnp.ones_like(positions))
+    given = normal(2, 41, HEADS, DIM), normal(2, 41, HEADS), seen, keys, TOPK
+    with use_kernels(form):
+        found = jax.jit(select, static_argnums=4)(*given)
+    assert picks(found) == picks(select_reference(*given))
 
 
 @pytest.mark.parametrize("num_entries, block", [(0, 4096), (10**4, 4096), (10**6, 128)])
