@@ -21,10 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import jax
-import numpy as np
 from jax._src import distributed  # the key-value store, which is nowhere public
 
-from dsv4_eqx.numerics.validation import invalid_argument, validate_size
+from dsv4_eqx.numerics.validation import invalid_argument, validate_int, validate_size
 
 _FAILURE: Final = "dsv4_eqx/failure"  # keys of the store
 _SETTINGS: Final = "dsv4_eqx/settings"
@@ -155,7 +154,9 @@ def initialize(
     the process, the item and both values, if settings or versions differ.
     """
     num_processes = validate_size("initialize", "num_processes", num_processes)
-    _validate(address, num_processes, index, settings)
+    most = num_processes - 1
+    index = validate_int("initialize", "index", index, least=0, most=most)
+    _validate(address, settings)
     timeout = validate_size("initialize", "timeout", timeout)
     heartbeat = validate_size("initialize", "heartbeat_timeout", heartbeat_timeout)
     start = initialization_timeout
@@ -166,13 +167,13 @@ def initialize(
     jax.distributed.initialize(
         address,
         num_processes,
-        int(index),
+        index,
         initialization_timeout=start,
         heartbeat_timeout_seconds=heartbeat,
         shutdown_timeout_seconds=timeout + heartbeat,
         **options,
     )
-    processes = Processes(int(index), timeout)
+    processes = Processes(index, timeout)
     if differences := _differences(processes, own, 1000 * start):
         jax.distributed.shutdown()
         raise ValueError(f"initialize: {differences}: start all of them alike.")
@@ -235,16 +236,12 @@ def _differences(processes: Processes, own: Mapping[str, str], wait: int) -> str
     return "; ".join(text for _, text in sorted(client.key_value_dir_get(_DIFFERENCES)))
 
 
-def _validate(address: Any, num_processes: int, index: Any, settings: Any) -> None:
+def _validate(address: Any, settings: Any) -> None:
     """Refuses what `initialize` cannot start from."""
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("",) * 3
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         allowed = "host:port, of process 0"
         raise invalid_argument("initialize", "address", address, allowed)
-    is_int = isinstance(index, int | np.integer) and not isinstance(index, bool)
-    if not is_int or not 0 <= index < num_processes:
-        allowed = f"an integer from 0 to {num_processes - 1}"
-        raise invalid_argument("initialize", "index", index, allowed)
     if not isinstance(settings, Mapping | None):
         allowed = "a mapping of names to values"
         raise invalid_argument("initialize", "settings", settings, allowed)
