@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from dsv4_eqx.kernels.mix import mix, sinkhorn
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project

@@ -25,7 +25,7 @@ from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.kernels.query_blocks import map_queries
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize

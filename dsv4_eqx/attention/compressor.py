@@ -22,7 +22,7 @@ from dsv4_eqx.attention.cache import (
 from dsv4_eqx.attention.documents import document_starts, last_tokens
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import wide_dtype
 from dsv4_eqx.numerics.product import project

@@ -21,7 +21,7 @@ from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
 from dsv4_eqx.kernels.select import query_block, select
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project

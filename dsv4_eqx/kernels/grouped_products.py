@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv4_eqx.kernels.batching import one_by_one
 from dsv4_eqx.kernels.form import Form
 
 
@@ -45,7 +46,7 @@ def product(
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[0],
     )
-    return lax.ragged_dot_general(rows, matrices, group_sizes, dimensions)
+    return _ragged_dot(rows, matrices, group_sizes, dimensions)
 
 
 def outer_product(
@@ -72,7 +73,22 @@ def outer_product(
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[],
     )
-    return lax.ragged_dot_general(left, right, group_sizes, dimensions)
+    return _ragged_dot(left, right, group_sizes, dimensions)
+
+
+def _ragged_dot(
+    left: Array,
+    right: Array,
+    group_sizes: Array,
+    dimensions: lax.RaggedDotDimensionNumbers,
+) -> Array:
+    """`lax.ragged_dot_general`, which has no rule for `jax.vmap`."""
+
+    @one_by_one
+    def call(left: Array, right: Array, group_sizes: Array) -> Array:
+        return lax.ragged_dot_general(left, right, group_sizes, dimensions)
+
+    return call(left, right, group_sizes)
 
 
 def _fits_hopper(left: Array, right: Array) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from dsv4_eqx.kernels.batching import one_by_one
 from dsv4_eqx.kernels.hopper_attention_kernel import (
     HEADS,
     LOG2_E,
@@ -71,7 +72,7 @@ def attend_lists(
     length = splits * sizes.split_blocks * BLOCK
     lists = _padded(lists.astype(jnp.int32), 1, length, -1)
     operands = queries, window, entries, lists, num_keys.astype(jnp.int32)
-    out, log_total = lists_kernel(sizes, operands, interpret)(*operands)
+    out, log_total = one_by_one(lists_kernel(sizes, operands, interpret))(*operands)
     out, log_total = match_varying(out, log_total, *operands)[:2]
     out, log_total = _joined(out, log_total, splits)
     return out[:, :heads, :head_dim].astype(queries.dtype), log_total[:, :heads]

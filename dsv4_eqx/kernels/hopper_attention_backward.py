@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
+from dsv4_eqx.kernels.batching import one_by_one
 from dsv4_eqx.kernels.hopper_attention_backward_kernel import (
     HEADS,
     LOG2_E,
@@ -88,7 +89,8 @@ def attend_lists_backward(
         interprets=bool(interpret),
     )
     run = _run_interpreted if sizes.interprets else _run
-    d_queries, *d_rows = run(sizes, operands, interpret)
+    kernel = one_by_one(lambda *operands: run(sizes, operands, interpret))
+    d_queries, *d_rows = kernel(*operands)
     # Sums and what an interpreter did are as if they were equal all over a mesh.
     d_queries, *d_rows = match_varying(d_queries, *d_rows, *operands)[:3]
     d_window, d_entries = (x[:n, :head_dim] for x, n in zip(d_rows, num_rows))

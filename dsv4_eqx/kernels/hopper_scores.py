@@ -22,6 +22,7 @@ from typing import Any, Final
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from dsv4_eqx.kernels.batching import one_by_one
 from dsv4_eqx.kernels.hopper_scores_kernel import (
     SWIZZLED,
     Sizes,
@@ -96,7 +97,7 @@ def index_scores(
         weights,
         keys,
     )
-    scores = scores_kernel(sizes, operands, interpret)(*operands)
+    scores = one_by_one(scores_kernel(sizes, operands, interpret))(*operands)
     scores = match_varying(scores, *operands)[0]
     return scores[:, :count, :num_entries]
 

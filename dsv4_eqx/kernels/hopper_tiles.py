@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from dsv4_eqx.kernels.batching import one_by_one
 from dsv4_eqx.numerics.varying import match_varying, shape_varying_like
 
 # Rows of a subtile: what a warpgroup's matrix instruction takes.
@@ -249,6 +250,7 @@ def kernel_of(
         is_flag = interpret is True
         options["interpret"] = InterpretGPUParams() if is_flag else interpret
 
+    @one_by_one
     def call(*operands):
         out_type = shape_varying_like(result.shape, result.dtype, *operands)
         kernel = plgpu.kernel(

@@ -12,7 +12,7 @@ from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
 from dsv4_eqx.model.parts import make_attention, make_hyper_connection, make_moe
 from dsv4_eqx.moe.moe import MoE
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.primitives.norm import RMSNorm
 
 

@@ -30,7 +30,7 @@ from dsv4_eqx.model.stacked import (
     with_room,
     write_states,
 )
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import stack
 from dsv4_eqx.numerics.validation import invalid_argument, is_int
 

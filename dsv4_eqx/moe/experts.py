@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_eqx.kernels.activation import clamped_swiglu
 from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import dequantize

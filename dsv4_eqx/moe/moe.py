@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.validation import validate_activations, validate_ids
 
 

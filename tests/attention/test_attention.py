@@ -297,7 +297,7 @@ def temporaries(kind, seq, backward):
         sliding_window=128,
         index_topk=128,
     )
-    make = functools.partial(Attention, config, kind, RATIOS[kind])
+    make = functools.partial(make_attention, config, kind, RATIOS[kind])
     attention = eqx.filter_eval_shape(lambda key: make(key=key), jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, seq, 256), jnp.float32)
 

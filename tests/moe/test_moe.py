@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from dsv4_eqx import HashRouter, MoE, TopKRouter
+from dsv4_eqx import HashRouter, TopKRouter
 from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
+from dsv4_eqx.kernels.form import use_kernels
+from dsv4_eqx.model.parts import make_moe
 from tests.models import QUICKLY, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
@@ -28,7 +30,7 @@ def normal(shape, seed=0, scale=1.0):
 
 @functools.cache
 def make(kind, dtype=jnp.float32):
-    made = functools.partial(MoE, CONFIG, kind, dtype=dtype)
+    made = functools.partial(make_moe, CONFIG, kind, dtype=dtype)
     compiled = jax.jit(lambda key: made(key=key), compiler_options=QUICKLY)
     return compiled(jax.random.key(0))
 
@@ -210,3 +212,32 @@ def test_what_does_not_fit_the_mixture_is_refused():
 def test_a_mixture_of_no_tokens_is_empty(shape):
     out = make(TOPK_MOE)(jnp.ones((*shape, 15)), jnp.zeros(shape, jnp.int32))
     assert out.shape == (*shape, 15)
+
+
+@pytest.mark.parametrize("form", ["cpu", "tpu"])
+def test_vmap_over_rows_and_over_models_is_the_batch(form):
+    """Outputs and gradients for each row; the rows' experts differ."""
+    moe, _ = pair(TOPK_MOE)
+    x, ids = jnp.asarray(normal(SHAPE)), jnp.asarray(token_ids())
+
+    def square(moe, x, ids):
+        return jnp.sum(moe(x[None], ids[None]) ** 2)
+
+    def total(moe, x, ids):
+        return jnp.sum(moe(x, ids) ** 2)
+
+    def both(moe, x, ids):
+        rows = jax.vmap(jax.value_and_grad(square), (None, 0, 0))(moe, x, ids)
+        models = jax.tree.map(lambda x: jnp.stack([2 * x, x]), moe)
+        together = jax.value_and_grad(total)(moe, x, ids)
+        return rows, together, jax.vmap(total, (0, None, None))(models, x, ids)[1]
+
+    with use_kernels(form):
+        (nats, gradients), (expected, summed), last = jax.jit(
+            both, compiler_options=QUICKLY
+        )(moe, x, ids)
+    np.testing.assert_allclose(nats.sum(), expected, rtol=1e-5)
+    np.testing.assert_allclose(last, expected, rtol=1e-5)
+    for own, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(summed)):
+        bound = 1e-5 * np.abs(theirs).max()
+        np.testing.assert_allclose(own.sum(axis=0), theirs, atol=bound)

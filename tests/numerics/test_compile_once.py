@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from dsv4_eqx.kernels.form import is_reference, use_kernels
-from dsv4_eqx.numerics.compiled import compiled_once
+from dsv4_eqx.numerics.compile_once import compiled_once
 from tests.checkpoint.saving import one_layer
 from tests.models import compilations, random_model, random_tokens
 
