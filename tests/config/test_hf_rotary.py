@@ -1,9 +1,12 @@
-"""Rotary values that a `config.json` gives twice: they agree or are refused."""
+"""Rotary values of a `config.json`: read in every form, refused if they disagree."""
 
 import pytest
 
 from dsv4_eqx import Config
-from tests.config.test_config import RAW, nested, refused, yarn
+from tests.config.raw import RAW, nested, refused, yarn
+
+# The type checker of the test run would answer before ours does.
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 FLAT = RAW["rope_scaling"]
 
@@ -93,3 +96,45 @@ def test_nested_bases_alone_are_read():
     config = Config.from_hf(RAW | alone | {"rope_parameters": changes})
     assert (config.rope_theta, config.compress_rope_theta) == (5e5, 7e5)
     assert config.rope_scaling == Config.from_hf(RAW).rope_scaling
+
+
+BAD = {
+    "rope type": ({"rope_scaling": {"type": "linear"}}, ("'linear'", "yarn")),
+    "rope no mapping": ({"rope_scaling": [16]}, ("rope_scaling", "[16]")),
+    "rope lacks": ({"rope_scaling": {"type": "yarn", "factor": 2}}, ("original_max",)),
+    "rope factor": (yarn(factor="16"), ("factor", "'16'")),
+    "rope beta": (yarn(beta_fast=0), ("beta_fast", "0")),
+    "rope length": (yarn(original_max_position_embeddings=True), ("True",)),
+    "rope temperature": (yarn(attention_factor=1.277), ("attention_factor", "1.277")),
+    "rope unknown": (yarn(short_factor=1.0), ("rope_scaling", "['short_factor']")),
+    "rope mscale": (yarn(mscale=0.707), ("mscale=0.707", "1 or left out")),
+    "rope softmax": (yarn(mscale_all_dim=0.5), ("mscale_all_dim=0.5", "1 or left out")),
+    "rope ramp": (yarn(truncate=False), ("truncate=False", "True or left out")),
+    "rope untyped": (yarn(type="default"), ("rope_scaling", "'default'", "yarn")),
+    "rope twice": (nested({}, factor=8), ("rope_scaling", "factor=8.0", "factor=16.0")),
+    "rope main": (
+        nested(RAW["rope_scaling"]),
+        ("['main']", "without a"),
+    ),
+    "rope half": ({"rope_parameters": {"main": {}}}, ("rope_parameters", "'compress'")),
+    "rotary twice": (
+        {"partial_rotary_factor": 0.25},
+        ("qk_rope_head_dim is 64", "and 32 by partial_rotary_factor=0.25"),
+    ),
+    "rotary part": ({"partial_rotary_factor": 0.3}, ("factor=0.3", "head_dim=128")),
+    "rope theta": ({"rope_theta": "a"}, ("rope_theta", "'a'")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_rotary_values_that_are_none_are_refused(case):
+    changes, parts = BAD[case]
+    refused(parts, changes)
+
+
+@pytest.mark.parametrize("head_dim", [20, 49, 98, 100, 512])
+def test_from_hf_reads_the_rotary_size_as_a_fraction(head_dim):
+    for rotary in range(2, head_dim + 1, 2):
+        raw = RAW | {"head_dim": head_dim, "partial_rotary_factor": rotary / head_dim}
+        raw |= {"qk_rope_head_dim": None, "index_head_dim": 512}
+        assert Config.from_hf(raw).qk_rope_head_dim == rotary
