@@ -43,8 +43,8 @@ from dsv4_eqx.primitives.rotary import YarnScaling as YarnScaling
 from dsv4_eqx.sharding.mesh import make_mesh as make_mesh
 from dsv4_eqx.sharding.rules import DEFAULT_RULES as DEFAULT_RULES
 from dsv4_eqx.sharding.rules import partition_specs as partition_specs
+from dsv4_eqx.sharding.shard import shard as shard
 from dsv4_eqx.sharding.sharded_model import ShardedModel as ShardedModel
-from dsv4_eqx.sharding.sharded_model import shard as shard
 from dsv4_eqx.training.masks import apply_mask as apply_mask
 from dsv4_eqx.training.masks import decay_mask as decay_mask
 from dsv4_eqx.training.masks import layer_mask as layer_mask

@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Int
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.plan.collectives import collectives
-from dsv4_eqx.sharding.parallelize import parallelize, place
-from dsv4_eqx.sharding.rules import annotated_leaves
+from dsv4_eqx.sharding.annotations import annotated_leaves
+from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 from dsv4_eqx.sharding.tensor import cross_entropy_split_vocab, embed_split_vocab
 
 BATCH, SEQ, MOST_DEVICES = 8, 128, 8
@@ -75,7 +76,10 @@ class OneBlock(eqx.Module):
         """Logits, and the loss in nats of each next byte."""
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        x = embed_split_vocab(self.embedding, inputs, vocab_axis)
+        if vocab_axis is None:
+            x = self.embedding[inputs]
+        else:
+            x = embed_split_vocab(self.embedding, inputs, vocab_axis)
         streams = jnp.repeat(x[:, :, None], self.head.base.shape[0], axis=2)
         streams = self.block(streams, inputs, positions)
         hidden = self.norm(self.head(streams))

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.plan.collectives import collectives
-from dsv4_eqx.sharding.parallelize import parallelize, place
+from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 from tests.models import QUICKLY
 
 # Layers 0, 1, 2 are sliding, HCA and CSA, the first two hashed, the third by score.

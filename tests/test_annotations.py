@@ -32,11 +32,11 @@ from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
 from dsv4_eqx.numerics.slice import Slice
-from dsv4_eqx.sharding.context import SplitSequence, SplitTokens
+from dsv4_eqx.sharding.context import SplitSequence
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.fsdp import Gathered
 from dsv4_eqx.sharding.parallelize import parallelize
-from dsv4_eqx.sharding.tensor import SplitEmbedding, SummedOver
+from dsv4_eqx.sharding.tensor import SplitEmbedding, SummedOver, WithAllTokens
 from tests.models import QUICKLY, T, random_tensors
 
 # Sizes that belong to activations; modules that hold weights do not have them.
@@ -57,7 +57,7 @@ OF_THE_FIELD_THAT_HOLDS_IT = {QuantizedWeight: {"..."}, Slice: {"..."}}
 WRAPPED = {
     ExpertParallel: "experts",
     SummedOver: "module",
-    SplitTokens: "module",
+    WithAllTokens: "module",
     SplitSequence: "attention",
     Gathered: "module",
 }
@@ -83,7 +83,7 @@ def of_a_mesh():
     mesh = dsv4.make_mesh(context=4, tensor=2)
     block = model().layers.first[0]
     return (
-        dsv4.ShardedModel(model(), mesh, splits_vocab=True, fsdp=False),
+        dsv4.shard(model(), dsv4.make_mesh(devices=jax.devices()[:1])),
         Gathered(parallelize(block, mesh, ("context", "tensor")), "data", ()),
         SplitEmbedding(model().embedding, "tensor", ("context", "tensor")),
     )

@@ -5,6 +5,8 @@ come through a low-rank latent and are normalised head by head; the output is ro
 back at the query's position and projected group by group.
 """
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,9 @@ class Attention(eqx.Module):
     Each method is one step, so that a wrapper can put its own work between them.
     Gradients are reverse-mode only: the derivatives are custom.
     """
+
+    # Of some heads or groups, the output is a partial sum.
+    partial_over: ClassVar = ("heads", "groups")
 
     query_down: Float[Array, "q_rank dim"]
     query_norm: RMSNorm

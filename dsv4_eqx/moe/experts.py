@@ -5,7 +5,7 @@ branch on both sides, before the activation; the routing weight is applied in fl
 before the down projection; the experts' outputs are added up in float32.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -38,6 +38,9 @@ class Experts(eqx.Module):
 
     Gradients are reverse-mode only: the derivatives are custom.
     """
+
+    # Of some inner channels, the output is a partial sum.
+    partial_over: ClassVar = ("expert_hidden",)
 
     gate_up: Float[Array, "experts 2 expert_hidden dim"]
     down: Float[Array, "experts dim expert_hidden"]
@@ -151,6 +154,9 @@ def validate_routing(x: Array, chosen: Array, weights: Array) -> None:
 
 class SharedExpert(eqx.Module):
     """The expert that every token runs, clamped like the others."""
+
+    # Of some inner channels, the output is a partial sum.
+    partial_over: ClassVar = ("shared_hidden",)
 
     gate_up: Float[Array, "2 shared_hidden dim"]
     down: Float[Array, "dim shared_hidden"]

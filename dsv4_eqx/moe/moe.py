@@ -40,7 +40,7 @@ class MoE(eqx.Module):
         weights, the token ids are not one integer for each token, or the experts are
         not as many as the router knows.
         """
-        validate_activations("MoE", x, self.shared.gate_up, ("batch", "seq", "dim"))
+        validate_activations("MoE", x, self.router.weight, ("batch", "seq", "dim"))
         validate_ids("MoE", "token_ids", token_ids, x.shape[:2])
         self._validate_experts()
         rows = x.reshape(-1, x.shape[-1])

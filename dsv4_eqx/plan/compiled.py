@@ -20,7 +20,7 @@ from dsv4_eqx.plan.absent import Launches, absent_devices, is_gpu, launches
 from dsv4_eqx.plan.collectives import Collective, collectives
 from dsv4_eqx.plan.programs import decoding_step, training_step
 from dsv4_eqx.sharding.mesh import make_mesh
-from dsv4_eqx.sharding.sharded_model import shard
+from dsv4_eqx.sharding.shard import shard
 
 
 class CompiledStep(NamedTuple):

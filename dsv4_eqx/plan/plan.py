@@ -17,9 +17,11 @@ from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_int
 from dsv4_eqx.plan.live import peak_bytes
 from dsv4_eqx.plan.programs import decoding_step, program_of, training_step
 from dsv4_eqx.plan.sent import Sent, sent
+from dsv4_eqx.sharding.annotations import annotated_leaves
 from dsv4_eqx.sharding.mesh import AXES
-from dsv4_eqx.sharding.rules import DEFAULT_RULES, annotated_leaves, axes_of
-from dsv4_eqx.sharding.sharded_model import ShardedModel, shard
+from dsv4_eqx.sharding.rules import DEFAULT_RULES, axes_of
+from dsv4_eqx.sharding.shard import shard
+from dsv4_eqx.sharding.sharded_model import ShardedModel
 
 _MOMENTS: Final = 2  # that Adam keeps of each trained number
 _MOST_ROWS: Final = 2**31 - 1

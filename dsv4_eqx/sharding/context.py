@@ -11,7 +11,6 @@ what the heads give in the same step that splits the tokens again.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -236,28 +235,6 @@ def _selection(
         return None
     weights = attention.indexer.project_weights(x)
     return attention.indexer.select(latent, weights, positions, entries[1], segment_ids)
-
-
-class SplitTokens(eqx.Module):
-    """A module of tokens and ids that lie split over the axis that it sums over.
-
-    Gathers the tokens before and splits them again where it adds up the outputs.
-    """
-
-    module: Any
-    axis: str = eqx.field(static=True)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch local_seq dim"],
-        token_ids: Int[Array, "batch local_seq"],
-    ) -> Float[Array, "batch local_seq dim"]:
-        """**Arguments:** the module's own, of this device's tokens."""
-        x, token_ids = (
-            gathered_tokens(x, self.axis),
-            gathered_tokens(token_ids, self.axis),
-        )
-        return summed_and_split(self.module(x, token_ids), self.axis)
 
 
 def with_tokens_before(

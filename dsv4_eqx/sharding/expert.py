@@ -7,7 +7,7 @@ whatever the routing, and a balanced one needs the first alone.
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import equinox as eqx
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.moe.experts import Experts, validate_routing
+from dsv4_eqx.moe.experts import validate_routing
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.varying import match_varying
 
@@ -29,10 +29,13 @@ class ExpertParallel(eqx.Module):
     Each device of the axis calls it with its own tokens.
     """
 
-    experts: Experts
+    experts: Any  # `Experts`, or what is called like them and has `num_experts`
     axis: str = eqx.field(static=True)
     # Whether the platform sends rows as they are, without filling up.
     is_ragged: bool = eqx.field(static=True, default=False)
+    # Whether the experts' outputs are whole on the devices of other axes, although
+    # their weights are split over those.
+    are_whole: bool = eqx.field(static=True, default=False)
 
     def __call__(
         self,
@@ -47,9 +50,11 @@ class ExpertParallel(eqx.Module):
         **Raises:** ValueError as `Experts` does.
         """
         validate_routing(x, chosen, weights)
-        # Gradients are summed over other axes here, once for all rounds.
-        leaves, structure = jax.tree.flatten((self.experts, x, weights))
-        experts, x, weights = jax.tree.unflatten(structure, match_varying(*leaves))
+        experts = self.experts
+        if not self.are_whole:
+            # Gradients are summed over other axes here, once for all rounds.
+            leaves, structure = jax.tree.flatten((experts, x, weights))
+            experts, x, weights = jax.tree.unflatten(structure, match_varying(*leaves))
         num_tokens, slots = chosen.shape
         own = experts.num_local
         devices = lax.axis_size(self.axis)

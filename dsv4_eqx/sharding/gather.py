@@ -45,9 +45,22 @@ def sum_and_split(
     """
     if not _sums_whole():
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    return own_part(lax.psum(x, axes), axes, dim)
+
+
+def own_part(
+    x: Shaped[Array, "*whole"], axes: Axes | None, dim: int
+) -> Shaped[Array, "*part"]:
+    """This device's part of what is the same on all devices of some mesh axes.
+
+    **Arguments:**
+
+    - `x`: the whole.
+    - `axes`: that split it, major first.
+    - `dim`: the dimension that is split.
+    """
     part = x.shape[dim] // size_of(axes)
-    start = lax.axis_index(axes) * part
-    return lax.dynamic_slice_in_dim(lax.psum(x, axes), start, part, dim)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dim)
 
 
 def size_of(axes: Axes | None) -> int:

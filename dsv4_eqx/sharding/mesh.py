@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from dsv4_eqx.numerics.validation import validate_size
+from dsv4_eqx.numerics.validation import invalid_argument, validate_size
 
 AXES: Final = ("data", "expert", "context", "tensor")
 
@@ -56,6 +56,34 @@ def make_mesh(
     # Auto: under Explicit axes, equinox's filters and indexing of sharded arrays fail.
     grid = np.asarray(devices, dtype=object).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def validate_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a mesh that is not like those of `make_mesh`.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `mesh`: what was given.
+
+    **Raises:** ValueError if it is no mesh, lacks an axis, has them in another order,
+    or has axes that are not `Auto`, as those of `jax.make_mesh` are not by default.
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise invalid_argument(call, "mesh", mesh, "from make_mesh")
+    # In this order: `lax.ppermute` counts along the mesh's axes, whatever it is given.
+    if tuple(axis for axis in mesh.shape if axis in AXES) != AXES:
+        raise ValueError(
+            f"{call}: the mesh has the axes {tuple(mesh.shape)} and needs "
+            f"{AXES}, whatever their sizes: make it with make_mesh."
+        )
+    other = [kind.name for kind in mesh.axis_types if kind != AxisType.Auto]
+    if other:
+        raise ValueError(
+            f"{call}: the mesh's axis_types are {other[0]} and must be Auto: make it "
+            "with dsv4_eqx.make_mesh, or give jax.make_mesh "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.shape)}."
+        )
 
 
 def mesh_sizes(text: str) -> dict[str, int]:

@@ -1,39 +1,71 @@
-"""Putting the wrappers in place: the same mathematics, for a mesh."""
+"""Putting collectives between the parts: the same mathematics, for a mesh.
 
+Where a part is split, `parallelize` puts a wrapper around it with the same methods:
+
+    tensor   a part that says `partial_over` of a split dimension is summed: attention,
+             and a mixture of experts once where routed and shared experts both are
+    expert   the experts get tokens from all devices and send the outputs back
+    tokens   where devices have other tokens of a sequence each, attention gets those
+             before its own, and what sums over `tensor` those of all that it sums over
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, Final
 
 import equinox as eqx
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
 from dsv4_eqx.attention.attention import Attention
-from dsv4_eqx.moe.experts import Experts, SharedExpert
+from dsv4_eqx.model.block import Block
+from dsv4_eqx.moe.experts import Experts
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.validation import invalid_argument
 from dsv4_eqx.sharding.context import (
     SplitSequence,
     SplitSequenceAndHeads,
-    SplitTokens,
     split_sequence,
 )
 from dsv4_eqx.sharding.expert import ExpertParallel
-from dsv4_eqx.sharding.mesh import AXES
-from dsv4_eqx.sharding.tensor import SummedOver
+from dsv4_eqx.sharding.mesh import validate_mesh
+from dsv4_eqx.sharding.parts import (
+    dims_of,
+    is_ours,
+    partial_dims,
+    says,
+    validate_by_token,
+    validate_inside,
+    validate_num_experts,
+    validate_split,
+)
+from dsv4_eqx.sharding.rules import rules_with
+from dsv4_eqx.sharding.tensor import SummedOver, WithAllTokens
 
 _WRAPPERS: Final = (
-    ExpertParallel | SummedOver | SplitSequence | SplitSequenceAndHeads | SplitTokens
+    *(ExpertParallel, SummedOver, WithAllTokens),
+    *(SplitSequence, SplitSequenceAndHeads),
 )
+# The dimension of tokens: in what parts of a mixture take, and in what a mixture does.
+_ROWS, _SEQ = 0, 1
 
 
 def parallelize(
-    module: Any, mesh: Mesh | AbstractMesh, sequence: tuple[str, ...] = ()
+    module: Any,
+    mesh: Mesh | AbstractMesh,
+    sequence: tuple[str, ...] = (),
+    *,
+    dimensions: Mapping[str, str | None] | None = None,
 ) -> Any:
     """The module with the wrappers that `jax.shard_map` over the mesh needs inside.
 
-    Attention, mixtures of experts, and experts on their own are summed over `tensor`,
-    experts exchange tokens over `expert`. Axes of size 1 add nothing. The arrays are
-    the same; give `shard_map` their `partition_specs`.
+    Axes of size 1 add nothing. The arrays are the same; give `shard_map` their
+    `partition_specs`.
+
+    A part of your own is taken as it is where nothing of it is split. If something is,
+    it must say in the class what its output then is: `partial_over = ("my_heads",)` if
+    that is a partial sum over some dimensions, `partial_over = ()` if it is the whole.
+    In the place of a block's attention or mixture it is called with whole sequences.
 
     **Arguments:**
 
@@ -41,45 +73,25 @@ def parallelize(
     - `mesh`: from `make_mesh`.
     - `sequence`: the mesh axes that split sequences, in order; `context`, `tensor`, or
         both, each of more than one device.
+    - `dimensions`: of your own modules, as for `shard`.
 
-    **Raises:** ValueError if the module has such wrappers already, the mesh lacks an
-    axis, or `sequence` is something else.
+    **Raises:** ValueError if the module has such wrappers already, or a part that is
+    split and says nothing; if the mesh lacks an axis; or if `sequence` or `dimensions`
+    are something else.
     """
     validate_mesh("parallelize", mesh)
     able = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] > 1)
     if sequence not in ((), able, *((axis,) for axis in able)):
         allowed = f"a tuple of axes of {able}, in this order"
         raise invalid_argument("parallelize", "sequence", sequence, allowed)
-    tensor = "tensor" if mesh.shape["tensor"] > 1 else None
+    rules = rules_with("parallelize", dimensions)
 
-    def exchanging(node: Any) -> Any:
-        if isinstance(node, _WRAPPERS):
-            raise ValueError(
-                "parallelize: the module went through it before; every sum would be "
-                "taken twice. Give it the module without wrappers."
-            )
-        if isinstance(node, Experts) and mesh.shape["expert"] > 1:
-            return ExpertParallel(node, "expert", _has_ragged_exchange(mesh))
-        return node
+    def dims_over(axis: str) -> frozenset[str]:
+        is_split = mesh.shape[axis] > 1
+        return frozenset(d for d in rules if is_split and rules[d] == axis)
 
-    def wrap(node: Any) -> Any:
-        if not is_part(node):
-            return node
-        if isinstance(node, MoE):
-            experts = exchanging(node.experts)
-            node = eqx.tree_at(lambda moe: moe.experts, node, experts)
-            if tensor in sequence:
-                return SplitTokens(node, "tensor")
-        if isinstance(node, Attention) and sequence:
-            return split_sequence(node, sequence, tensor)
-        node = exchanging(node)
-        return node if tensor is None else SummedOver(node, tensor)
-
-    def is_part(node: Any) -> bool:
-        parts = Attention | MoE | Experts | SharedExpert
-        return isinstance(node, parts | _WRAPPERS)
-
-    return jax.tree.map(wrap, module, is_leaf=is_part)
+    here = _Here(dims_over("tensor"), dims_over("expert"), sequence, mesh)
+    return _wrap(module, "", here)
 
 
 def _has_ragged_exchange(mesh: Mesh | AbstractMesh) -> bool:
@@ -91,48 +103,119 @@ def _has_ragged_exchange(mesh: Mesh | AbstractMesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform in ("gpu", "tpu")
 
 
-def validate_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a mesh that does not have all four axes.
+@dataclasses.dataclass(frozen=True)
+class _Here:
+    """What is split where a module stands."""
 
-    **Arguments:**
+    over_tensor: frozenset[str]  # dimensions
+    over_expert: frozenset[str]
+    sequence: tuple[str, ...]  # mesh axes that split tokens
+    mesh: Mesh | AbstractMesh
+    summed: frozenset[str] = frozenset()  # dimensions that are summed further outside
+    place: str = ""  # the field: a mixture's, or `.attention` or `.moe` of a block
+    is_inside: bool = False  # a module of the library holds it
+    is_said: bool = False  # by a module further outside, what of all this is a sum
 
-    - `call`: what the user called.
-    - `mesh`: what was given.
 
-    **Raises:** ValueError if it is no mesh, lacks an axis, or has axes that are not
-    `Auto`.
-    """
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise invalid_argument(call, "mesh", mesh, "from make_mesh")
-    # In this order: `lax.ppermute` counts along the mesh's axes, whatever it is given.
-    if tuple(axis for axis in mesh.shape if axis in AXES) != AXES:
+def _wrap(node: Any, path: str, here: _Here) -> Any:
+    """A node of the tree, with wrappers inside and around."""
+    if jax.tree_util.all_leaves([node]):
+        return node
+    if isinstance(node, _WRAPPERS):
         raise ValueError(
-            f"{call}: the mesh has the axes {tuple(mesh.shape)} and needs "
-            f"{AXES}, whatever their sizes: make it with make_mesh."
+            "parallelize: the module went through it before; every sum would be "
+            "taken twice. Give it the module without wrappers."
         )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"{call}: the mesh's axes are {mesh.axis_types} and must be Auto: make it "
-            "with make_mesh."
-        )
+    _validate(node, path, here)
+    partial, inner = _partial(node, here), here
+    if partial:
+        # Its own devices have the same tokens: those of all of them.
+        others = tuple(axis for axis in here.sequence if axis != "tensor")
+        summed = here.summed | partial
+        inner = dataclasses.replace(inner, sequence=others, summed=summed)
+    if _takes_whole_sequences(node, here):
+        inner = dataclasses.replace(inner, sequence=())
+    exchanges = _has_experts(node, here) and bool(dims_of(node) & here.over_expert)
+    if exchanges:
+        inner = dataclasses.replace(inner, over_expert=frozenset())
+    wrapped = _wrap_children(node, path, inner)
+    if exchanges:
+        is_ragged = _has_ragged_exchange(here.mesh)
+        are_whole = bool((dims_of(node) & here.over_tensor) - inner.summed)
+        wrapped = ExpertParallel(wrapped, "expert", is_ragged, are_whole)
+    return _wrap_around(node, wrapped, bool(partial), here)
 
 
-def place(module: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The module with every array split over the mesh as its spec says.
+def _wrap_children(node: Any, path: str, here: _Here) -> Any:
+    """The node with what it holds wrapped."""
+    if isinstance(node, eqx.Module):
+        is_said = here.is_said or says(node)
+        here = dataclasses.replace(here, is_inside=is_ours(node), is_said=is_said)
 
-    Abstract arrays are given the sharding that they would have.
+    def wrap_child(key: tuple, child: Any) -> Any:
+        name = jax.tree_util.keystr(key)
+        has_place = isinstance(node, MoE)
+        if isinstance(node, Block):
+            has_place = name in (".attention", ".moe")
+        place = name if has_place else ""
+        return _wrap(child, path + name, dataclasses.replace(here, place=place))
 
-    **Arguments:**
+    return jax.tree_util.tree_map_with_path(
+        wrap_child, node, is_leaf=lambda x: x is not node
+    )
 
-    - `module`: what to place.
-    - `specs`: from `partition_specs`.
-    - `mesh`: from `make_mesh`.
-    """
 
-    def put(leaf: Any, spec: P) -> Any:
-        sharding = NamedSharding(mesh, spec)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
+def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Here) -> Any:
+    """The node, wrapped inside, with what it needs around."""
+    splits_tokens = "tensor" in here.sequence
+    if isinstance(node, Attention) and here.sequence:
+        return split_sequence(wrapped, here.sequence, "tensor" if is_partial else None)
+    if is_partial and not splits_tokens:
+        wrapped = SummedOver(wrapped, "tensor")
+    summed = ("tensor",) if is_partial and splits_tokens else ()
+    if _takes_whole_sequences(node, here):
+        return WithAllTokens(wrapped, here.sequence, summed, _SEQ)
+    if summed:
+        dim = _SEQ if isinstance(node, MoE) else _ROWS
+        return WithAllTokens(wrapped, summed, summed, dim)
+    return wrapped
 
-    return jax.tree.map(put, module, specs)
+
+def _partial(node: Any, here: _Here) -> frozenset[str]:
+    """Split dimensions over which the node is to be summed."""
+    if not isinstance(node, MoE):
+        return (partial_dims(node) & here.over_tensor) - here.summed
+    # Its output is a sum of two: one collective where both are partial sums.
+    routed, shared = _partial(node.experts, here), _partial(node.shared, here)
+    return routed | shared if routed and shared else frozenset()
+
+
+def _takes_whole_sequences(node: Any, here: _Here) -> bool:
+    """Whether it may need other devices' tokens, for all that is known."""
+    if not here.sequence or here.place not in (".attention", ".moe"):
+        return False
+    return not isinstance(node, Attention | MoE)
+
+
+def _has_experts(node: Any, here: _Here) -> bool:
+    """Whether it is called as `Experts` are, with rows of tokens for each."""
+    return isinstance(node, Experts) or here.place == ".experts"
+
+
+def _validate(node: Any, path: str, here: _Here) -> None:
+    """Refuses what is split and does not say what its output then is."""
+    if not isinstance(node, eqx.Module):
+        return
+    is_split = here.sequence or _partial(node, here)
+    if isinstance(node, Attention) and is_split:
+        validate_inside(node, path)
+    if is_ours(node) or here.is_said:
+        return
+    sends_rows = _has_experts(node, here)
+    if sends_rows and dims_of(node) & here.over_expert:
+        validate_num_experts(node, path)
+    if not says(node):
+        split = here.over_tensor if sends_rows else here.over_tensor | here.over_expert
+        validate_split(node, path, split)
+        if here.is_inside and here.sequence and not here.place:
+            validate_by_token(node, path, here.sequence)

@@ -1,25 +1,23 @@
-"""From shape annotations to shardings.
+"""From dimension names to shardings, in one table.
 
-`weight: Float[Array, "groups out_per_group in_per_group"]` names the weight's
-dimensions. A table of rules gives some of those names a mesh axis; that is all there is
-to say about how a module is sharded. What is annotated `...` is part of a module that
-stands for an array, and has the dimensions of the field that holds that module.
+A rule gives a dimension name a mesh axis; every array with that dimension is split over
+it, and nothing else needs to be said. `weight: Float[Array, "groups out_per_group
+in_per_group"]` and the rule `{"groups": "tensor"}` make `P("tensor", None, None)`.
 """
 
 import collections
-import dataclasses
 import math
 import types
-import typing
 from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv4_eqx.dimensions import DIMENSIONS
 from dsv4_eqx.numerics.validation import invalid_argument, shown
+from dsv4_eqx.sharding.annotations import AnnotatedLeaf, annotated_leaves
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -58,164 +56,79 @@ def partition_specs(
 
     **Returns:** the module's tree with a PartitionSpec in place of each array.
 
-    **Raises:** ValueError naming leaf, dimension, axis and sizes where an annotation is
-    missing, is a string, has several shapes, or uses a name that neither the glossary
-    nor the rules know, a leaf is no array, a rule is for a name that neither the
-    glossary nor the module knows, an axis is used twice in one leaf, or an axis is
-    missing from the mesh or does not divide.
+    **Raises:** ValueError naming array, dimension, axis and sizes if an array has no
+    annotation, or one that is a string or has several shapes; if a dimension is neither
+    in the glossary nor in the rules; if a rule is for a name that neither the glossary
+    nor the module knows; if a field holds something else than arrays; if an axis would
+    split an array twice; or if the mesh lacks an axis or does not divide a dimension.
     """
     leaves = annotated_leaves(module)
     _validate_rules(leaves, rules)
     specs = [_leaf_spec(leaf, rules) for leaf in leaves]
     if mesh is not None:
         for leaf, spec in zip(leaves, specs):
-            _check_divides(leaf, spec, mesh)
+            _validate_divides(leaf, spec, mesh)
         specs = [_without_unit_axes(spec, mesh) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(module), specs)
 
 
-class AnnotatedLeaf(typing.NamedTuple):
-    """An array of a module and what its field's annotation says."""
-
-    name: str  # path in the module
-    array: Any
-    dims: tuple[str, ...] | None  # as annotated, without leading stacked dimensions
-
-
-def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
-    """Every array of a module, in the order of `jax.tree.leaves`.
+def rules_with(
+    call: str,
+    dimensions: Mapping[str, str | None] | None,
+    *,
+    split_vocab: bool = True,
+) -> Rules:
+    """`DEFAULT_RULES` with dimensions of the user's own.
 
     **Arguments:**
 
-    - `module`: any Equinox module; containers of modules too.
+    - `call`: what the user called.
+    - `dimensions`: the user's own names: `"tensor"`, or None where all devices have all
+        of it.
+    - `split_vocab`: whether `tensor` splits the vocabulary.
 
-    **Raises:** ValueError if a field holds several arrays of different annotations, or
-    its annotation is a string.
+    **Raises:** ValueError if `dimensions` is no such mapping, or names a dimension of
+    the glossary.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
-    annotated = []
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path) or "the array"
-        dims = _dims(name, _annotation(module, path))
-        annotated.append(AnnotatedLeaf(name, leaf, dims))
-    return annotated
-
-
-def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
-    """The annotation of the last module field on the way to a leaf."""
-    node, annotation = module, None
-    for key in path:
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            own = _field_types(node).get(key.name)
-            stands_for_outer = getattr(own, "dim_str", None) == "..."
-            annotation = annotation if stands_for_outer else own
-            node = getattr(node, key.name)
-        else:
-            node = node[getattr(key, "idx", getattr(key, "key", None))]
-    return annotation
-
-
-def _field_types(node: Any) -> Mapping[str, Any]:
-    if dataclasses.is_dataclass(node):
-        return {field.name: field.type for field in dataclasses.fields(node)}
-    return getattr(type(node), "__annotations__", {})  # a named tuple
-
-
-def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
-    if isinstance(annotation, str):
-        raise ValueError(
-            f"partition_specs: the annotation of {name} is the string {annotation!r}; "
-            "take away its quotes, or `from __future__ import annotations` in the "
-            "module that defines it."
-        )
-    shapes = _shapes(annotation)
-    if len(shapes) > 1:
-        raise ValueError(
-            f"partition_specs: {name} is in a field whose annotation has several "
-            f"shapes, {sorted(shapes)}; give each array a field of its own."
-        )
-    return tuple(shapes.pop().split()) if shapes else None
-
-
-def _shapes(annotation: Any) -> set[str]:
-    """Dimension strings in an annotation, also inside `X | None` or `tuple[X, ...]`."""
-    own = getattr(annotation, "dim_str", None)
-    inner = [_shapes(part) for part in typing.get_args(annotation)]
-    return set().union(*inner) if own is None else {own}
-
-
-def _validate_rules(leaves: list[AnnotatedLeaf], rules: Rules) -> None:
-    own = {dim for leaf in leaves for dim in leaf.dims or ()}
-    for name in rules:
-        if name not in DIMENSIONS and name not in own:
+    dimensions = {} if dimensions is None else dimensions
+    allowed = 'a mapping like {"lora_rank": None, "my_heads": "tensor"}'
+    if not isinstance(dimensions, Mapping):
+        raise invalid_argument(call, "dimensions", dimensions, allowed)
+    for name, axis in dimensions.items():
+        if not isinstance(name, str) or axis not in (None, "tensor"):
             raise ValueError(
-                f"partition_specs: there is a rule for {name!r}, which is neither in "
-                "dsv4_eqx.DIMENSIONS nor a dimension of the module; correct the name, "
-                "or leave the rule out."
+                f"{call}: the dimension {name!r} is to be split over {axis!r}; it can "
+                "be split over 'tensor', or over nothing (None). The other axes split "
+                "the batch and the sequence, so that their devices have other tokens."
             )
-
-
-def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
-    if not hasattr(leaf.array, "ndim"):
-        raise ValueError(
-            f"partition_specs: {leaf.name} is {shown(leaf.array)}, not an array; mark "
-            "its field static (`eqx.field(static=True)`), or make it an array and "
-            "annotate its shape."
-        )
-    if leaf.dims is None:
-        raise ValueError(
-            f"partition_specs: {leaf.name} has no shape annotation; annotate the field "
-            'like `weight: Float[Array, "groups out_per_group in_per_group"]`.'
-        )
-    unnamed = leaf.array.ndim - len(leaf.dims)
-    if unnamed < 0:
-        raise ValueError(
-            f"partition_specs: {leaf.name} has the shape {leaf.array.shape}, fewer "
-            f"dimensions than its annotation {' '.join(leaf.dims)!r}."
-        )
-    for name in leaf.dims:
-        if name not in rules and name not in DIMENSIONS and not name.isdigit():
+        if name in DIMENSIONS:
             raise ValueError(
-                f"partition_specs: {leaf.name} has the dimension {name!r}, which is "
-                "neither in dsv4_eqx.DIMENSIONS nor in the rules; add it to the rules."
+                f"{call}: {name!r} is one of dsv4_eqx.DIMENSIONS, and how it is split "
+                "is settled; give a dimension of your own another name."
             )
-    axes = [rules.get(name) for name in leaf.dims]
-    used = collections.Counter(axis for entry in axes for axis in axes_of(entry))
-    twice = [axis for axis, count in used.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"partition_specs: {leaf.name} with the dimensions {leaf.dims} would be "
-            f"split twice over the mesh axis {twice[0]!r}."
-        )
-    return P(*([None] * unnamed + axes))
+    vocab = DEFAULT_RULES["vocab"] if split_vocab else None
+    return {**DEFAULT_RULES, "vocab": vocab, **dimensions}
 
 
-def _check_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh | AbstractMesh) -> None:
-    name, shape = leaf.name, leaf.array.shape
-    unnamed = len(shape) - len(leaf.dims or ())
-    for dim_name, size, entry in zip(
-        leaf.dims or (), shape[unnamed:], list(spec)[unnamed:], strict=True
-    ):
-        for axis in axes_of(entry):
-            if axis not in mesh.shape:
-                raise ValueError(
-                    f"partition_specs: the dimension {dim_name!r} of {name} is split "
-                    f"over {axis!r}, and the mesh has only {tuple(mesh.shape)}."
-                )
-        parts = math.prod(mesh.shape[axis] for axis in axes_of(entry))
-        if size % parts != 0:
-            raise ValueError(
-                f"partition_specs: {name} has the shape {shape}; the mesh axis "
-                f"{entry!r} of size {parts} does not divide its dimension "
-                f"{dim_name!r} of size {size}."
-            )
+def place(module: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The module with every array split over the mesh as its spec says.
 
+    Abstract arrays are given the sharding that they would have.
 
-def _without_unit_axes(spec: P, mesh: Mesh | AbstractMesh) -> P:
-    def kept(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        return tuple(axis for axis in axes_of(entry) if mesh.shape[axis] > 1)
+    **Arguments:**
 
-    return P(*(entry_of(kept(entry)) for entry in spec))
+    - `module`: what to place.
+    - `specs`: from `partition_specs`.
+    - `mesh`: from `make_mesh`.
+    """
+
+    def put(leaf: Any, spec: P) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, module, specs)
 
 
 def entry_of(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
@@ -230,24 +143,85 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
-def validate_rules(rules: Rules) -> None:
-    """Refuses rules that the whole model has no collectives for.
+def _validate_rules(leaves: list[AnnotatedLeaf], rules: Rules) -> None:
+    own = {dim for leaf in leaves for dim in leaf.dims or ()}
+    for name in rules:
+        if name not in DIMENSIONS and name not in own:
+            raise ValueError(
+                f"partition_specs: there is a rule for {name!r}, which is neither in "
+                "dsv4_eqx.DIMENSIONS nor a dimension of the module; correct the name, "
+                "or leave the rule out."
+            )
 
-    **Arguments:**
 
-    - `rules`: what was given.
-
-    **Raises:** ValueError if they are others than `DEFAULT_RULES`, but for the
-    vocabulary's, which may be None.
-    """
-    if not isinstance(rules, Mapping):
-        raise invalid_argument(
-            "shard", "rules", rules, "DEFAULT_RULES, or a mapping like it"
-        )
-    wanted = dict(DEFAULT_RULES)
-    given = {name: axis for name, axis in rules.items() if axis is not None}
-    if {"vocab": wanted["vocab"], **given} != wanted:
+def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
+    """The spec by the rules, for any mesh."""
+    dims = _validate_leaf(leaf, rules)
+    axes = [rules.get(name) for name in dims]
+    used = collections.Counter(axis for entry in axes for axis in axes_of(entry))
+    twice = [axis for axis, count in used.items() if count > 1]
+    if twice:
         raise ValueError(
-            f"shard: the rules split {given}; the collectives that go with them are "
-            f"those of {wanted}, of which only 'vocab' may be None."
+            f"partition_specs: {leaf.name} with the dimensions {dims} would be "
+            f"split twice over the mesh axis {twice[0]!r}."
         )
+    num_stacked = leaf.array.ndim - len(dims)
+    return P(*([None] * num_stacked + axes))
+
+
+def _validate_leaf(leaf: AnnotatedLeaf, rules: Rules) -> tuple[str, ...]:
+    """The leaf's dimensions, each of them known."""
+    if not hasattr(leaf.array, "ndim"):
+        raise ValueError(
+            f"partition_specs: {leaf.name} is {shown(leaf.array)}, not an array; mark "
+            "its field static (`eqx.field(static=True)`), or make it an array and "
+            "annotate its shape."
+        )
+    if leaf.dims is None:
+        raise ValueError(
+            f"partition_specs: {leaf.name} has no shape annotation; annotate the field "
+            'like `weight: Float[Array, "groups out_per_group in_per_group"]`.'
+        )
+    if leaf.array.ndim < len(leaf.dims):
+        raise ValueError(
+            f"partition_specs: {leaf.name} has the shape {leaf.array.shape}, fewer "
+            f"dimensions than its annotation {' '.join(leaf.dims)!r}."
+        )
+    for name in leaf.dims:
+        if name not in rules and name not in DIMENSIONS and not name.isdigit():
+            raise ValueError(
+                f"partition_specs: {leaf.name} has the dimension {name!r}, which is "
+                "neither in dsv4_eqx.DIMENSIONS nor in the rules. If it is one of your "
+                f"own, say how it is split: partition_specs(..., {{{name!r}: None}}) "
+                f"or shard(..., dimensions={{{name!r}: None}})."
+            )
+    return leaf.dims
+
+
+def _validate_divides(leaf: AnnotatedLeaf, spec: P, mesh: Mesh | AbstractMesh) -> None:
+    name, shape, dims = leaf.name, leaf.array.shape, leaf.dims or ()
+    num_stacked = len(shape) - len(dims)
+    sizes, entries = shape[num_stacked:], list(spec)[num_stacked:]
+    for dim, size, entry in zip(dims, sizes, entries, strict=True):
+        for axis in axes_of(entry):
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"partition_specs: the dimension {dim!r} of {name} is split "
+                    f"over {axis!r}, and the mesh has only {tuple(mesh.shape)}."
+                )
+        parts = math.prod(mesh.shape[axis] for axis in axes_of(entry))
+        if size % parts != 0:
+            raise ValueError(
+                f"partition_specs: {name} has the shape {shape}; the mesh axis "
+                f"{entry!r} of size {parts} does not divide its dimension "
+                f"{dim!r} of size {size}."
+            )
+
+
+def _without_unit_axes(spec: P, mesh: Mesh | AbstractMesh) -> P:
+    """The spec without axes of one device."""
+
+    def kept(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return tuple(axis for axis in axes_of(entry) if mesh.shape[axis] > 1)
+
+    return P(*(entry_of(kept(entry)) for entry in spec))

@@ -6,11 +6,9 @@ batch is split over `data` and `expert`, sequences over `context` and, between t
 that split heads and hidden channels, over `tensor`. A cache is split by rows alone.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -32,63 +30,15 @@ from dsv4_eqx.model.inputs import (
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
-from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
 from dsv4_eqx.numerics.varying import varying
-from dsv4_eqx.sharding.context import gathered_tokens
-from dsv4_eqx.sharding.fsdp import gather_in_use, split_further
-from dsv4_eqx.sharding.parallelize import parallelize, place, validate_mesh
-from dsv4_eqx.sharding.rules import (
-    DEFAULT_RULES,
-    Rules,
-    entry_of,
-    partition_specs,
-    validate_rules,
-)
+from dsv4_eqx.sharding.fsdp import gather_in_use
+from dsv4_eqx.sharding.gather import gather
+from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 from dsv4_eqx.sharding.tensor import SplitEmbedding, cross_entropy_split_vocab
+from dsv4_eqx.sharding.token_split import TokenSplit, token_split
 
-_BATCH_AXES: Final = ("data", "expert")
-_CONTEXT, _HEADS, _FSDP = "context", "tensor", "data"
-_WHOLE_SEQUENCES: Final = ("streams", "multi_token_logits")  # tokens see others
-
-
-def shard(
-    model: DeepSeekV4 | Callable[[], DeepSeekV4],
-    mesh: Mesh | AbstractMesh,
-    *,
-    rules: Rules = DEFAULT_RULES,
-    fsdp: bool = False,
-) -> "ShardedModel":
-    """The model over a mesh, with the same methods.
-
-    Given a function that makes the model, each device makes its own part, the same
-    numbers as on one device: `shard(lambda: DeepSeekV4(config, key=key), mesh)`.
-
-    **Arguments:**
-
-    - `model`: the model, placed already or not; its arrays may be abstract.
-    - `mesh`: from `make_mesh`.
-    - `rules`: `DEFAULT_RULES`, or those with `"vocab": None`, which leaves embedding
-        and unembedding whole.
-    - `fsdp`: splits weights over `data` as well, and with them gradients and the state
-        of an optimizer; a layer's weights are gathered while it runs.
-
-    **Raises:** ValueError if the mesh lacks an axis, an axis does not divide a
-    dimension, the rules are others, the model is none and makes none, or has numbers
-    where the mesh is abstract.
-    """
-    validate_mesh("shard", mesh)
-    validate_rules(rules)
-    validate_flag("shard", "fsdp", fsdp)
-    _validate_made(model, mesh)
-    specs_of = functools.partial(_specs, rules=rules, mesh=mesh, fsdp=fsdp)
-    if isinstance(model, DeepSeekV4):
-        placed = place(model, specs_of(model), mesh)
-    else:
-        specs = specs_of(eqx.filter_eval_shape(model))
-        shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-        placed: DeepSeekV4 = jax.jit(model, out_shardings=shardings)()
-    splits_vocab = rules.get("vocab") is not None
-    return ShardedModel(placed, mesh, splits_vocab=splits_vocab, fsdp=fsdp)
+_HEADS, _FSDP, _SEQ = "tensor", "data", 1
 
 
 class ShardedModel(AbstractModel):
@@ -100,7 +50,9 @@ class ShardedModel(AbstractModel):
 
     model: DeepSeekV4
     mesh: Mesh | AbstractMesh = eqx.field(static=True)
+    leaf_specs: tuple[P, ...] = eqx.field(static=True)  # of `model`, array by array
     splits_vocab: bool = eqx.field(static=True)
+    dimensions: tuple[tuple[str, str | None], ...] = eqx.field(static=True)
     fsdp: bool = eqx.field(static=True)
     config: Config = eqx.field(static=True)
 
@@ -108,31 +60,45 @@ class ShardedModel(AbstractModel):
         self,
         model: DeepSeekV4,
         mesh: Mesh | AbstractMesh,
+        specs: Any,
         *,
         splits_vocab: bool,
+        dimensions: Mapping[str, str | None],
         fsdp: bool,
     ):
         """**Arguments:**
 
         - `model`: placed as `specs` says.
         - `mesh`: from `make_mesh`.
+        - `specs`: the model's tree with a PartitionSpec in place of each array.
         - `splits_vocab`: whether `tensor` splits embedding and unembedding.
+        - `dimensions`: of the user's own modules, as for `shard`.
         - `fsdp`: whether `data` splits weights.
         """
-        self.model, self.config = model, model.config
-        self.mesh, self.splits_vocab, self.fsdp = mesh, splits_vocab, fsdp
+        self.model, self.config, self.mesh = model, model.config, mesh
+        self.leaf_specs = tuple(jax.tree.structure(model).flatten_up_to(specs))
+        self.dimensions = tuple(dimensions.items())
+        self.splits_vocab, self.fsdp = splits_vocab, fsdp
 
     @property
     def num_mtp(self) -> int:
-        """As `AbstractModel.num_mtp`."""
+        """Prediction blocks: 0 or 1."""
         return self.model.num_mtp
 
     @property
     def specs(self) -> Any:
-        """The PartitionSpec of every array, in the tree of `model`."""
-        rules = dict(DEFAULT_RULES)
-        rules["vocab"] = rules["vocab"] if self.splits_vocab else None
-        return _specs(self.model, rules=rules, mesh=self.mesh, fsdp=self.fsdp)
+        """The PartitionSpec of every array, in the tree of `model`.
+
+        **Raises:** ValueError if the model has other arrays than were sharded.
+        """
+        structure = jax.tree.structure(self.model)
+        if structure.num_leaves != len(self.leaf_specs):
+            raise ValueError(
+                f"ShardedModel: {len(self.leaf_specs)} arrays were sharded, and its "
+                f"model has {structure.num_leaves} now: change the model first, and "
+                "shard it then."
+            )
+        return jax.tree.unflatten(structure, self.leaf_specs)
 
     def streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
@@ -273,72 +239,62 @@ class ShardedModel(AbstractModel):
         is_split = self.splits_vocab and self.mesh.shape[_HEADS] > 1
         return _HEADS if is_split else None
 
-    def _for_vocab(self, split: "_Split") -> tuple[Callable[[Array], Array], P]:
+    def _for_vocab(self, split: TokenSplit) -> tuple[Callable[[Array], Array], P]:
         """What gives each device the tokens of all that it shares a vocabulary with,
         and the spec of those tokens."""
         if self._vocab_axis is None or _HEADS not in split.sequence:
             return lambda x: x, split.spec
-        context = tuple(axis for axis in split.sequence if axis != _HEADS)
-        return lambda x: gathered_tokens(x, _HEADS), _Split(split.batch, context).spec
+        return lambda x: gather(x, _HEADS, _SEQ), split.without(_HEADS).spec
 
-    def _split(self, call: str, shape: tuple[int, ...]) -> "_Split":
-        """How rows, and a sequence if there is one, are split."""
-        sizes = self.mesh.shape
-        batch = tuple(axis for axis in _BATCH_AXES if sizes[axis] > 1)
-        sequence = tuple(axis for axis in (_CONTEXT, _HEADS) if sizes[axis] > 1)
-        rows = math.prod(sizes[axis] for axis in batch)
-        if not shape:  # one token: all devices do the same
-            return _Split((), ())
-        if shape[0] % rows != 0:
-            raise ValueError(
-                f"{call}: a batch of shape {shape} does not divide over data="
-                f"{sizes['data']} x expert={sizes['expert']}: give a multiple of "
-                f"{rows} rows."
-            )
-        if len(shape) < 2:
-            return _Split(batch, ())
-        if shape[1] % sizes[_CONTEXT] != 0:
-            if call in _WHOLE_SEQUENCES:
-                raise ValueError(
-                    f"{call}: {shape[1]} tokens do not divide over context="
-                    f"{sizes[_CONTEXT]}: give a multiple of it."
-                )
-            # Each token goes its own way: all devices of `context` take all of them.
-            sequence = ()
-        if shape[1] % math.prod(sizes[axis] for axis in sequence) != 0:
-            sequence = tuple(axis for axis in sequence if axis != _HEADS)
-        return _Split(batch, sequence)
+    def _split(self, call: str, shape: tuple[int, ...]) -> TokenSplit:
+        return token_split(call, shape, self.mesh)
 
     def _map(
         self,
         function: Callable,
-        split: "_Split",
+        split: TokenSplit,
         in_specs: Any,
         out_specs: Any,
         *,
         remat: bool = False,
     ) -> Callable:
-        """The function of a device's model and arrays, of the whole arrays."""
+        """A function of one device's model and arrays, made one of the whole arrays.
+
+        Its model is no argument of what is returned.
+        """
         specs = self.specs
 
         def run(model: DeepSeekV4, *args: Any) -> Any:
-            # Each device then adds up its own gradients, and the sum over devices is
-            # taken once; otherwise in every iteration of every loop inside of a layer.
-            axes = (*split.batch, *split.sequence)
-            model = jax.tree.map(lambda x: varying(x, axes), model)
-            if self.fsdp and self.mesh.shape[_FSDP] > 1:
-                model = gather_in_use(model, specs, _FSDP, recomputed=remat)
-            if self._vocab_axis is not None:
-                embedding = SplitEmbedding(model.embedding, _HEADS, split.sequence)
-                model = eqx.tree_at(lambda model: model.embedding, model, embedding)
-            return function(parallelize(model, self.mesh, split.sequence), *args)
+            return function(self._on_device(model, specs, split, remat), *args)
 
         mapped = jax.shard_map(
             run, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs
         )
-        # Gradients then lie where their weights do.
+        # The weights' layout is said outside too: gradients then have the same.
         placed = jax.lax.with_sharding_constraint(self.model, self._shardings(specs))
         return functools.partial(mapped, placed)
+
+    def _on_device(
+        self, model: DeepSeekV4, specs: Any, split: TokenSplit, remat: bool
+    ) -> DeepSeekV4:
+        """The model that one device runs: its parts of the arrays, with collectives."""
+        # 1. Where tokens are split, each weight is a device's own: it then adds up its
+        # gradients, and the sum over devices is taken here, once. Otherwise it would be
+        # taken in every iteration of every loop inside of a layer.
+        axes = (*split.batch, *split.sequence)
+        model = jax.tree.map(lambda x: varying(x, axes), model)
+        # 2. What `data` splits is gathered, block by block, while the block runs. This
+        # comes before wrappers inside of blocks, for the specs are of blocks without.
+        if self.fsdp and self.mesh.shape[_FSDP] > 1:
+            model = gather_in_use(model, specs, _FSDP, recomputed=remat)
+        # 3. The embedding is an array of the model, not a part: its wrapper stands in
+        # for the array.
+        if self._vocab_axis is not None:
+            embedding = SplitEmbedding(model.embedding, _HEADS, split.sequence)
+            model = eqx.tree_at(lambda model: model.embedding, model, embedding)
+        # 4. Collectives between the parts.
+        dimensions = dict(self.dimensions)
+        return parallelize(model, self.mesh, split.sequence, dimensions=dimensions)
 
     def _placed(self, call: str, batch: int, make: Callable[[], Any]) -> Any:
         """A cache split by rows; abstract if the model is."""
@@ -351,41 +307,3 @@ class ShardedModel(AbstractModel):
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """The mesh axes that split rows, and those that split sequences."""
-
-    batch: tuple[str, ...]
-    sequence: tuple[str, ...]
-
-    @property
-    def spec(self) -> P:
-        """Of `[batch, seq, ...]`, or of rows alone."""
-        entries = (self.batch, self.sequence) if self.sequence else (self.batch,)
-        return P(*map(entry_of, entries))
-
-
-def _specs(model: DeepSeekV4, *, rules: Rules, mesh: Any, fsdp: bool) -> Any:
-    specs = partition_specs(model, rules, mesh=mesh)
-    if fsdp and mesh.shape[_FSDP] > 1:
-        return split_further(model, specs, mesh, _FSDP)
-    return specs
-
-
-def _validate_made(model: Any, mesh: Mesh | AbstractMesh) -> None:
-    is_model, made = isinstance(model, DeepSeekV4), model
-    if not is_model and callable(model) and not isinstance(model, AbstractModel):
-        made = eqx.filter_eval_shape(model)
-    if not isinstance(made, DeepSeekV4):
-        name = type(made).__name__
-        raise invalid_argument(
-            "shard", "model", name, "a DeepSeekV4, or what makes one"
-        )
-    is_abstract = is_model and isinstance(made.embedding, jax.ShapeDtypeStruct)
-    if isinstance(mesh, AbstractMesh) and not is_abstract:
-        raise ValueError(
-            "shard: an abstract mesh holds no numbers: give a model of shapes, as from "
-            "equinox.filter_eval_shape."
-        )

@@ -8,12 +8,13 @@ are, and the loss never gathers the logits.
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.model.model import cross_entropy_from_logits
-from dsv4_eqx.sharding.context import gathered_tokens, summed_and_split
+from dsv4_eqx.sharding.gather import gather, own_part, sum_and_split
 
 
 class SummedOver(eqx.Module):
@@ -42,6 +43,33 @@ class SummedOver(eqx.Module):
         return lax.psum(out, self.axis), state
 
 
+class WithAllTokens(eqx.Module):
+    """A module of tokens that lie split over mesh axes, called with all of them.
+
+    The tokens of the axes' devices are gathered before the call, and the output is
+    split again. Where it is a partial sum over an axis, it is added up in that step.
+    """
+
+    module: Any
+    axes: tuple[str, ...] = eqx.field(static=True)  # that split tokens, major first
+    summed: tuple[str, ...] = eqx.field(static=True)  # of these, the sum is over those
+    dim: int = eqx.field(static=True)  # of the tokens, in arguments and output
+
+    def __call__(self, *args: Any) -> Array:
+        """The module's output for this device's tokens.
+
+        **Arguments:**
+
+        - `args`: the module's own, of this device's tokens.
+        """
+        args = jax.tree.map(lambda x: gather(x, self.axes, self.dim), args)
+        out = self.module(*args)
+        for axis in self.axes:
+            split = sum_and_split if axis in self.summed else own_part
+            out = split(out, axis, self.dim)
+        return out
+
+
 class SplitEmbedding(eqx.Module):
     """An embedding whose rows lie split over a mesh axis, indexed like the array."""
 
@@ -55,14 +83,15 @@ class SplitEmbedding(eqx.Module):
     ) -> Float[Array, "batch seq dim"]:
         if self.axis not in self.sequence:
             return embed_split_vocab(self.rows, token_ids, self.axis)
-        token_ids = gathered_tokens(token_ids, self.axis)
-        return summed_and_split(_found(self.rows, token_ids, self.axis), self.axis)
+        token_ids = gather(token_ids, self.axis, dim=1)
+        found = _found(self.rows, token_ids, self.axis)
+        return sum_and_split(found, self.axis, dim=1)
 
 
 def embed_split_vocab(
     embedding: Float[Array, "local_vocab dim"],
     token_ids: Int[Array, "*batch"],
-    axis: str | None,
+    axis: str,
 ) -> Float[Array, "*batch dim"]:
     """Embeddings of tokens whose rows lie on any device of the axis.
 
@@ -70,10 +99,8 @@ def embed_split_vocab(
 
     - `embedding`: this device's rows.
     - `token_ids`: equal on all devices of the axis.
-    - `axis`: the mesh axis that splits the vocabulary, if one does.
+    - `axis`: the mesh axis that splits the vocabulary.
     """
-    if axis is None:
-        return embedding[token_ids]
     return lax.psum(_found(embedding, token_ids, axis), axis)
 
 

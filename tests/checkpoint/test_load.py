@@ -21,7 +21,8 @@ from dsv4_eqx.checkpoint.contents import open_checkpoint
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.tensors import Reader
 from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
-from dsv4_eqx.sharding.parallelize import parallelize, place
+from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 from tests.checkpoint.saving import one_layer
 from tests.models import QUICKLY, random_tensors, relative, small_config
 from tests.official import (

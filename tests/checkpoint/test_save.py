@@ -16,7 +16,8 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from dsv4_eqx.sharding.parallelize import parallelize, place
+from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 from tests.checkpoint.saving import one_layer, small_model
 from tests.models import (
     T,

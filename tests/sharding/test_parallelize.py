@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import HASH_MOE
 from dsv4_eqx.sharding.expert import ExpertParallel
-from dsv4_eqx.sharding.parallelize import parallelize, place
+from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 from dsv4_eqx.sharding.tensor import SummedOver
 from tests.sharded import (
     BATCH,
@@ -41,13 +42,12 @@ expected_of_block = functools.cache(lambda layer: run_plain(block_case(layer)))
 
 
 QUICK = [(0, dict(data=2, expert=2, tensor=2))]  # the example runs layer 2 on it
-OF_EVERY_KIND = [
-    *(dict(data=8), dict(tensor=8), dict(expert=8)),
-    dict(data=2, expert=2, tensor=2),
+SLOW = [
+    *((layer, QUICK[0][1]) for layer in (1, 2)),
+    *((2, sizes) for sizes in (dict(data=8), dict(tensor=8), dict(expert=8))),
+    *((2, sizes) for sizes in (dict(tensor=2), dict(expert=4))),
 ]
-SLOW = [(layer, sizes) for layer in range(3) for sizes in OF_EVERY_KIND]
-SLOW += [(2, {axis: size}) for axis in ("tensor", "expert") for size in (2, 4)]
-SLOW = [pytest.param(*p, marks=pytest.mark.slow) for p in SLOW if p not in QUICK]
+SLOW = [pytest.param(*p, marks=pytest.mark.slow) for p in SLOW]
 
 
 def name_of(value):

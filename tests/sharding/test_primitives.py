@@ -135,14 +135,14 @@ def mentions_collectives(compiled):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("data", [2, 4, 8])
+@pytest.mark.parametrize("data", [2, 8])
 @pytest.mark.parametrize("name", ["UnweightedRMSNorm", "RotaryEmbedding"])
 def test_primitives_without_weights_split_by_rows_send_nothing(name, data, way):
     assert check(name, make_mesh(data=data), way) == []
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("data", [2, 4, 8])
+@pytest.mark.parametrize("data", [2, 8])
 @pytest.mark.parametrize("name", ["RMSNorm", "GroupedLinear"])
 def test_primitives_split_by_rows_add_up_the_weights_gradient_alone(name, data, way):
     sent = check(name, make_mesh(data=data), way)
@@ -151,13 +151,13 @@ def test_primitives_split_by_rows_add_up_the_weights_gradient_alone(name, data, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tensor", [2, 4, 8])
+@pytest.mark.parametrize("tensor", [2, 8])
 def test_grouped_linear_split_by_groups_sends_nothing(tensor, way):
     assert check("GroupedLinear", make_mesh(tensor=tensor), way) == []
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("data, tensor", [(2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("data, tensor", [(2, 4), (4, 2)])
 def test_grouped_linear_split_both_ways_adds_up_its_part_of_the_gradient(
     data, tensor, way
 ):

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 import dsv4_eqx as dsv4
 from dsv4_eqx import DEFAULT_RULES, partition_specs
+from dsv4_eqx.sharding.annotations import annotated_leaves
 from dsv4_eqx.sharding.mesh import AXES
-from dsv4_eqx.sharding.rules import annotated_leaves
 from tests.tiny import tiny_config
 
 

@@ -1,0 +1,84 @@
+"""What an array's field says of its shape: the names of its dimensions.
+
+`weight: Float[Array, "groups out_per_group in_per_group"]` names the weight's
+dimensions. Arrays in a tuple, list or dict have the annotation of the field that holds
+it; what is annotated `...` belongs to a module that stands for an array
+(`QuantizedWeight`), and has the dimensions of the field that holds that module.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+class AnnotatedLeaf(typing.NamedTuple):
+    """An array of a module and what its field's annotation says."""
+
+    name: str  # path in the module
+    array: Any
+    dims: tuple[str, ...] | None  # as annotated, without leading stacked dimensions
+
+
+def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
+    """Every array of a module, in the order of `jax.tree.leaves`.
+
+    **Arguments:**
+
+    - `module`: any Equinox module; containers of modules too.
+
+    **Raises:** ValueError if a field holds several arrays of different annotations, or
+    its annotation is a string.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+    annotated = []
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path) or "the array"
+        dims = _dims(name, _annotation(module, path))
+        annotated.append(AnnotatedLeaf(name, leaf, dims))
+    return annotated
+
+
+def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
+    """The annotation of the last module field on the way to a leaf."""
+    node, annotation = module, None
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            own = _field_types(node).get(key.name)
+            stands_for_outer = getattr(own, "dim_str", None) == "..."
+            annotation = annotation if stands_for_outer else own
+            node = getattr(node, key.name)
+        else:
+            node = node[getattr(key, "idx", getattr(key, "key", None))]
+    return annotation
+
+
+def _field_types(node: Any) -> Mapping[str, Any]:
+    if dataclasses.is_dataclass(node):
+        return {field.name: field.type for field in dataclasses.fields(node)}
+    return getattr(type(node), "__annotations__", {})  # a named tuple
+
+
+def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
+    if isinstance(annotation, str):
+        raise ValueError(
+            f"partition_specs: the annotation of {name} is the string {annotation!r}; "
+            "take away its quotes, or `from __future__ import annotations` in the "
+            "module that defines it."
+        )
+    shapes = _shapes(annotation)
+    if len(shapes) > 1:
+        raise ValueError(
+            f"partition_specs: {name} is in a field whose annotation has several "
+            f"shapes, {sorted(shapes)}; give each array a field of its own."
+        )
+    return tuple(shapes.pop().split()) if shapes else None
+
+
+def _shapes(annotation: Any) -> set[str]:
+    """Dimension strings in an annotation, also inside `X | None` or `tuple[X, ...]`."""
+    own = getattr(annotation, "dim_str", None)
+    inner = [_shapes(part) for part in typing.get_args(annotation)]
+    return set().union(*inner) if own is None else {own}

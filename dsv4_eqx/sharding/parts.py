@@ -1,0 +1,208 @@
+"""What a part says of itself: when it is split, of what is its output a sum?
+
+    class MyAttention(eqx.Module):
+        partial_over = ("my_heads",)
+        query: Float[Array, "my_heads head_dim dim"]
+
+says: where devices have some of `my_heads` each, each returns its part of a sum, and
+the output is what all of them return, added up. `partial_over = ()` says that every
+device returns the whole output, although arrays may be split. A part of which nothing
+is split need not say anything, unless it stands where heads or tokens are split.
+"""
+
+from typing import Any, Final
+
+import equinox as eqx
+import jax
+
+from dsv4_eqx.attention.attention import Attention
+from dsv4_eqx.attention.compressor import Compressor
+from dsv4_eqx.attention.indexer import Indexer
+from dsv4_eqx.hyper_connection import HyperConnection, HyperHead
+from dsv4_eqx.model.block import Block
+from dsv4_eqx.model.layers import Layers
+from dsv4_eqx.model.model import DeepSeekV4
+from dsv4_eqx.model.mtp import MTP
+from dsv4_eqx.moe.experts import Experts, SharedExpert
+from dsv4_eqx.moe.moe import MoE
+from dsv4_eqx.moe.router import HashRouter, TopKRouter
+from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
+from dsv4_eqx.primitives.linear import GroupedLinear
+from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
+from dsv4_eqx.primitives.rotary import RotaryEmbedding
+from dsv4_eqx.sharding.annotations import annotated_leaves
+from dsv4_eqx.sharding.fsdp import Gathered
+from dsv4_eqx.sharding.tensor import SplitEmbedding
+
+_OURS: Final = (
+    *(DeepSeekV4, Layers, Block, MTP, Gathered, SplitEmbedding, QuantizedWeight),
+    *(Attention, Compressor, Indexer, MoE, Experts, SharedExpert),
+    *(TopKRouter, HashRouter, HyperConnection, HyperHead),
+    *(RMSNorm, UnweightedRMSNorm, GroupedLinear, RotaryEmbedding),
+)
+
+
+def partial_dims(part: Any) -> frozenset[str]:
+    """The dimensions over which a part says that its output is a partial sum.
+
+    **Arguments:**
+
+    - `part`: any module.
+
+    **Raises:** ValueError if what it says is no tuple of dimensions of its arrays.
+    """
+    said = getattr(part, "partial_over", ())
+    name = f"{type(part).__name__}.partial_over"
+    if not isinstance(said, tuple) or not all(isinstance(x, str) for x in said):
+        raise ValueError(
+            f'{name} is {said!r}: must be a tuple of dimension names, like ("heads",).'
+        )
+    own = dims_of(part) if said else frozenset()
+    unknown = [dim for dim in said if dim not in own]
+    if unknown:
+        raise ValueError(
+            f"{name} names {unknown[0]!r}, which is no dimension of its arrays: those "
+            f"are {sorted(own)}."
+        )
+    if "experts" in said:
+        raise ValueError(
+            f"{name} names 'experts': devices that split the experts have other tokens "
+            "each, which are sent to their experts, not added up. Leave it out."
+        )
+    return frozenset(said)
+
+
+def dims_of(module: Any) -> frozenset[str]:
+    """The dimensions of all arrays in a module.
+
+    **Arguments:**
+
+    - `module`: any module.
+    """
+    return frozenset(d for leaf in annotated_leaves(module) for d in leaf.dims or ())
+
+
+def is_ours(node: Any) -> bool:
+    """Whether it is a module of the library.
+
+    **Arguments:**
+
+    - `node`: of a tree.
+    """
+    return isinstance(node, _OURS)
+
+
+def says(node: Any) -> bool:
+    """Whether it is a module with `partial_over`.
+
+    **Arguments:**
+
+    - `node`: of a tree.
+    """
+    return isinstance(node, eqx.Module) and hasattr(node, "partial_over")
+
+
+def validate_split(part: Any, path: str, split: frozenset[str]) -> None:
+    """Refuses a part that does not say what it gives where its arrays are split.
+
+    **Arguments:**
+
+    - `part`: without `partial_over`.
+    - `path`: where it is.
+    - `split`: dimensions that are.
+
+    **Raises:** ValueError if an array of the part itself has one of those dimensions.
+    """
+    # Embeddings are looked up, and logits left, where they are: not added up.
+    found = sorted((_own_dims(part) & split) - {"vocab"})
+    if found:
+        name, dim = type(part).__name__, found[0]
+        raise ValueError(
+            f"{_at(path)}{name} has arrays that are split along {dim!r}, "
+            "and does not say what its output is then. Write into the class "
+            f"`partial_over = ({dim!r},)` if that is a sum over {dim!r}, of which each "
+            "device has a part, or `partial_over = ()` if each has the whole output."
+        )
+
+
+def validate_inside(part: Any, path: str) -> None:
+    """Refuses what somebody put into a part that is split, unless it says that it fits.
+
+    **Arguments:**
+
+    - `part`: of which each device has some heads, or some tokens.
+    - `path`: where it is.
+
+    **Raises:** ValueError if a module inside of it says nothing, or is a partial sum of
+    its own.
+    """
+
+    def is_foreign(node: Any) -> bool:
+        return isinstance(node, eqx.Module) and not is_ours(node)
+
+    found = jax.tree_util.tree_leaves_with_path(part, is_leaf=is_foreign)
+    for key, node in found:
+        if is_foreign(node) and (not says(node) or partial_dims(node)):
+            name, outer = type(node).__name__, type(part).__name__
+            raise ValueError(
+                f"{_at(path + jax.tree_util.keystr(key))}{name} is inside "
+                f"of {outer}, of which each device has some heads or tokens alone. If "
+                "what it makes of some is that part of what it makes of all, write "
+                "`partial_over = ()` into the class; otherwise write an attention of "
+                "your own around it."
+            )
+
+
+def validate_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
+    """Refuses a part that says nothing, where devices have other tokens each.
+
+    **Arguments:**
+
+    - `part`: without `partial_over`.
+    - `path`: where it is.
+    - `axes`: that split tokens.
+
+    **Raises:** ValueError.
+    """
+    name = type(part).__name__
+    raise ValueError(
+        f"{_at(path)}{name} would be called with some tokens of a "
+        f"sequence, which is split over {' and '.join(axes)}. If each token goes its "
+        "own way in it, write `partial_over = ()` into the class."
+    )
+
+
+def validate_num_experts(part: Any, path: str) -> None:
+    """Refuses split experts of which one cannot see how many there are.
+
+    **Arguments:**
+
+    - `part`: in the place of `Experts`.
+    - `path`: where it is.
+
+    **Raises:** ValueError if it has no `num_experts`.
+    """
+    if not hasattr(part, "num_experts"):
+        raise ValueError(
+            f"{_at(path)}{type(part).__name__} has arrays that are split "
+            "along 'experts', so that tokens are sent to the device that has theirs. "
+            "Give it a property `num_experts`, the number that it holds, as `Experts` "
+            "has."
+        )
+
+
+def _own_dims(module: Any) -> frozenset[str]:
+    """The dimensions of a module's arrays, but for what other parts in it hold."""
+
+    def is_part(node: Any) -> bool:
+        is_inner = isinstance(node, eqx.Module) and node is not module
+        return is_inner and (says(node) or not is_ours(node))
+
+    def drop(node: Any) -> Any:
+        return None if is_part(node) else node
+
+    return dims_of(jax.tree.map(drop, module, is_leaf=is_part))
+
+
+def _at(path: str) -> str:
+    return f"{path.removeprefix('.')}: " if path else ""

@@ -1,0 +1,81 @@
+"""Which mesh axes split the rows of an array of tokens, and which its sequences."""
+
+import dataclasses
+import math
+from typing import Final
+
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from dsv4_eqx.sharding.rules import entry_of
+
+_BATCH, _CONTEXT, _HEADS = ("data", "expert"), "context", "tensor"
+_WHOLE_SEQUENCES: Final = ("streams", "multi_token_logits")  # tokens see others
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSplit:
+    """The mesh axes that split rows, and those that split sequences."""
+
+    batch: tuple[str, ...]
+    sequence: tuple[str, ...]
+
+    @property
+    def spec(self) -> P:
+        """Of `[batch, seq, ...]`, or of rows alone."""
+        entries = (self.batch, self.sequence) if self.sequence else (self.batch,)
+        return P(*map(entry_of, entries))
+
+    def without(self, axis: str) -> "TokenSplit":
+        """The same where one axis splits no sequence.
+
+        **Arguments:**
+
+        - `axis`: of the mesh.
+        """
+        sequence = tuple(other for other in self.sequence if other != axis)
+        return TokenSplit(self.batch, sequence)
+
+
+def token_split(
+    call: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> TokenSplit:
+    """How tokens of a shape are split.
+
+    Rows are split over `data` and `expert`, sequences over `context` and then `tensor`.
+    Where a sequence does not divide over `tensor`, its devices have the same tokens;
+    the same goes for `context` where tokens do not see others.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `shape`: `()` for one token, `(batch,)` for rows, or `(batch, seq, ...)`.
+    - `mesh`: the mesh.
+
+    **Raises:** ValueError if rows do not divide, or a sequence does not divide over
+    `context` in a call where tokens see others.
+    """
+    sizes = mesh.shape
+    batch = tuple(axis for axis in _BATCH if sizes[axis] > 1)
+    sequence = tuple(axis for axis in (_CONTEXT, _HEADS) if sizes[axis] > 1)
+    rows = math.prod(sizes[axis] for axis in batch)
+    if not shape:  # one token: all devices do the same
+        return TokenSplit((), ())
+    if shape[0] % rows != 0:
+        raise ValueError(
+            f"{call}: a batch of shape {shape} does not divide over data="
+            f"{sizes['data']} x expert={sizes['expert']}: give a multiple of "
+            f"{rows} rows."
+        )
+    if len(shape) < 2:
+        return TokenSplit(batch, ())
+    if shape[1] % sizes[_CONTEXT] != 0:
+        if call in _WHOLE_SEQUENCES:
+            raise ValueError(
+                f"{call}: {shape[1]} tokens do not divide over context="
+                f"{sizes[_CONTEXT]}: give a multiple of it."
+            )
+        sequence = ()
+    split = TokenSplit(batch, sequence)
+    parts = math.prod(sizes[axis] for axis in sequence)
+    return split if shape[1] % parts == 0 else split.without(_HEADS)
