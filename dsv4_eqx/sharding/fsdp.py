@@ -1,7 +1,14 @@
 """Fully sharded data parallelism: weights split over `data` as well, gathered in use.
 
-A layer's weights are whole only while it runs: gathered before, and again in its
-backward pass, which leaves each device the sum of its own part of the gradients.
+A layer's weights are whole only while it runs: gathered before, and gathered again in
+its backward pass, which leaves each device the sum of its own part of the gradients.
+
+The rule for the backward pass: what is kept for it is everything but whole weights. For
+`y = gather(w) * x` these are `x` and this device's part of `w`, and `w` is gathered
+again for the gradient of `x`. The exception: with `remat=True` a checkpoint around the
+whole block keeps its input alone, and recomputes the block, gathering included. The
+rule must not be applied inside of that one. It would reach the checkpoints inside of a
+block, as around attention's blocks of queries, and keep what they are there to drop.
 """
 
 import math
@@ -46,10 +53,8 @@ class Gathered(eqx.Module):
         def run(module: Any, *args: Any) -> Any:
             return function(gathered(module, self.axis, self.dims), *args)
 
-        # The policy below holds in a module's own checkpoints too, and undoes them.
         if self.recomputed:
             return run(self.module, *args)
-        # The backward pass gathers again, rather than keep whole weights.
         policy = jax.checkpoint_policies.save_anything_except_these_names(_WHOLE)
         return eqx.filter_checkpoint(run, policy=policy)(self.module, *args)
 

@@ -29,14 +29,14 @@ from dsv4_eqx.sharding.context import (
 )
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import validate_mesh
-from dsv4_eqx.sharding.parts import (
+from dsv4_eqx.sharding.partial_sums import (
     dims_of,
     is_ours,
     partial_dims,
     says,
     validate_by_token,
     validate_inside,
-    validate_num_experts,
+    validate_num_local,
     validate_split,
 )
 from dsv4_eqx.sharding.rules import rules_with
@@ -213,7 +213,7 @@ def _validate(node: Any, path: str, here: _Here) -> None:
         return
     sends_rows = _has_experts(node, here)
     if sends_rows and dims_of(node) & here.over_expert:
-        validate_num_experts(node, path)
+        validate_num_local(node, path)
     if not says(node):
         split = here.over_tensor if sends_rows else here.over_tensor | here.over_expert
         validate_split(node, path, split)

@@ -103,9 +103,12 @@ class ShardedModel(AbstractModel):
     def streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
-        """As `AbstractModel.streams`.
+        """The residual streams after the last layer.
 
-        **Raises:** ValueError also if batch or sequence do not divide over the mesh.
+        **Arguments:** as for calling.
+
+        **Raises:** ValueError as for calling, and if the batch does not divide over
+        `data` and `expert` together, or the sequence over `context`.
         """
         token_ids = self.model.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
@@ -121,7 +124,12 @@ class ShardedModel(AbstractModel):
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """As `AbstractModel.collapse`."""
+        """What the unembedding turns into logits.
+
+        **Arguments:**
+
+        - `streams`: from `streams` or `extend_streams`.
+        """
         split = self._split("collapse", streams.shape[:-2])
         run = self._map(
             lambda model, x: model.collapse(x), split, (split.spec,), split.spec
@@ -131,7 +139,12 @@ class ShardedModel(AbstractModel):
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """As `AbstractModel.unembed`; each device of `tensor` has part of `vocab`."""
+        """Logits, at least float32; each device of `tensor` has those of some tokens.
+
+        **Arguments:**
+
+        - `hidden`: from `hidden` or `collapse`.
+        """
         split = self._split("unembed", hidden.shape[:-1])
         join, spec = self._for_vocab(split)
 
@@ -148,7 +161,20 @@ class ShardedModel(AbstractModel):
         targets: Int[Array, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """As `AbstractModel.cross_entropy`; the logits stay where they are."""
+        """Cross-entropy of each target in nats, at least float32.
+
+        The logits stay where they are: a few numbers for each token travel.
+
+        **Arguments:**
+
+        - `hidden`: from `hidden` or `collapse`.
+        - `targets`: the tokens that followed.
+        - `mask`: where it is False, the cross-entropy is 0 and the target not read.
+
+        **Raises:** ValueError if targets and mask are not one for each position, or a
+        target is outside the vocabulary; under `jit`, which does not know them, the
+        cross-entropy of such a one is NaN.
+        """
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
         split = self._split("cross_entropy", targets.shape)
@@ -165,7 +191,15 @@ class ShardedModel(AbstractModel):
     def multi_token_logits(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """As `AbstractModel.multi_token_logits`."""
+        """Logits of the next token, and of the one after it.
+
+        The second has one position less: it needs the next token itself.
+
+        **Arguments:** as for calling; at least two tokens.
+
+        **Raises:** ValueError if the model has no prediction block or there is a single
+        token, and as for calling.
+        """
         token_ids = self.model.validate_ahead(tokens)
         places = token_places("multi_token_logits", token_ids, segment_ids)
         streams = self.streams(token_ids, segment_ids, remat=remat)
@@ -183,26 +217,53 @@ class ShardedModel(AbstractModel):
         return logits, self.unembed(ahead)[:, :-1]
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """As `AbstractModel.init_cache`."""
+        """The state before any token, for `extend`; split by rows alone.
+
+        **Arguments:**
+
+        - `batch`: rows, a multiple of `data` x `expert`.
+        - `capacity`: tokens that each row will have room for.
+
+        **Raises:** ValueError if either is no positive integer, the rows do not divide,
+        or the capacity is above `max_position_embeddings`.
+        """
         make = functools.partial(self.model.init_cache, batch, capacity)
         return self._placed("init_cache", batch, make)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
-        """As `AbstractModel.init_mtp_cache`."""
+        """The state of the prediction block before any token.
+
+        **Arguments:** as for `init_cache`.
+
+        **Raises:** ValueError as `init_cache` does, and if there is no such block.
+        """
         make = functools.partial(self.model.init_mtp_cache, batch, capacity)
         return self._placed("init_mtp_cache", batch, make)
 
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
-        """As `AbstractModel.extend_streams`."""
+        """The residual streams after the last layer, and the cache.
+
+        **Arguments:** as for `extend`.
+
+        **Raises:** ValueError as `extend` does, and if the rows do not divide.
+        """
         streams, layers, new = self._extend(Layers.extend, tokens, cache, lengths)
         return streams, Cache(cache.lengths + new, layers, cache.capacity)
 
     def lookahead(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
-        """As `AbstractModel.lookahead`."""
+        """`extend_streams` where what is seen decides which tokens stay.
+
+        **Arguments:** as for `extend`.
+
+        **Returns:** the streams, and what gives the cache after as many of each row's
+        new tokens as its method `keep` is told.
+
+        **Raises:** ValueError as `extend_streams` does.
+        """
         streams, layers, new = self._extend(Layers.lookahead, tokens, cache, lengths)
         return streams, Lookahead(cache.lengths, new, layers, cache.capacity)
 
@@ -213,7 +274,18 @@ class ShardedModel(AbstractModel):
         cache: MTPCache,
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
-        """As `AbstractModel.extend_mtp`."""
+        """What the unembedding turns into logits of the token after next.
+
+        **Arguments:**
+
+        - `streams`: of the main model at new tokens, then anything as padding.
+        - `following`: the token after each of them.
+        - `cache`: from `init_mtp_cache` or another call.
+        - `lengths`: new tokens of each row.
+
+        **Raises:** ValueError if there is no prediction block, or ids, cache and
+        lengths do not fit each other, as for `extend`.
+        """
         following, lengths = self.model.validate_following(following, cache, lengths)
         split = self._split("extend_mtp", lengths.shape)
         rows = split.spec  # which come first in every array of a state

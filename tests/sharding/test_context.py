@@ -15,6 +15,8 @@ from dsv4_eqx.sharding.context import (
 )
 from tests.sharded import make_mesh, normal
 
+pytestmark = pytest.mark.xdist_group("sharding-context")
+
 BATCH = 3
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
+from dsv4_eqx.model.parts import make_moe
 from dsv4_eqx.sharding import parallelize
 from tests.sharded import (
     BATCH,
@@ -27,6 +28,8 @@ from tests.sharded import (
     run_plain,
 )
 
+pytestmark = pytest.mark.xdist_group("sharding-expert")
+
 SEQ = 5  # an odd number of tokens for each device
 
 
@@ -34,7 +37,7 @@ SEQ = 5  # an odd number of tokens for each device
 def moe_case(kind, dtype=jnp.float32):
     shape = (BATCH, SEQ, CONFIG.hidden_size)
     x, ids = normal(shape, 1).astype(dtype), random_token_ids(SEQ)
-    moe = random_module(dsv4.MoE, kind, dtype=dtype)
+    moe = random_module(make_moe, kind, dtype=dtype)
     return Case(moe, x, ids, normal(shape, 2))
 
 
@@ -73,14 +76,19 @@ ROUTINGS = {
 }
 
 
+def on_mesh(expert, tensor, *marks):
+    """All routings over a mesh share its program."""
+    group = pytest.mark.xdist_group(f"experts-over-{expert}-{tensor}")
+    return pytest.param(expert, tensor, marks=[group, *marks])
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(
     "expert, tensor",
     [
-        (8, 1),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
-        pytest.param(2, 4, marks=pytest.mark.slow),
+        on_mesh(8, 1),
+        on_mesh(2, 1, pytest.mark.slow),
+        on_mesh(2, 4, pytest.mark.slow),
     ],
 )
 def test_no_token_is_dropped_whatever_the_routing(expert, tensor, routing):

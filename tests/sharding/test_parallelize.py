@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import HASH_MOE
+from dsv4_eqx.model.parts import make_experts, make_moe, make_shared_expert
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
@@ -29,6 +30,8 @@ from tests.sharded import (
     random_token_ids,
     run_plain,
 )
+
+pytestmark = pytest.mark.xdist_group("sharding-parallelize")
 
 
 @functools.cache
@@ -127,18 +130,18 @@ def test_wrapping_twice_is_refused(sizes):
         parallelize(parallel, mesh)
 
 
-@pytest.mark.parametrize("make", [dsv4.Experts, dsv4.SharedExpert])
+@pytest.mark.parametrize("make", [make_experts, make_shared_expert])
 def test_experts_on_their_own_are_summed_and_exchange(make):
     expert = abstract(make)
     assert isinstance(parallelize([expert], make_mesh(tensor=8))[0], SummedOver)
     both = parallelize(expert, make_mesh(expert=2, tensor=4))
-    inner = ExpertParallel if make is dsv4.Experts else dsv4.SharedExpert
+    inner = ExpertParallel if make is make_experts else dsv4.SharedExpert
     assert isinstance(both, SummedOver) and isinstance(both.module, inner)
     assert jax.tree.leaves(both) == jax.tree.leaves(expert)
 
 
 def test_a_shared_expert_on_its_own_equals_itself_over_a_mesh():
-    shared, mesh = random_module(dsv4.SharedExpert), make_mesh(tensor=4)
+    shared, mesh = random_module(make_shared_expert), make_mesh(tensor=4)
     parallel = parallelize(shared, mesh)
     specs = dsv4.partition_specs(parallel, mesh=mesh)
     x = normal((5, CONFIG.hidden_size), 1)
@@ -173,7 +176,7 @@ def test_axes_that_split_no_sequence_are_refused(sequence, without_shape_checks)
 
 
 def test_split_experts_without_their_wrapper_are_refused():
-    moe, mesh = abstract(dsv4.MoE, HASH_MOE), make_mesh(expert=2)
+    moe, mesh = abstract(make_moe, HASH_MOE), make_mesh(expert=2)
     specs = dsv4.partition_specs(moe, mesh=mesh)
     x = jax.ShapeDtypeStruct((2, 3, CONFIG.hidden_size), np.float32)
     ids = jax.ShapeDtypeStruct((2, 3), np.int32)
@@ -188,7 +191,7 @@ def test_split_experts_without_their_wrapper_are_refused():
 
 
 def test_placed_arrays_lie_where_their_specs_say():
-    moe, mesh = random_module(dsv4.MoE, HASH_MOE), make_mesh(expert=2, tensor=4)
+    moe, mesh = random_module(make_moe, HASH_MOE), make_mesh(expert=2, tensor=4)
     specs = dsv4.partition_specs(moe, mesh=mesh)
     placed = place(moe, specs, mesh)
     for leaf, spec in zip(jax.tree.leaves(placed), jax.tree.leaves(specs), strict=True):

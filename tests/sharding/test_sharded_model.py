@@ -25,6 +25,8 @@ from tests.sharded import (
     random_module,
 )
 
+pytestmark = pytest.mark.xdist_group("sharded-model")
+
 # A layer that hashes, and a unit that repeats. A mesh does not change how often the
 # streams' mixing is balanced, and each time is compiled on its own.
 CONFIG = dataclasses.replace(

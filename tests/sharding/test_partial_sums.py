@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import HASH_MOE, SLIDING, TOPK_MOE
+from dsv4_eqx.model.parts import make_moe
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import rules_with
 from dsv4_eqx.sharding.tensor import SummedOver, WithAllTokens
@@ -26,6 +27,8 @@ from tests.sharded import (
     random_module,
     random_token_ids,
 )
+
+pytestmark = pytest.mark.xdist_group("sharding-partial_sums")
 
 SEQ, DIM, EXPERTS = 12, CONFIG.hidden_size, CONFIG.n_routed_experts
 DIMENSIONS = {"own_heads": "tensor", "own_width": None, "lora_rank": None}
@@ -97,7 +100,7 @@ class ScaledExperts(eqx.Module):
     shift: Float[Array, "experts dim"]
 
     @property
-    def num_experts(self):
+    def num_local(self):
         return len(self.shift)
 
     def __call__(self, x, chosen, weights):
@@ -215,7 +218,7 @@ def test_a_whole_output_is_not_summed():
         def __call__(self, x, chosen, weights):
             return jnp.ones_like(x)
 
-    moe = random_module(dsv4.MoE, HASH_MOE)
+    moe = random_module(make_moe, HASH_MOE)
     moe = eqx.tree_at(lambda moe: moe.experts, moe, Ones())
     moe = eqx.tree_at(lambda moe: moe.shared.down, moe, replace_fn=jnp.zeros_like)
     mesh = make_mesh(tensor=2)
@@ -350,7 +353,7 @@ def test_a_split_part_that_says_nothing_is_refused(make, text):
 def test_split_experts_must_tell_their_number():
     experts = undeclared(block("ScaledExperts").moe.experts)
     module = eqx.tree_at(lambda b: b.moe.experts, block(), experts)
-    with pytest.raises(ValueError, match=r"^moe\.experts: Silent .*`num_experts`"):
+    with pytest.raises(ValueError, match=r"^moe\.experts: Silent .*`num_local`"):
         parallelize(module, make_mesh(expert=2))
 
 

@@ -172,7 +172,7 @@ def validate_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
     )
 
 
-def validate_num_experts(part: Any, path: str) -> None:
+def validate_num_local(part: Any, path: str) -> None:
     """Refuses split experts of which one cannot see how many there are.
 
     **Arguments:**
@@ -180,14 +180,14 @@ def validate_num_experts(part: Any, path: str) -> None:
     - `part`: in the place of `Experts`.
     - `path`: where it is.
 
-    **Raises:** ValueError if it has no `num_experts`.
+    **Raises:** ValueError if it has no `num_local`.
     """
-    if not hasattr(part, "num_experts"):
+    if not hasattr(part, "num_local"):
         raise ValueError(
             f"{_at(path)}{type(part).__name__} has arrays that are split "
             "along 'experts', so that tokens are sent to the device that has theirs. "
-            "Give it a property `num_experts`, the number that it holds, as `Experts` "
-            "has."
+            "Give it a property `num_local`, the number that a device holds, as "
+            "`Experts` has."
         )
 
 
