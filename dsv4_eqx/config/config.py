@@ -30,6 +30,8 @@ _TOKEN_IDS: Final = ("bos_token_id", "eos_token_id")
 # Integers are at least 1, floats at least 0, but for these. A SwiGLU limit of 0 would
 # silence every expert.
 _LEAST: Final = {"num_nextn_predict_layers": 0}
+# Of several prediction blocks, nothing says how the second reads the first.
+_MOST: Final = {"num_nextn_predict_layers": 1}
 _ABOVE: Final = {
     "rope_theta": 1,
     "compress_rope_theta": 1,
@@ -95,8 +97,8 @@ class Config:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type is int:
-                least = _LEAST.get(name, 1)
-                value = validate_int("Config", name, value, least=least, most=_LARGEST)
+                least, most = _LEAST.get(name, 1), _MOST.get(name, _LARGEST)
+                value = validate_int("Config", name, value, least=least, most=most)
             elif field.type is float:
                 value = validate_number("Config", name, value, above=_ABOVE.get(name))
             elif name in _PER_LAYER:

@@ -74,11 +74,11 @@ CASES = {
     ),
     "10**9 prediction blocks": (
         edit_config(num_nextn_predict_layers=10**9, compress_ratios=None),
-        "1000000002 blocks",
+        "num_nextn_predict_layers=1000000000",
     ),
     "10,000 prediction blocks": (
         edit_config(num_nextn_predict_layers=10_000, compress_ratios=None),
-        "10002 blocks",
+        "num_nextn_predict_layers=10000",
     ),
     "vocabulary of 2**31 - 1": (edit_config(vocab_size=2**31 - 1), "embed.weight"),
     "hidden size of 2**31 - 1": (edit_config(hidden_size=2**31 - 1), "embed.weight"),

@@ -28,7 +28,6 @@ CONFIGS = {
     "T": tiny_config(),
     "without scaling": tiny_config(rope_scaling=None),
     "without prediction": tiny_config(num_nextn_predict_layers=0),
-    "two blocks": tiny_config(num_nextn_predict_layers=2),
     "one kind": small_config(
         layer_types=(SLIDING,) * 3,
         compress_ratios=(0,) * 3,
