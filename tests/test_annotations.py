@@ -32,7 +32,7 @@ from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
 from dsv4_eqx.numerics.slice import Slice
-from dsv4_eqx.sharding.context import SplitSequence
+from dsv4_eqx.sharding.context import SplitSequence, SplitSequenceAndHeads
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.fsdp import Gathered
 from dsv4_eqx.sharding.parallelize import parallelize
@@ -59,6 +59,7 @@ WRAPPED = {
     SummedOver: "module",
     WithAllTokens: "module",
     SplitSequence: "attention",
+    SplitSequenceAndHeads: "attention",
     Gathered: "module",
 }
 NAMES_OF_OTHERS = OF_ACTIVATIONS | OF_THE_FIELD_THAT_HOLDS_IT
@@ -85,6 +86,7 @@ def of_a_mesh():
     return (
         dsv4.shard(model(), dsv4.make_mesh(devices=jax.devices()[:1])),
         Gathered(parallelize(block, mesh, ("context", "tensor")), "data", ()),
+        parallelize(block, mesh, ("context",)),
         SplitEmbedding(model().embedding, "tensor", ("context", "tensor")),
     )
 

@@ -10,7 +10,6 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
@@ -22,7 +21,7 @@ from dsv4_eqx.attention.cache import (
     validate_state,
 )
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
-from dsv4_eqx.attention.documents import document_starts, local_positions
+from dsv4_eqx.attention.documents import document_starts, validate_positions
 from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
@@ -33,7 +32,6 @@ from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
-    is_concrete,
     validate_activations,
     validate_ids,
     validate_number,
@@ -143,8 +141,6 @@ class Attention(eqx.Module):
         self.output_up = normal(keys[4], shape, dtype, std=std)
         self.rope, self.compressor, self.indexer = rope, compressor, indexer
 
-    @compiled_once
-    @jax.named_scope("Attention")
     def __call__(
         self,
         x: Float[Array, "batch seq dim"],
@@ -172,12 +168,22 @@ class Attention(eqx.Module):
                 f"Attention was called with x of shape {x.shape}: batch and seq must "
                 "be at least 1."
             )
-        positions = positions.astype(jnp.int32)  # as those of compressed entries
-        documents = ()
         if segment_ids is not None:
-            _validate_documents(positions, segment_ids)
-            segment_ids = document_starts(segment_ids)
-            documents = (segment_ids,)
+            validate_ids("Attention", "segment_ids", segment_ids, x.shape[:2])
+            validate_positions("Attention", positions, segment_ids)
+        return self._over_rows(x, positions, segment_ids)
+
+    @compiled_once
+    @jax.named_scope("Attention")
+    def _over_rows(
+        self,
+        x: Float[Array, "batch seq dim"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> Float[Array, "batch seq dim"]:
+        positions = positions.astype(jnp.int32)  # as those of compressed entries
+        # An id of its own for each document, one that comes back too.
+        documents = () if segment_ids is None else (document_starts(segment_ids),)
         self = dequantize(self)
         latent = self.project_latent(x)
         keys = self.project_keys(x, positions)
@@ -346,21 +352,6 @@ class Attention(eqx.Module):
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
         return project(latent, self.output_up, over=2)
-
-
-def _validate_documents(
-    positions: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"]
-) -> None:
-    validate_ids("Attention", "segment_ids", segment_ids, positions.shape)
-    if is_concrete(positions, segment_ids):
-        wrong = np.argwhere(positions != local_positions(segment_ids))
-        if len(wrong) > 0:
-            place = [int(i) for i in wrong[0]]
-            raise ValueError(
-                f"Attention: position {positions[tuple(place)]} at {place} is not the "
-                "token's in its document, as segment_ids have it: give 0, 1, 2, ... in "
-                "each document."
-            )
 
 
 def _validate_parts(

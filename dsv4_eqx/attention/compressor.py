@@ -19,7 +19,7 @@ from dsv4_eqx.attention.cache import (
     rows_from,
     validate_state,
 )
-from dsv4_eqx.attention.documents import document_starts, last_tokens
+from dsv4_eqx.attention.documents import document_starts, last_tokens, tokens_from
 from dsv4_eqx.kernels.entries import Entries, Values, replaced, write_if
 from dsv4_eqx.kernels.pool import pool_windows
 from dsv4_eqx.numerics.compile_once import compiled_once
@@ -206,7 +206,7 @@ class Compressor(eqx.Module):
             parts = []
             for n in range(series):
                 back = ratio * (series - 1 - n)  # to the window before, or to none
-                part = _tokens_at(x[:, :, n], first - back, ratio)
+                part = tokens_from(x[:, :, n], first - back, ratio)
                 if back > 0:
                     exists = (first_positions >= back)[..., None, None]
                     part = jnp.where(exists, part, nothing)
@@ -363,18 +363,6 @@ class Compressor(eqx.Module):
         first_positions: Int[Array, "batch windows"],
     ) -> Float[Array, "batch windows head_dim"]:
         return self.rope(self.norm(pooled), first_positions)
-
-
-def _tokens_at(
-    x: Float[Array, "batch seq head_dim"],
-    first: Int[Array, "batch windows"],
-    ratio: int,
-) -> Float[Array, "batch windows ratio head_dim"]:
-    """As many tokens from each of the first ones on; any for one before the row."""
-    index = first[..., None] + jnp.arange(ratio, dtype=first.dtype)
-    index = jnp.maximum(index, 0)
-    read = jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))
-    return read(x, index)
 
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:

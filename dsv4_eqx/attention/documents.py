@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from dsv4_eqx.numerics.validation import is_concrete
 
@@ -75,6 +75,51 @@ def last_tokens(
         return jnp.flatnonzero(is_last, size=num_windows, fill_value=seq)
 
     return jax.vmap(in_row)(is_last).astype(jnp.int32)
+
+
+def tokens_from(
+    x: Float[Array, "batch seq head_dim"],
+    first: Int[Array, "batch windows"],
+    ratio: int,
+) -> Float[Array, "batch windows ratio head_dim"]:
+    """Windows of consecutive tokens, wherever they begin.
+
+    **Arguments:**
+
+    - `x`: of the tokens.
+    - `first`: index of each window's first token; of a window that begins before the
+        row, any tokens are given.
+    - `ratio`: tokens in a window.
+    """
+    index = first[..., None] + jnp.arange(ratio, dtype=first.dtype)
+    index = jnp.maximum(index, 0)
+    read = jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))
+    return read(x, index)
+
+
+def validate_positions(
+    call: str, positions: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"]
+) -> None:
+    """Refuses positions that do not count from each document's first token.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `positions`: of the tokens.
+    - `segment_ids`: their documents.
+
+    **Raises:** ValueError if they do not, unless one of them is traced.
+    """
+    if is_concrete(positions, segment_ids):
+        known = np.asarray(positions)
+        wrong = np.argwhere(known != np.asarray(local_positions(segment_ids)))
+        if len(wrong) > 0:
+            place = [int(i) for i in wrong[0]]
+            raise ValueError(
+                f"{call}: position {known[tuple(place)]} at {place} is not the token's "
+                "in its document, as segment_ids have it: give 0, 1, 2, ... in each "
+                "document."
+            )
 
 
 def validate_segment_ids(call: str, segment_ids: Any, shape: tuple[int, ...]) -> None:
