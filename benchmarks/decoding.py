@@ -29,11 +29,13 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import jax
 import numpy as np
 from against_transformers import CONFIG, SIDES, save_weights, their_model, timed
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HCA, TOPK_MOE
+from dsv4_eqx.model.model import abstract_model
 
 _REPEATS: Final = 5
 
@@ -134,8 +136,7 @@ def compare(folder: pathlib.Path, batch: int, args: argparse.Namespace) -> None:
         sys.exit(f"batch {batch}: the tokens differ: {tokens}")
     mine, other = found["ours"]["seconds"], found["theirs"]["seconds"]
     config = model_config(args.units)
-    # Of the embedding, a row.
-    read = dsv4.num_active_params(config) - config.vocab_size * config.hidden_size
+    read = params_read(config)
     needed = 4 * read / found["ours"]["rate"]
     share = f"{needed / mine:8.0%}" if batch == 1 else ""
     print(
@@ -143,6 +144,20 @@ def compare(folder: pathlib.Path, batch: int, args: argparse.Namespace) -> None:
         f"{found['ours']['rate'] / 1e9:9.1f} {share}",
         flush=True,
     )
+
+
+def params_read(config: dsv4.Config) -> int:
+    """By a token: all but other experts, tables, the embedding, prediction blocks."""
+    total = 0
+    model = abstract_model(config, np.dtype(np.float32))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name == "embedding" or name.startswith("mtp.") or name.endswith(".table"):
+            continue
+        is_routed = ".moe.experts." in name
+        part = config.num_experts_per_tok if is_routed else config.n_routed_experts
+        total += leaf.size * part // config.n_routed_experts
+    return total
 
 
 def main() -> None:

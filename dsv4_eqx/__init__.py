@@ -34,7 +34,6 @@ from dsv4_eqx.moe.moe import MoE as MoE
 from dsv4_eqx.moe.router import HashRouter as HashRouter
 from dsv4_eqx.moe.router import TopKRouter as TopKRouter
 from dsv4_eqx.plan.costs import flops_per_token as flops_per_token
-from dsv4_eqx.plan.costs import num_active_params as num_active_params
 from dsv4_eqx.primitives.linear import GroupedLinear as GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm as RMSNorm
 from dsv4_eqx.primitives.norm import UnweightedRMSNorm as UnweightedRMSNorm

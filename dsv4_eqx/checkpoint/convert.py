@@ -8,16 +8,15 @@ from typing import Final
 import numpy as np
 from jax.typing import DTypeLike
 
-from dsv4_eqx.checkpoint.contents import Contents, open_checkpoint
 from dsv4_eqx.checkpoint.directory import other_files, read_config
 from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.inventory import Checkpoint, open_checkpoint
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, array_tensors, check_for_hf
-from dsv4_eqx.checkpoint.target import checked_target
-from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
+from dsv4_eqx.checkpoint.write import NewTensor, validate_target, write_checkpoint
 from dsv4_eqx.config.hf_keys import other_keys
-from dsv4_eqx.numerics.validation import validate_dtype, validate_flag
+from dsv4_eqx.numerics.validation import validate_dtype, validate_flag, validate_size
 
 _CALL: Final = "convert"
 _DTYPES: Final = ("dtype", "torch_dtype")  # of the weights, as transformers writes it
@@ -59,31 +58,32 @@ def convert(
     validate_flag(_CALL, "official", official)
     if dtype is not None:
         dtype = validate_dtype(_CALL, dtype)
-    where = checked_target(
-        _CALL, "target", target, overwrite=overwrite, most_file_bytes=most_file_bytes
-    )
-    contents = open_checkpoint(_CALL, local_directory(_CALL, source, revision), dtype)
-    model = contents.plan.model
+    most_file_bytes = validate_size(_CALL, "most_file_bytes", most_file_bytes)
+    target = validate_target(_CALL, "target", target, overwrite=overwrite)
+    checkpoint = open_checkpoint(_CALL, local_directory(_CALL, source, revision), dtype)
+    model = checkpoint.model
     if not official:
         check_for_hf(_CALL, model.config)
-    raw, new_dtype = read_config(contents.directory), model.embedding.dtype.name
+    raw, new_dtype = read_config(checkpoint.directory), model.embedding.dtype.name
     kept = other_keys(raw, model.config.to_hf())
     kept |= {key: new_dtype for key in _DTYPES if key in raw}
-    with Loader(contents, keep_quantized=False) as loader:
+    with Loader(checkpoint, keep_quantized=False) as loader:
         write_checkpoint(
-            where,
+            target,
             model.config,
-            _new_tensors(contents, loader, official),
+            _new_tensors(checkpoint, loader, official),
+            overwrite=overwrite,
+            most_file_bytes=most_file_bytes,
             more_config=kept,
-            more_files=other_files(contents.directory),
+            more_files=other_files(checkpoint.directory),
         )
 
 
 def _new_tensors(
-    contents: Contents, loader: Loader, official: bool
+    checkpoint: Checkpoint, loader: Loader, official: bool
 ) -> Iterator[NewTensor]:
-    new = sources(contents.plan.model, official=official)
-    for (target, leaf), (source, _) in zip(new, contents.plan.wanted, strict=True):
+    new = sources(checkpoint.model, official=official)
+    for (target, leaf), (source, _) in zip(new, checkpoint.wanted, strict=True):
         dtype = np.dtype(leaf.dtype)
         read = functools.partial(loader.read_region, source, dtype)
         yield from array_tensors(target, dtype, read)

@@ -9,15 +9,14 @@ from typing import Any, Final
 import jax
 from jax.sharding import AbstractMesh
 
-from dsv4_eqx.checkpoint.contents import Contents, judge_checkpoint
 from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.inventory import Checkpoint, inspect_checkpoint
 from dsv4_eqx.checkpoint.names import Source
-from dsv4_eqx.checkpoint.quantized import PackedTensor
-from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE, whole
+from dsv4_eqx.checkpoint.quantized import QuantizedTensor, shared_width
+from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING
 from dsv4_eqx.numerics.quantized_weight import codes_per_byte
-from dsv4_eqx.plan.costs import num_active_params
 from dsv4_eqx.sharding.rules import partition_specs
 
 # The first that is in a leaf's path says which part it is.
@@ -52,9 +51,9 @@ def describe(
     ImportError and OSError as `from_pretrained`.
     """
     directory = local_directory("inspect", directory, revision)
-    contents, faults = judge_checkpoint("inspect", directory, None)
-    lines = [*_config_in_words(contents.plan.model.config), ""]
-    lines += [*_parts_table(contents), "", *_dtypes_table(contents), ""]
+    checkpoint, faults = inspect_checkpoint("inspect", directory, None)
+    lines = [*_config_in_words(checkpoint.model.config), ""]
+    lines += [*_parts_table(checkpoint), "", *_dtypes_table(checkpoint), ""]
     lines.append(
         f"{len(faults)} faults" if faults else "nothing missing, nothing extra"
     )
@@ -63,7 +62,7 @@ def describe(
         lines.append(f"  and {len(faults) - _MOST_FAULTS} more")
     fits = True
     if mesh_sizes is not None:
-        line, fits = _over_mesh(contents, mesh_sizes)
+        line, fits = _over_mesh(checkpoint, mesh_sizes)
         lines += ["", line]
     return "\n".join(lines), fits and not faults
 
@@ -99,15 +98,14 @@ def _config_in_words(config: Config) -> Iterator[str]:
         f"  vocabulary {config.vocab_size:,}; up to {config.max_position_embeddings:,} "
         f"positions; prediction blocks: {config.num_nextn_predict_layers}"
     )
-    yield f"  active parameters per token: {num_active_params(config):,}"
 
 
-def _parts_table(contents: Contents) -> Iterator[str]:
+def _parts_table(checkpoint: Checkpoint) -> Iterator[str]:
     parameters, num_bytes = collections.Counter(), collections.Counter()
-    for source, leaf in contents.plan.wanted:
+    for source, leaf in checkpoint.wanted:
         part = next(label for piece, label in _PARTS if piece in source.path)
         parameters[part] += leaf.size
-        num_bytes[part] += sum(t.num_bytes for t in contents.stored(source))
+        num_bytes[part] += sum(t.num_bytes for t in checkpoint.stored(source))
     parameters["total"] = parameters.total()
     num_bytes["total"] = num_bytes.total()
     yield f"{'part':24}{'numbers':>22}{'bytes':>22}"
@@ -115,9 +113,9 @@ def _parts_table(contents: Contents) -> Iterator[str]:
         yield f"{part:24}{parameters[part]:>22,}{num_bytes[part]:>22,}"
 
 
-def _dtypes_table(contents: Contents) -> Iterator[str]:
+def _dtypes_table(checkpoint: Checkpoint) -> Iterator[str]:
     tensors, num_bytes = collections.Counter(), collections.Counter()
-    for tensor in contents.tensors.values():
+    for tensor in checkpoint.tensors.values():
         tensors[tensor.dtype] += 1
         num_bytes[tensor.dtype] += tensor.num_bytes
     yield f"{'dtype':24}{'tensors':>22}{'bytes':>22}"
@@ -126,22 +124,22 @@ def _dtypes_table(contents: Contents) -> Iterator[str]:
         yield f"{name:24}{tensors[dtype]:>22,}{num_bytes[dtype]:>22,}"
 
 
-def _over_mesh(contents: Contents, sizes: Mapping[str, int]) -> tuple[str, bool]:
+def _over_mesh(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> tuple[str, bool]:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    model = contents.plan.model
+    model = checkpoint.model
     try:
         specs = partition_specs(model, mesh=mesh)
     except ValueError as error:
         return f"mesh {shown}: does not fit: {error}", False
-    arrays, packed = 0, 0.0
+    arrays, packed = 0, 0.0  # bytes on a device
     specs = jax.tree.structure(model).flatten_up_to(specs)
-    for (source, leaf), spec in zip(contents.plan.wanted, specs):
+    for (source, leaf), spec in zip(checkpoint.wanted, specs):
         parts = [_parts_of(entry, sizes) for entry in spec]
         parts += [1] * (len(leaf.shape) - len(parts))
         here, columns = leaf.size // math.prod(parts), leaf.shape[-1] // parts[-1]
         arrays += here * leaf.dtype.itemsize
-        packed += here * _bytes_of_number(contents, source, leaf, columns)
+        packed += here * _bytes_of_number(checkpoint, source, leaf, columns)
     dtype = model.embedding.dtype
     return (
         f"mesh {shown}: fits; bytes per device {arrays:,} as {dtype}, {packed:,.0f} "
@@ -150,16 +148,15 @@ def _over_mesh(contents: Contents, sizes: Mapping[str, int]) -> tuple[str, bool]
 
 
 def _bytes_of_number(
-    contents: Contents, source: Source, leaf: Any, columns: int
+    checkpoint: Checkpoint, source: Source, leaf: Any, columns: int
 ) -> float:
     """What a number takes with `keep_quantized`, its share of the scales included."""
-    weights = [contents.weights.get(name) for name in source.names.flat]
-    packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
+    weights = [checkpoint.weights.get(name) for name in source.names.flat]
+    packed = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
     if len(packed) < len(weights):
         return leaf.dtype.itemsize
-    region = (*whole(source.own_shape)[:-1], slice(0, columns))
-    block = packed[0].block_of(source, region)
-    return 1 / codes_per_byte(packed[0].code_dtype) + 1 / block
+    width = shared_width(packed[0], source, slice(0, columns))
+    return 1 / codes_per_byte(packed[0].code_dtype) + 1 / width
 
 
 def _parts_of(entry: Any, sizes: Mapping[str, int]) -> int:

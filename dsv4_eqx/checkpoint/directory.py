@@ -31,28 +31,12 @@ _MOST_OTHER_BYTES: Final = 64 << 20
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """What `config.json` says.
-
-    **Arguments:**
-
-    - `directory`: of the checkpoint.
-
-    **Raises:** ValueError that names the file if it is missing or no JSON object.
-    """
+    """What `config.json` says."""
     return _read_json(directory, CONFIG)
 
 
 def read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint, from the headers alone.
-
-    **Arguments:**
-
-    - `directory`: of the checkpoint.
-
-    **Raises:** ValueError that names the file, and the tensor where there is one: files
-    are missing, lead out of the directory, are cut short or no safetensors; index and
-    files do not name the same tensors in the same places.
-    """
+    """Every tensor of a checkpoint, from headers that agree with the index."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: there is no such directory")
     index = read_index(directory) if _exists(directory / INDEX) else None
@@ -72,10 +56,6 @@ def other_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """Small files beside the weights and the configuration, as those of a tokenizer.
 
     Neither hidden ones, nor what leads out of the directory.
-
-    **Arguments:**
-
-    - `directory`: of the checkpoint.
     """
     found = []
     for name in _names(directory):
@@ -112,14 +92,7 @@ def _why_no_weights(directory: pathlib.Path) -> str:
 
 
 def read_index(directory: pathlib.Path) -> dict[str, str]:
-    """The file of each tensor.
-
-    **Arguments:**
-
-    - `directory`: of a checkpoint with an index.
-
-    **Raises:** ValueError if the index is none, or names a file that is not beside it.
-    """
+    """The file of each tensor, all of them beside the index."""
     index = _read_json(directory, INDEX)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:

@@ -21,25 +21,11 @@ def local_directory(
     revision: str | None,
     files: Sequence[str] = _FILES,
 ) -> pathlib.Path:
-    """The directory itself, or where the hub's files are once they are downloaded.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: a directory, or a repository's `owner/name` where there is no such
-        directory.
-    - `revision`: branch, tag or commit of a repository; its main branch by default.
-    - `files`: patterns of those that are downloaded.
-
-    **Raises:** ValueError if it is no name, a directory is given with a revision, or
-    there is nothing of that name; ImportError, which says what to install, if the name
-    is of the hub and its package is missing; OSError if the hub does not give it.
-    """
+    """The directory itself, or where the hub's files are once they are downloaded."""
     directory = path_of(call, "directory", name)
     if revision is not None and not isinstance(revision, str):
-        raise invalid_argument(
-            call, "revision", revision, "a branch, tag or commit, or None"
-        )
+        allowed = "a branch, tag or commit, or None"
+        raise invalid_argument(call, "revision", revision, allowed)
     if directory.is_dir():
         if revision is not None:
             raise ValueError(
@@ -65,7 +51,6 @@ def local_directory(
         raise OSError(
             f"{call}: {name!r}, revision {revision or 'main'!r}, is no directory, and "
             f"the Hugging Face hub does not give it: {why}; see that the name is "
-            "right, the network is there and `hf auth login` is done if access is "
-            "restricted."
+            "right, the network is there and you are logged in (`hf auth login`)."
         ) from error
     return pathlib.Path(found)

@@ -1,6 +1,13 @@
-"""What tensors a model is made of, and what a set of names has too many or too few."""
+"""What is in a checkpoint and what it is for, before any weight has been read.
 
+The names say which naming it is in; the configuration, which tensors there must be.
+What is missing, extra or misshapen is collected and told all at once.
+"""
+
+import contextlib
 import dataclasses
+import os
+import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -8,11 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dsv4_eqx.checkpoint.aliases import is_mixed, published_names
-from dsv4_eqx.checkpoint.names import Source, sources
+from dsv4_eqx.checkpoint.directory import CONFIG, read_config, read_tensors
+from dsv4_eqx.checkpoint.names import Source, is_mixed, published_names, sources
+from dsv4_eqx.checkpoint.quantized import (
+    BLOCKS,
+    FP8,
+    KNOWN_QUANTIZATION,
+    QuantizedTensor,
+    code_dtype_of,
+    scale_faults,
+)
+from dsv4_eqx.checkpoint.tensors import StoredTensor
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
-from dsv4_eqx.numerics.validation import FLOATS, invalid_argument, validate_dtype
+from dsv4_eqx.numerics.validation import (
+    FLOATS,
+    invalid_argument,
+    shown,
+    validate_dtype,
+)
 
 _EMBEDDING: Final = {True: "embed.weight", False: "model.embed_tokens.weight"}
 _OF_HF: Final = ("model.", "lm_head.")
@@ -24,41 +45,143 @@ _MOST_BLOCKS: Final = 64  # the largest released model has 62
 _LEAST_OF_BLOCK: Final = 20  # tensors of a block, at least, in any naming
 
 
-class Plan(NamedTuple):
-    """A model without numbers, and the tensors that it takes."""
+class NamedTensors(NamedTuple):
+    """Tensors by name, and the model without numbers that they are for."""
 
     model: DeepSeekV4
     tensors: Mapping[str, Any]  # what there is, under the names that are wanted
-    wanted: list[tuple[Source, Any]]  # and the abstract leaf that each fills
+    wanted: list[tuple[Source, Any]]  # each leaf's tensors, and the abstract leaf
     other: list[Source]  # the same under the other naming
 
 
-def make_plan(
+class Checkpoint(NamedTuple):
+    """A checkpoint whose headers have been read and fit its configuration."""
+
+    directory: pathlib.Path
+    model: DeepSeekV4  # of shapes and dtypes
+    tensors: Mapping[str, StoredTensor]
+    wanted: list[tuple[Source, Any]]
+    weights: dict[str, StoredTensor | QuantizedTensor]  # that are wanted, by name
+
+    def stored(self, source: Source) -> Iterator[StoredTensor]:
+        """The tensors that there are of a leaf, scales included."""
+        for name in source.names.flat:
+            weight = self.weights.get(name)
+            if isinstance(weight, QuantizedTensor):
+                yield from (weight.codes, weight.scales)
+            elif weight is not None:
+                yield weight
+
+
+def open_checkpoint(
+    call: str, directory: str | os.PathLike, dtype: DTypeLike | None
+) -> Checkpoint:
+    """Reads configuration and headers; one error for everything that is wrong."""
+    checkpoint, faults = inspect_checkpoint(call, directory, dtype)
+    if faults:
+        raise faults_error(f"{call}({str(directory)!r})", faults)
+    return checkpoint
+
+
+def inspect_checkpoint(
+    call: str, directory: str | os.PathLike, dtype: DTypeLike | None
+) -> tuple[Checkpoint, list[str]]:
+    """What is in a checkpoint, and what is wrong with it."""
+    directory = pathlib.Path(directory)
+    raw = read_config(directory)
+    with _naming(directory / CONFIG):
+        _check_quantization(raw)
+        config = Config.from_hf(raw)
+    stored = read_tensors(directory)
+    with _naming(directory):
+        named = match_names(call, config, stored, dtype, lambda tensor: tensor.dtype)
+    weights, used, faults = {}, set(), []
+    for source, leaf in named.wanted:
+        for name in source.names.flat:
+            if name not in named.tensors:
+                continue
+            tensor = named.tensors[name]
+            scale_name = _scale_name(name, named.tensors)
+            weight, found = _weight(tensor, named.tensors.get(scale_name), source, leaf)
+            weights[name] = weight
+            used |= {name, scale_name} if weight is not tensor else {name}
+            faults += [f"{tensor.name} ({tensor.path.name}) {fault}" for fault in found]
+    faults += naming_faults(named, used)
+    found = Checkpoint(directory, named.model, named.tensors, named.wanted, weights)
+    return found, faults
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Adds the path to an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _weight(
+    tensor: StoredTensor, scales: StoredTensor | None, source: Source, leaf: Any
+) -> tuple[StoredTensor | QuantizedTensor, list[str]]:
+    """A tensor with its scales if it has some, and what is wrong with it."""
+    faults = list(_plain_faults(tensor, source, leaf))
+    code_dtype = code_dtype_of(tensor)
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if not (is_float and faults and code_dtype is not None):
+        return tensor, faults
+    faults = list(scale_faults(tensor, scales, source))
+    if scales is None:
+        return tensor, faults
+    return QuantizedTensor(tensor, scales, code_dtype), faults
+
+
+def _scale_name(name: str, tensors: Mapping[str, StoredTensor]) -> str:
+    """What the scales beside a weight are called, in the naming that has them."""
+    official = name.removesuffix("weight") + "scale"
+    return official if official in tensors else f"{name}_scale_inv"
+
+
+def _plain_faults(tensor: StoredTensor, source: Source, leaf: Any) -> Iterator[str]:
+    if tensor.shape != source.tensor_shape:
+        yield f"has the shape {tensor.shape}, not {source.tensor_shape}"
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        fits = tensor.dtype.name in FLOATS
+    else:
+        fits = np.issubdtype(tensor.dtype, np.integer)
+    if not fits:
+        yield f"has the dtype {tensor.dtype}, for {leaf.dtype}"
+
+
+def _check_quantization(raw: dict[str, Any]) -> None:
+    """Refuses other blocks and formats than those that are read here."""
+    found = raw.get("quantization_config")
+    if found is None:
+        return
+    if not isinstance(found, dict):
+        raise ValueError(f"quantization_config is {shown(found)}, not an object")
+    known = KNOWN_QUANTIZATION | {"weight_block_size": list(BLOCKS[FP8])}
+    for key, value in known.items():
+        if found.get(key, value) != value:
+            raise ValueError(
+                f"quantization_config has {key} {shown(found[key])}; only {value!r} is "
+                "known here"
+            )
+
+
+def match_names(
     call: str,
     config: Config,
     tensors: Mapping[str, Any],
     dtype: DTypeLike | None,
     dtype_of: Callable[[Any], np.dtype | None],
-) -> Plan:
-    """Plans the model that some tensors are for.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `config`: of the model.
-    - `tensors`: that there are, by name.
-    - `dtype`: of the weights that need not stay float32; the embedding's by default.
-    - `dtype_of`: the dtype of one of the tensors, None if it has none.
-
-    **Raises:** ValueError if a name is no text, `dtype` is none for weights, two names
-    mean the same tensor, or the configuration asks for far more tensors than there are.
-    """
+) -> NamedTensors:
+    """The model that some tensors are for, whose weights have the embedding's dtype."""
     for name in tensors:
         if not isinstance(name, str):
             raise invalid_argument(call, "tensors", name, "named by texts")
     mixed = is_mixed(tensors)
     meant = published_names(tensors, mixed=mixed)
-    tensors = {name: tensors[own] for name, own in meant.items()}
+    tensors = {name: tensors[given] for name, given in meant.items()}
     official = mixed or _is_official(tensors)
     if dtype is None:
         embedding = tensors.get(_EMBEDDING[official])
@@ -74,46 +197,34 @@ def make_plan(
     model = abstract_model(config, dtype)
     wanted = list(sources(model, official=official))
     other = [source for source, _ in sources(model, official=not official)]
-    return Plan(model, tensors, wanted, other)
+    return NamedTensors(model, tensors, wanted, other)
 
 
-def naming_faults(plan: Plan, known: Collection[str]) -> Iterator[str]:
-    """What is missing, extra, or given under both namings; one string for each.
-
-    **Arguments:**
-
-    - `plan`: from `make_plan`.
-    - `known`: names of the tensors that it has a use for.
-    """
-    names = plan.tensors.keys()
-    for source, _ in plan.wanted:
+def naming_faults(named: NamedTensors, used: Collection[str]) -> Iterator[str]:
+    """What is missing, extra, or given under both namings."""
+    names = named.tensors.keys()
+    for source, _ in named.wanted:
         for name in source.names.flat:
             if name not in names:
                 yield f"{name} is missing (shape {source.tensor_shape})"
-    extra = [name for name in names if name not in known]
-    twins = _twins(plan) if extra else {}
+    extra = [name for name in names if name not in used]
+    twins = _twins(named) if extra else {}
     for name in extra:
-        given = [twin for twin in twins.get(name, ()) if twin in known]
+        given = [twin for twin in twins.get(name, ()) if twin in used]
         fault = f"is {given[0]}, given twice" if given else "is not part of the model"
         yield f"{name} {fault}"
 
 
 def faults_error(call: str, faults: Collection[str]) -> ValueError:
-    """One error for all of them.
-
-    **Arguments:**
-
-    - `call`: what the user called, and on what.
-    - `faults`: what is wrong.
-    """
+    """One error for all of them."""
     listed = "\n  ".join(sorted(faults))
     return ValueError(f"{call}: {len(faults)} faults:\n  {listed}")
 
 
-def _twins(plan: Plan) -> dict[str, list[str]]:
+def _twins(named: NamedTensors) -> dict[str, list[str]]:
     """For each name under the other naming, what the same numbers are called here."""
     twins = {}
-    for (here, _), there in zip(plan.wanted, plan.other):
+    for (here, _), there in zip(named.wanted, named.other):
         # One naming may have a tensor for each expert where the other has one for all.
         shared = here.names.shape[: there.names.ndim]
         for index in np.ndindex(shared):

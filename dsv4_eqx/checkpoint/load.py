@@ -5,7 +5,8 @@ megabytes at a time, in threads. An array is built in host memory shard by shard
 that memory is the array, elsewhere it is freed once it has been copied to the device.
 """
 
-import contextlib
+import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,21 +18,29 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
+from tqdm import tqdm
 
-from dsv4_eqx.checkpoint.contents import Contents, open_checkpoint
 from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.inventory import Checkpoint, open_checkpoint
 from dsv4_eqx.checkpoint.names import Source
-from dsv4_eqx.checkpoint.progress import Progress
-from dsv4_eqx.checkpoint.quantized import PackedTensor
+from dsv4_eqx.checkpoint.quantized import (
+    CodesReader,
+    NumbersReader,
+    QuantizedTensor,
+    ScalesReader,
+    shared_width,
+)
 from dsv4_eqx.checkpoint.state_dict import range_faults, table_faults
 from dsv4_eqx.checkpoint.tensors import (
-    Reader,
     Region,
+    RegionReader,
     StoredTensor,
+    read_region,
     sizes_of,
     split_region,
     whole,
 )
+from dsv4_eqx.checkpoint.write import SHOWN_BYTES
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
 from dsv4_eqx.numerics.validation import invalid_argument, validate_dtype, validate_flag
@@ -41,9 +50,8 @@ _CALL: Final = "from_pretrained"
 _MOST_ELEMENTS: Final = 1 << 21  # that a thread reads at a time
 _ALIGNMENT: Final = 64  # bytes; what JAX needs to take host memory as it is
 _MOST_THREADS: Final = 8
-# These are used as arrays outside the parts that unpack their weights.
-_NEVER_PACKED: Final = ("embedding", "unembedding", "router.weight")
-ReadPiece = Callable[[str, Region, np.ndarray], None]
+# These are used as arrays outside the parts that dequantize their weights.
+_NEVER_QUANTIZED: Final = ("embedding", "unembedding", "router.weight")
 
 
 def from_pretrained(
@@ -88,37 +96,34 @@ def from_pretrained(
     if mesh is not None and not isinstance(mesh, Mesh):
         raise invalid_argument(_CALL, "mesh", mesh, "from make_mesh, or None")
     directory = local_directory(_CALL, directory, revision)
-    contents = open_checkpoint(_CALL, directory, dtype)
-    model = contents.plan.model
-    shardings = [None] * len(contents.plan.wanted)
+    checkpoint = open_checkpoint(_CALL, directory, dtype)
+    model, wanted = checkpoint.model, checkpoint.wanted
+    shardings = [None] * len(wanted)
     if mesh is not None:
         specs = partition_specs(model, rules, mesh=mesh)
         structure = jax.tree.structure(model)
         shardings = [NamedSharding(mesh, s) for s in structure.flatten_up_to(specs)]
+    total = sum(t.num_bytes for t in checkpoint.tensors.values())
     leaves = []
-    progress = Progress("loading", sum(t.num_bytes for t in contents.tensors.values()))
-    with contextlib.closing(progress), Loader(contents, keep_quantized) as loader:
-        for (source, leaf), sharding in zip(contents.plan.wanted, shardings):
+    with (
+        tqdm(desc="loading", total=total, **SHOWN_BYTES) as progress,
+        Loader(checkpoint, keep_quantized=keep_quantized) as loader,
+    ):
+        for (source, leaf), sharding in zip(wanted, shardings):
             leaves.append(loader.load(source, leaf, sharding))
-            progress.advance(sum(t.num_bytes for t in contents.stored(source)))
+            progress.update(sum(t.num_bytes for t in checkpoint.stored(source)))
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 class Loader:
     """Loads leaf by leaf, each in pieces that are read in threads."""
 
-    def __init__(self, contents: Contents, keep_quantized: bool):
-        """**Arguments:**
-
-        - `contents`: of the checkpoint.
-        - `keep_quantized`: as for `from_pretrained`.
-        """
-        self.weights = contents.weights
-        self.num_experts = contents.plan.model.config.n_routed_experts
+    def __init__(self, checkpoint: Checkpoint, *, keep_quantized: bool):
+        """Starts the threads; they end with the `with` block that it is for."""
+        self.weights = checkpoint.weights
+        self.num_experts = checkpoint.model.config.n_routed_experts
         self.keep_quantized = keep_quantized
-        threads = min(_MOST_THREADS, os.cpu_count() or 1)
-        self.threads = ThreadPoolExecutor(threads)
-        self.reader = Reader()
+        self.threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
 
     def __enter__(self) -> "Loader":
         return self
@@ -126,58 +131,118 @@ class Loader:
     def __exit__(self, *_: Any) -> None:
         self.threads.shutdown(cancel_futures=True)
 
-    def read_region(
-        self, source: Source, dtype: np.dtype, region: Region
-    ) -> np.ndarray:
-        """A region of a leaf, in host memory.
-
-        **Arguments:**
-
-        - `source`: the leaf.
-        - `dtype`: that it has.
-        - `region`: of its dimensions.
-        """
-        return self._read_shard(region, dtype, source, self._piece_reader(source))
-
     def load(
         self, source: Source, leaf: Any, sharding: NamedSharding | None
     ) -> Array | QuantizedWeight:
-        """One leaf of the model.
+        """One leaf of the model, over a mesh or on the default device."""
+        if self.stays_quantized(source):
+            return self._load_quantized(source, leaf, sharding)
+        readers = self._readers(source, self._number_reader)
+        return self._build(leaf.shape, leaf.dtype, sharding, readers)
 
-        **Arguments:**
+    def stays_quantized(self, source: Source) -> bool:
+        """Whether a leaf's weights are all quantised, alike, and wanted so."""
+        if not self.keep_quantized or source.path.endswith(_NEVER_QUANTIZED):
+            return False
+        weights = [self.weights[name] for name in source.names.flat]
+        kinds = {getattr(weight, "code_dtype", None) for weight in weights}
+        return len(kinds) == 1 and None not in kinds
 
-        - `source`: the leaf.
-        - `leaf`: its shape and dtype.
-        - `sharding`: where it goes; the default device if None.
-        """
-        weights = {str(name): self.weights[name] for name in source.names.flat}
-        packed = {n: w for n, w in weights.items() if isinstance(w, PackedTensor)}
-        same_dtype = len({weight.code_dtype for weight in packed.values()}) == 1
-        stays_packed = (
-            self.keep_quantized and same_dtype and len(packed) == len(weights)
+    def read_region(
+        self, source: Source, dtype: np.dtype, region: Region
+    ) -> np.ndarray:
+        """A region of a leaf as an array in host memory."""
+        return self._read(region, dtype, self._readers(source, self._number_reader))
+
+    def _readers(
+        self, source: Source, make: Callable[[Any, Source], RegionReader]
+    ) -> np.ndarray:
+        """A reader of each of the leaf's tensors, in the shape of their names."""
+        readers = np.empty(source.names.shape, dtype=object)
+        for index in np.ndindex(readers.shape):
+            readers[index] = make(self.weights[source.names[index]], source)
+        return readers
+
+    def _number_reader(
+        self, weight: StoredTensor | QuantizedTensor, source: Source
+    ) -> RegionReader:
+        if isinstance(weight, QuantizedTensor):
+            return NumbersReader(weight, source)
+        return _PlainReader(weight, source.part_shape, self.num_experts)
+
+    def _load_quantized(
+        self, source: Source, leaf: Any, sharding: NamedSharding | None
+    ) -> QuantizedWeight:
+        *outer, columns = leaf.shape
+        local = columns if sharding is None else sharding.shard_shape(leaf.shape)[-1]
+        weight: Any = self.weights[source.names.flat[0]]
+        per_byte = codes_per_byte(weight.code_dtype)
+        if local % per_byte != 0:
+            raise ValueError(
+                f"{_CALL}: {source.path} would be split into {local} columns, and "
+                f"{per_byte} share a byte; choose another mesh or keep_quantized=False."
+            )
+        width = shared_width(weight, source, slice(0, local))
+        make_scales = functools.partial(ScalesReader, width=width)
+        codes, scales = (
+            self._build(
+                (*outer, columns // share),
+                np.dtype(np.uint8),
+                sharding,
+                self._readers(source, make),
+            )
+            for share, make in ((per_byte, CodesReader), (width, make_scales))
         )
-        if stays_packed and not source.path.endswith(_NEVER_PACKED):
-            return self._load_packed(source, leaf, packed, sharding)
-        read_piece = self._piece_reader(source)
-        return self._build(leaf.shape, leaf.dtype, source, sharding, read_piece)
+        return QuantizedWeight(codes, scales, weight.code_dtype, np.dtype(leaf.dtype))
 
-    def _piece_reader(self, source: Source) -> ReadPiece:
-        def read_piece(name: str, region: Region, out: np.ndarray) -> None:
-            weight = self.weights[name]
-            if isinstance(weight, PackedTensor):
-                weight.read(source, region, out, self.reader)
-            else:
-                self._read_plain(weight, source, region, out)
+    def _build(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        sharding: NamedSharding | None,
+        readers: np.ndarray,
+    ) -> Array:
+        """An array whose shards are read from the tensors that it is made of."""
+        if sharding is None:
+            host = self._read(whole(shape), dtype, readers)
+            return jax.block_until_ready(jax.device_put(host))
+        devices = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape))
+            devices.setdefault(bounds, []).append(device)
+        shards = []
+        for bounds, holders in devices.items():
+            region = tuple(slice(first, last) for first, last in bounds)
+            host = self._read(region, dtype, readers)
+            shards += [jax.device_put(host, device) for device in holders]
+            jax.block_until_ready(shards)
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-        return read_piece
+    def _read(self, region: Region, dtype: np.dtype, readers: np.ndarray) -> np.ndarray:
+        host = _aligned_empty(sizes_of(region), dtype)
+        pieces = [
+            self.threads.submit(reader.read, *piece)
+            for reader, *piece in _pieces(host, region, readers)
+        ]
+        for piece in pieces:
+            piece.result()
+        return host
 
-    def _read_plain(
-        self, tensor: StoredTensor, source: Source, region: Region, out: np.ndarray
-    ) -> None:
-        tensor = tensor._replace(shape=source.own_shape)
+
+@dataclasses.dataclass(frozen=True)
+class _PlainReader:
+    """Reads a tensor that is not quantised, and judges what a conversion would lose."""
+
+    tensor: StoredTensor
+    part_shape: tuple[int, ...]
+    num_experts: int
+
+    def read(self, region: Region, out: np.ndarray) -> None:
+        """Fills floats or a table; ValueError if a value does not fit."""
+        tensor = self.tensor._replace(shape=self.part_shape)
         is_same = tensor.dtype == out.dtype
         values = out if is_same else np.empty(out.shape, tensor.dtype)
-        self.reader.read(tensor, region, values)
+        read_region(tensor, region, values)
         # Judged as they are stored: an expert of int64 may be another one in int32.
         faults = iter(())
         if np.issubdtype(out.dtype, np.integer):
@@ -190,97 +255,21 @@ class Loader:
         if not is_same:
             out[...] = values
 
-    def _load_packed(
-        self,
-        source: Source,
-        leaf: Any,
-        packed: dict[str, PackedTensor],
-        sharding: NamedSharding | None,
-    ) -> QuantizedWeight:
-        *outer, columns = leaf.shape
-        local = columns
-        if sharding is not None:
-            local = sharding.shard_shape(leaf.shape)[-1]
-        some = next(iter(packed.values()))
-        per_byte = codes_per_byte(some.code_dtype)
-        if local % per_byte != 0:
-            raise ValueError(
-                f"{_CALL}: {source.path} would be split into {local} columns, and "
-                f"{per_byte} share a byte; choose another mesh or keep_quantized=False."
-            )
-        one_shard = (*whole(source.own_shape)[:-1], slice(0, local))
-        block = some.block_of(source, one_shard)
-
-        def read_codes(name: str, region: Region, out: np.ndarray) -> None:
-            self.reader.read(packed[name].stored_codes(source), region, out)
-            packed[name].check_codes(out)
-
-        def read_scales(name: str, region: Region, out: np.ndarray) -> None:
-            first, last = region[-1].start * block, region[-1].stop * block
-            region = (*region[:-1], slice(first, last))
-            out[...] = packed[name].read_scales(source, region, block, self.reader)
-
-        def build(num_columns: int, read_piece: ReadPiece) -> Array:
-            own = source._replace(own_shape=(*source.own_shape[:-1], num_columns))
-            shape = (*outer, num_columns)
-            return self._build(shape, np.dtype(np.uint8), own, sharding, read_piece)
-
-        codes = build(columns // per_byte, read_codes)
-        scales = build(columns // block, read_scales)
-        return QuantizedWeight(codes, scales, some.code_dtype, np.dtype(leaf.dtype))
-
-    def _build(
-        self,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        source: Source,
-        sharding: NamedSharding | None,
-        read_piece: ReadPiece,
-    ) -> Array:
-        """An array whose shards are read from the tensors that it is made of."""
-        if sharding is None:
-            host = self._read_shard(whole(shape), dtype, source, read_piece)
-            return jax.block_until_ready(jax.device_put(host))
-        devices = {}
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape))
-            devices.setdefault(bounds, []).append(device)
-        shards = []
-        for bounds, holders in devices.items():
-            region = tuple(slice(first, last) for first, last in bounds)
-            host = self._read_shard(region, dtype, source, read_piece)
-            shards += [jax.device_put(host, device) for device in holders]
-            jax.block_until_ready(shards)
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-    def _read_shard(
-        self, region: Region, dtype: np.dtype, source: Source, read_piece: ReadPiece
-    ) -> np.ndarray:
-        host = _aligned_empty(sizes_of(region), dtype)
-        pieces = [
-            self.threads.submit(read_piece, *piece)
-            for piece in _pieces(host, region, source)
-        ]
-        for piece in pieces:
-            piece.result()
-        return host
-
 
 def _pieces(
-    host: np.ndarray, region: Region, source: Source
-) -> Iterator[tuple[str, Region, np.ndarray]]:
-    """A tensor's name, a region of what it fills in the leaf, and where that goes."""
-    outer = source.names.ndim
-    own = region[outer:]
+    host: np.ndarray, region: Region, readers: np.ndarray
+) -> Iterator[tuple[RegionReader, Region, np.ndarray]]:
+    """A tensor's reader, a region of the part that it fills, and where that goes."""
+    outer = readers.ndim
+    part = region[outer:]
     for place in np.ndindex(*host.shape[:outer]):
-        index = tuple(s.start + i for s, i in zip(region, place))
-        name = str(source.names[index])
-        for part in split_region(own, _MOST_ELEMENTS):
+        reader = readers[tuple(s.start + i for s, i in zip(region, place))]
+        for piece in split_region(part, _MOST_ELEMENTS):
             local = (
-                slice(p.start - o.start, p.stop - o.start) for p, o in zip(part, own)
+                slice(p.start - o.start, p.stop - o.start) for p, o in zip(piece, part)
             )
             # A view even where the leaf is a single number.
-            yield name, part, host[(*place, *local, ...)]
+            yield reader, piece, host[(*place, *local, ...)]
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

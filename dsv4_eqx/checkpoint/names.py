@@ -3,10 +3,16 @@
 Two namings are published: DeepSeek's own and Hugging Face's. Every tensor is a leaf of
 the model or a slice of one, in the same element order; files only merge some dimensions
 that we keep apart. This table is the one place that knows.
+
+A third naming is what transformers writes: it turns its own names back into DeepSeek's
+by patterns that catch only some of them, others for a model that it loaded than for one
+that it made. What is certain is a tensor for each expert under a `model.` prefix. Of a
+model that it loaded under its own names it renames nothing but some norms.
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -119,49 +125,86 @@ _MTP: Final = {
 }
 
 
+_MIXED: Final = re.compile(r"^model\.layers\.\d+\.(?:ffn|mlp)\.experts\.\d+\.w[123]\.")
+# In this order, each on what the ones before have left.
+_TO_OFFICIAL: Final = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^embed_tokens\.", "embed."),
+        (r"^lm_head\.", "head."),
+        (r"^hc_head\.hc_", "hc_head_"),
+        (r"\.self_attn\.", ".attn."),
+        (r"\.mlp\.", ".ffn."),
+        (r"\.input_layernorm\.", ".attn_norm."),
+        (r"\.post_attention_layernorm\.", ".ffn_norm."),
+        (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+        (r"\.sinks$", ".attn_sink"),
+        (r"\.compressor\.indexer\.(?:q_b_proj|wq_b)\.", ".indexer.wq_b."),
+        (
+            r"\.compressor\.indexer\.(?:scorer\.)?weights_proj\.",
+            ".indexer.weights_proj.",
+        ),
+        (r"\.compressor\.indexer\.", ".indexer.compressor."),
+        (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+        (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
+        (r"\.position_bias$", ".ape"),
+        (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
+        (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),
+        (r"\.shared_experts\.up_proj\.", ".shared_experts.w3."),
+        (r"\.attn\.norm\.", ".attn.kv_norm."),
+        (r"\.q_a_norm\.", ".q_norm."),
+        (r"\.(q_a|q_b|kv|o_a|o_b)_proj\.", r".w\1."),
+        (r"\.e_score_correction_bias$", ".bias"),
+        (r"\.weight_scale_inv$", ".scale"),
+    )
+)
+# On the names of Hugging Face, where those are not mixed.
+_TO_HF: Final = (
+    (
+        re.compile(
+            r"^(model\.layers\.\d+\.self_attn\.(?:compressor\.(?:indexer\.)?)?)norm\."
+        ),
+        r"\1kv_norm.",
+    ),
+)
+
+
 class Source(NamedTuple):
     """The tensors that a leaf is made of: one for each index of leading dimensions."""
 
     path: str  # of the leaf in the model
     names: np.ndarray  # of str; its shape is a prefix of the leaf's
-    own_shape: tuple[int, ...]  # of what a tensor fills in the leaf
-    merged: tuple[int, int]  # of those, the dimensions that are one in the file
+    part_shape: tuple[int, ...]  # of the part of the leaf that one tensor fills
+    merged: tuple[int, int]  # first and last + 1 of its dimensions that the file merges
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of each tensor in the file."""
         first, last = self.merged
-        middle = math.prod(self.own_shape[first:last])
-        return (*self.own_shape[:first], middle, *self.own_shape[last:])
+        shape = self.part_shape
+        return (*shape[:first], math.prod(shape[first:last]), *shape[last:])
 
 
 def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
-    """The published tensors of every array in a model, and the array.
-
-    **Arguments:**
-
-    - `model`: a `DeepSeekV4`, abstract ones too. Packed weights count as one array.
-    - `official`: DeepSeek's names rather than Hugging Face's. Prediction blocks have
-        DeepSeek's in both.
-    """
+    """The tensors of every array (a `QuantizedWeight` is one), in either naming."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         prefixes, row, is_stacked = _locate(name, model.layers, official)
         suffixes = row.official if official else row.hf
         shape = leaf.shape[1:] if is_stacked else leaf.shape
-        grid, own_shape = _grid(suffixes, shape)
+        grid, part_shape = _grid(suffixes, shape)
         names = np.stack([_prefixed(prefix, grid) for prefix in prefixes])
         if not is_stacked:
             names = np.asarray(names[0], dtype=object)
-        yield Source(name, names, own_shape, _merged(row, shape, own_shape)), leaf
+        yield Source(name, names, part_shape, _merged(row, shape, part_shape)), leaf
 
 
 def _merged(
-    row: _Row, shape: tuple[int, ...], own_shape: tuple[int, ...]
+    row: _Row, shape: tuple[int, ...], part_shape: tuple[int, ...]
 ) -> tuple[int, int]:
     """A row's merged dimensions among those that a tensor fills; (0, 1) if none are."""
-    first, last = (dim - len(shape) + len(own_shape) for dim in row.merged)
+    first, last = (dim - len(shape) + len(part_shape) for dim in row.merged)
     return (first, last) if first >= 0 and last - first > 1 else (0, 1)
 
 
@@ -193,14 +236,30 @@ def _grid(
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """The names that fill an array of `shape`, and the shape that each fills."""
     grid = np.array(suffixes, dtype=object)
-    own = shape
     if "{expert}" in suffixes[0]:
         rows = [[name.format(expert=e) for name in suffixes] for e in range(shape[0])]
-        grid, own = np.array(rows, dtype=object), own[1:]
-    if len(suffixes) == 1:
-        return grid[..., 0], own
-    return grid, own[1:]
+        grid, shape = np.array(rows, dtype=object), shape[1:]
+    return (grid[..., 0], shape) if len(suffixes) == 1 else (grid, shape[1:])
 
 
 def _prefixed(prefix: str, grid: np.ndarray) -> np.ndarray:
     return np.asarray(prefix + grid, dtype=object)
+
+
+def is_mixed(names: Iterable[str]) -> bool:
+    """Whether these are the mixed names, of a model that transformers saved."""
+    return any(_MIXED.match(name) for name in names)
+
+
+def published_names(names: Iterable[str], *, mixed: bool) -> dict[str, str]:
+    """The published name that each name means -> that name; official ones of mixed."""
+    prefix, patterns = ("model.", _TO_OFFICIAL) if mixed else ("", _TO_HF)
+    found = {}
+    for name in names:
+        meant = name.removeprefix(prefix)
+        for pattern, replacement in patterns:
+            meant = pattern.sub(replacement, meant)
+        if meant in found:
+            raise ValueError(f"{found[meant]} and {name} are the same tensor, {meant}")
+        found[meant] = name
+    return found

@@ -3,8 +3,21 @@
 FP8 (E4M3) has a scale for 128 x 128 numbers, FP4 (E2M1) for 32 of a row; a block at the
 edge is smaller. In a model (`QuantizedWeight`) every row has scales of its own, so that
 rows split over a mesh anywhere, and blocks are narrow enough for columns to split too.
+
+A number has a place in three spaces, and everything here is a way between them:
+
+- *part*: in the part of a leaf that one tensor fills, of `Source.part_shape`;
+- *file*: in the tensor, where the part's dimensions `Source.merged` are one;
+- *scale*: in the tensor of scales, where each is for a block of the file's.
+
+`wo_b` of width 150 with six groups of 25 columns: its part is (150, 6, 25), its file
+(150, 150), its FP8 scales (2, 2). Part (140, 5, 10) is file (140, 5 * 25 + 10 = 135)
+and scale (140 // 128, 135 // 128) = (1, 1). Part (140, 5, 2) is file (140, 127) and
+scale (1, 0): columns of one group may have different scales, from the third one on
+here, so that only blocks of 1 = gcd(128, 25) columns have one each in every group.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -17,9 +30,9 @@ from jaxtyping import Array
 
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.tensors import (
-    Reader,
     Region,
     StoredTensor,
+    read_region,
     sizes_of,
     whole,
 )
@@ -28,7 +41,7 @@ from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
 
 FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
 FP4: Final = np.dtype(ml_dtypes.float4_e2m1fn)
-# Rows and columns that share a scale.
+# Rows and columns of the file that share a scale.
 BLOCKS: Final = {FP8: (128, 128), FP4: (1, 32)}
 # What a release's configuration says of it, as far as it matters here.
 KNOWN_QUANTIZATION: Final = {"quant_method": "fp8", "fmt": "e4m3"}
@@ -39,196 +52,167 @@ _LARGEST_CODE: Final = {FP8: 448.0, FP4: 6.0}
 _HOLDS_FP4: Final = (np.dtype(np.int8), np.dtype(np.uint8))
 
 
-class PackedTensor(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """A stored weight of codes, and the tensor of their scales."""
 
     codes: StoredTensor
     scales: StoredTensor
     code_dtype: np.dtype
 
-    def block_of(self, source: Source, region: Region) -> int:
-        """The widest block of a region's columns, in all of which the scale is one.
 
-        **Arguments:**
+def shared_width(weight: QuantizedTensor, source: Source, columns: slice) -> int:
+    """The widest blocks of a part's columns, from the first on, of one scale each."""
+    width = math.gcd(BLOCKS[weight.code_dtype][1], columns.start)
+    first, last = source.merged
+    if last == len(source.part_shape) and last - first > 1:
+        width = math.gcd(width, source.part_shape[-1])
+    return math.gcd(width, columns.stop - columns.start)
 
-        - `source`: the leaf that the tensor is part of.
-        - `region`: of what the tensor fills there.
-        """
-        columns = region[-1]
-        block = math.gcd(BLOCKS[self.code_dtype][1], columns.start)
-        if source.merged[1] == len(source.own_shape) and np.diff(source.merged) > 1:
-            block = math.gcd(block, source.own_shape[-1])
-        return math.gcd(block, columns.stop - columns.start)
 
-    def stored_codes(self, source: Source) -> StoredTensor:
-        """The codes' bytes as a tensor of their own, in the leaf's dimensions.
+@dataclasses.dataclass(frozen=True)
+class CodesReader:
+    """Reads the bytes of the codes; the last dimension of a region counts bytes."""
 
-        **Arguments:**
+    weight: QuantizedTensor
+    source: Source
 
-        - `source`: the leaf that the tensor is part of.
-        """
-        num_bytes = source.own_shape[-1] // codes_per_byte(self.code_dtype)
-        shape = (*source.own_shape[:-1], num_bytes)
-        return self.codes._replace(shape=shape, dtype=np.dtype(np.uint8))
+    def read(self, region: Region, out: np.ndarray) -> None:
+        """Fills uint8; ValueError if a code is NaN."""
+        codes, code_dtype = self.weight.codes, self.weight.code_dtype
+        *rows, columns = self.source.part_shape
+        shape = (*rows, columns // codes_per_byte(code_dtype))
+        stored = codes._replace(shape=shape, dtype=np.dtype(np.uint8))
+        read_region(stored, region, out)
+        if code_dtype == FP8 and (out & 0x7F).max(initial=0) == 0x7F:
+            raise ValueError(f"{codes.path}: {codes.name} has a code that is NaN")
 
-    def read_scales(
-        self, source: Source, region: Region, block: int, reader: Reader
-    ) -> np.ndarray:
-        """Scales of each row of a region, for each block of its columns; uint8.
 
-        **Arguments:**
+@dataclasses.dataclass(frozen=True)
+class ScalesReader:
+    """Reads a scale for each row and `width` columns, which a region counts by blocks.
 
-        - `source`: the leaf that the tensor is part of.
-        - `region`: of what the tensor fills there.
-        - `block`: columns in a block; divides `block_of(source, region)`.
-        - `reader`: reads them.
+    The width is one that `shared_width` gives, or divides.
+    """
 
-        **Raises:** ValueError if one is NaN or no power of two.
-        """
-        places = _places_in_file(source, region, block)
-        rows, columns = BLOCKS[self.code_dtype]
-        places[-2], places[-1] = places[-2] // rows, places[-1] // columns
+    weight: QuantizedTensor
+    source: Source
+    width: int
+
+    def read(self, region: Region, out: np.ndarray) -> None:
+        """Fills uint8; ValueError if a scale is NaN or no power of two."""
+        blocks = region[-1]
+        columns = slice(blocks.start * self.width, blocks.stop * self.width)
+        places = _places_in_file(self.source, (*region[:-1], columns), self.width)
+        block_rows, block_columns = BLOCKS[self.weight.code_dtype]
+        places[-2], places[-1] = places[-2] // block_rows, places[-1] // block_columns
         needed = tuple(slice(int(p.min()), int(p.max()) + 1) for p in places)
-        stored = np.empty(sizes_of(needed), self.scales.dtype)
-        reader.read(self.scales, needed, stored)
-        scales = self._as_bytes(stored)
-        sizes = sizes_of(region)
-        if stored.shape != tuple(len(p) for p in places):
-            scales = scales[np.ix_(*(p - s.start for p, s in zip(places, needed)))]
-        return scales.reshape(*sizes[:-1], sizes[-1] // block)
+        stored = np.empty(sizes_of(needed), self.weight.scales.dtype)
+        read_region(self.weight.scales, needed, stored)
+        scales = _scale_bytes(self.weight.scales, stored)
+        scales = scales[np.ix_(*(p - s.start for p, s in zip(places, needed)))]
+        out[...] = scales.reshape(out.shape)
 
-    def _as_bytes(self, stored: np.ndarray) -> np.ndarray:
-        tensor = self.scales
-        if stored.dtype == SCALE:
-            scales = stored.view(np.uint8)
-            if scales.max(initial=0) == _NAN_SCALE:
-                raise ValueError(
-                    f"{tensor.path}: {tensor.name} has a scale that is NaN"
-                )
-            return scales
-        mantissa, exponent = np.frexp(stored)
-        scales = exponent - 1 + _SCALE_BIAS
-        fits = (mantissa == 0.5) & (scales >= 0) & (scales < _NAN_SCALE)
-        if not fits.all():
-            value = stored[~fits].flat[0]
-            raise ValueError(
-                f"{tensor.path}: {tensor.name} has the scale {value}, which is no "
-                "power of two that E8M0 holds"
-            )
-        return scales.astype(np.uint8)
 
-    def check_codes(self, codes: np.ndarray) -> None:
-        """Refuses codes that are no numbers.
+@dataclasses.dataclass(frozen=True)
+class NumbersReader:
+    """Reads the numbers that codes and scales stand for, exactly."""
 
-        **Arguments:**
+    weight: QuantizedTensor
+    source: Source
 
-        - `codes`: bytes of some of them.
-
-        **Raises:** ValueError if one is NaN.
-        """
-        if self.code_dtype == FP8 and (codes & 0x7F).max(initial=0) == 0x7F:
-            tensor = self.codes
-            raise ValueError(f"{tensor.path}: {tensor.name} has a code that is NaN")
-
-    def read(
-        self, source: Source, region: Region, out: np.ndarray, reader: Reader
-    ) -> None:
-        """The numbers of a region, exactly.
-
-        **Arguments:**
-
-        - `source`: the leaf that the tensor is part of.
-        - `region`: of what the tensor fills there.
-        - `out`: where they go; of the region's shape.
-        - `reader`: reads codes and scales.
-
-        **Raises:** ValueError if a code or scale is NaN, or a number beyond what
-        `out` holds.
-        """
-        per_byte = codes_per_byte(self.code_dtype)
-        first, last = region[-1].start, region[-1].stop
-        even = slice(first - first % per_byte, last + -last % per_byte)
-        wide = (*region[:-1], even)
-        in_bytes = slice(even.start // per_byte, even.stop // per_byte)
-        sizes = sizes_of((*region[:-1], in_bytes))
-        codes = np.empty(sizes, np.uint8)
-        reader.read(self.stored_codes(source), (*region[:-1], in_bytes), codes)
-        self.check_codes(codes)
-        block = self.block_of(source, wide)
-        scales = self.read_scales(source, wide, block, reader)
-        values = unpack_on_cpu(codes, scales, self.code_dtype, out.dtype)
-        values = values.reshape(*sizes[:-1], -1)
-        out[...] = values[..., first - even.start : last - even.start]
+    def read(self, region: Region, out: np.ndarray) -> None:
+        """Fills floats; ValueError at NaN, or at a number beyond their dtype."""
+        code_dtype, columns = self.weight.code_dtype, region[-1]
+        per_byte = codes_per_byte(code_dtype)
+        # Whole bytes: a byte more at either end where the columns begin within one.
+        byte = slice(columns.start // per_byte, -(-columns.stop // per_byte))
+        wide = slice(byte.start * per_byte, byte.stop * per_byte)
+        codes = np.empty(sizes_of((*region[:-1], byte)), np.uint8)
+        CodesReader(self.weight, self.source).read((*region[:-1], byte), codes)
+        width = shared_width(self.weight, self.source, wide)
+        block = slice(wide.start // width, wide.stop // width)
+        scales = np.empty(sizes_of((*region[:-1], block)), np.uint8)
+        reader = ScalesReader(self.weight, self.source, width)
+        reader.read((*region[:-1], block), scales)
+        values = dequantize_on_cpu(codes, scales, code_dtype, out.dtype)
+        values = values.reshape(*codes.shape[:-1], -1)
+        out[...] = values[..., columns.start - wide.start : columns.stop - wide.start]
         self._check_range(scales, out)
 
     def _check_range(self, scales: np.ndarray, values: np.ndarray) -> None:
-        largest = _LARGEST_CODE[self.code_dtype]
+        largest = _LARGEST_CODE[self.weight.code_dtype]
         exponent = int(scales.max(initial=0)) - _SCALE_BIAS
         limit = float(ml_dtypes.finfo(values.dtype).max)
         if largest * 2.0**exponent > limit and not np.isfinite(values).all():
+            codes = self.weight.codes
             raise ValueError(
-                f"{self.codes.path}: {self.codes.name} has numbers beyond "
-                f"{values.dtype}: its largest scale is 2**{exponent}"
+                f"{codes.path}: {codes.name} has numbers beyond {values.dtype}: its "
+                f"largest scale is 2**{exponent}"
             )
 
 
-def _places_in_file(source: Source, region: Region, block: int) -> list[np.ndarray]:
-    """The index along each of the file's dimensions; of columns, every `block`-th."""
-    (first, last), own = source.merged, source.own_shape
+def _scale_bytes(tensor: StoredTensor, stored: np.ndarray) -> np.ndarray:
+    """E8M0 as bytes, of a tensor's scales in E8M0 or float32."""
+    if stored.dtype == SCALE:
+        scales = stored.view(np.uint8)
+        if scales.max(initial=0) == _NAN_SCALE:
+            raise ValueError(f"{tensor.path}: {tensor.name} has a scale that is NaN")
+        return scales
+    mantissa, exponent = np.frexp(stored)
+    scales = exponent - 1 + _SCALE_BIAS
+    fits = (mantissa == 0.5) & (scales >= 0) & (scales < _NAN_SCALE)
+    if not fits.all():
+        value = stored[~fits].flat[0]
+        raise ValueError(
+            f"{tensor.path}: {tensor.name} has the scale {value}, which is no "
+            "power of two that E8M0 holds"
+        )
+    return scales.astype(np.uint8)
+
+
+def _places_in_file(source: Source, region: Region, width: int) -> list[np.ndarray]:
+    """File indices of a part's region, by dimension; of columns every `width`-th."""
+    first, last = source.merged
+    shape, num_dims = source.part_shape, len(source.part_shape)
+    steps = [1] * (num_dims - 1) + [width]
     groups = [[i] for i in range(first)] + [list(range(first, last))]
-    groups += [[i] for i in range(last, len(own))]
+    groups += [[i] for i in range(last, num_dims)]
     places = []
     for group in groups:
-        index = np.arange(math.prod(own[i] for i in group))
-        index = index.reshape([own[i] for i in group])
-        steps = [block if i == len(own) - 1 else 1 for i in group]
-        parts = (
-            slice(region[i].start, region[i].stop, s) for i, s in zip(group, steps)
-        )
-        places.append(index[tuple(parts)].reshape(-1))
+        sizes = [shape[i] for i in group]
+        index = np.arange(math.prod(sizes)).reshape(sizes)
+        taken = (slice(region[i].start, region[i].stop, steps[i]) for i in group)
+        places.append(index[tuple(taken)].reshape(-1))
     return places
 
 
-def unpack_on_cpu(
+def dequantize_on_cpu(
     codes: np.ndarray, scales: np.ndarray, code_dtype: np.dtype, dtype: np.dtype
 ) -> np.ndarray:
-    """The numbers of all blocks, one after another, computed on the CPU.
-
-    **Arguments:**
-
-    - `codes`: bytes of all blocks in order; of any shape.
-    - `scales`: of the blocks.
-    - `code_dtype`: FP8 or FP4.
-    - `dtype`: of the numbers.
-    """
+    """The numbers of all blocks, one after another, computed on the CPU."""
     num_blocks = scales.size
     # Few sizes, so that little is compiled.
-    room = 1 << max(num_blocks - 1, 255).bit_length()
+    padded = 1 << max(num_blocks - 1, 255).bit_length()
     codes, scales = codes.reshape(num_blocks, -1), scales.reshape(num_blocks, 1)
-    if room > num_blocks:
-        more = ((0, room - num_blocks), (0, 0))
+    if padded > num_blocks:
+        more = ((0, padded - num_blocks), (0, 0))
         codes, scales = np.pad(codes, more), np.pad(scales, more)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        values = _unpack_blocks(codes, scales, code_dtype, dtype)
+        values = _dequantize_blocks(codes, scales, code_dtype, dtype)
         return np.asarray(values)[:num_blocks]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _unpack_blocks(
+def _dequantize_blocks(
     codes: Array, scales: Array, code_dtype: np.dtype, dtype: np.dtype
 ) -> Array:
     return QuantizedWeight(codes, scales, code_dtype, dtype).dequantize()
 
 
-def scale_faults(codes: StoredTensor, scales: StoredTensor | None, source: Source):
-    """What is wrong with the shapes and dtypes of a packed weight; nothing if all fits.
-
-    **Arguments:**
-
-    - `codes`: stored where a weight is wanted.
-    - `scales`: stored beside it, if they are.
-    - `source`: what is wanted.
-    """
+def scale_faults(
+    codes: StoredTensor, scales: StoredTensor | None, source: Source
+) -> Iterator[str]:
+    """What is wrong with the shapes and dtypes of a quantised weight."""
     wanted, code_dtype = source.tensor_shape, code_dtype_of(codes)
     if code_dtype is None or len(wanted) < 2:
         yield f"has the dtype {codes.dtype}, which is none for it"
@@ -248,38 +232,26 @@ def scale_faults(codes: StoredTensor, scales: StoredTensor | None, source: Sourc
 
 
 def code_dtype_of(tensor: StoredTensor) -> np.dtype | None:
-    """FP8 or FP4 if a stored tensor holds such codes.
-
-    **Arguments:**
-
-    - `tensor`: stored where a weight is wanted.
-    """
+    """FP8 or FP4 if a tensor, stored where a weight is wanted, holds such codes."""
     if tensor.dtype == FP8:
         return FP8
     return FP4 if tensor.dtype in _HOLDS_FP4 else None
 
 
-def packed_tensors(
+def quantized_tensors(
     name: str,
     source: Source,
     weight: QuantizedWeight,
     part: Callable[[Array, Region], np.ndarray],
 ) -> Iterator[NewTensor]:
-    """A packed weight's part as the two tensors that the release has for it.
+    """A quantised weight's part as the two tensors that the release has for it.
 
-    **Arguments:**
-
-    - `name`: of the weight.
-    - `source`: the leaf that it is part of.
-    - `weight`: that leaf.
-    - `part`: gives a region of what the tensor fills in one of the leaf's arrays.
-
-    **Raises:** ValueError, when the scales are read, if rows or columns that share one
-    in the release have different ones.
+    `part` gives a region of the part in one of the weight's arrays. Reading the scales
+    is a ValueError if rows or columns that share one in the release differ in it.
     """
     per_byte = codes_per_byte(weight.code_dtype)
-    *outer, columns = source.own_shape
-    own_shape = (*outer, columns // per_byte)
+    *outer, columns = source.part_shape
+    part_shape = (*outer, columns // per_byte)
     *leading, num_rows, columns = source.tensor_shape
     dtype = FP8 if weight.code_dtype == FP8 else np.dtype(np.int8)
 
@@ -287,7 +259,7 @@ def packed_tensors(
         return part(weight.codes, region).view(dtype)
 
     shape = (*leading, num_rows, columns // per_byte)
-    yield NewTensor(name, dtype, shape, own_shape, read_codes)
+    yield NewTensor(name, dtype, shape, part_shape, read_codes)
     rows, width = BLOCKS[weight.code_dtype]
     shape = (*leading, -(-num_rows // rows), -(-columns // width))
 

@@ -17,17 +17,21 @@ from dsv4_eqx.checkpoint.quantized import (
     FP4,
     FP8,
     KNOWN_QUANTIZATION,
-    packed_tensors,
-    unpack_on_cpu,
+    dequantize_on_cpu,
+    quantized_tensors,
 )
-from dsv4_eqx.checkpoint.target import checked_target
 from dsv4_eqx.checkpoint.tensors import Region, sizes_of
-from dsv4_eqx.checkpoint.write import NewTensor, write_checkpoint
+from dsv4_eqx.checkpoint.write import NewTensor, validate_target, write_checkpoint
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.config.kinds import SLIDING
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, is_quantized
-from dsv4_eqx.numerics.validation import invalid_argument, validate_dtype, validate_flag
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    validate_dtype,
+    validate_flag,
+    validate_size,
+)
 
 _CALL: Final = "save_pretrained"
 MOST_FILE_BYTES: Final = 5 * 10**9
@@ -51,27 +55,23 @@ def save_pretrained(
 
     - `model`: on any devices of this process.
     - `directory`: missing or empty; neither a link nor the working directory.
-    - `official`: DeepSeek's names rather than Hugging Face's. Packed weights are then
-        written as they are, and as arrays otherwise.
-    - `overwrite`: replaces a checkpoint that is there, in one step. Other files, links
-        and directories in its directory are kept, and so is its mode.
+    - `official`: DeepSeek's names rather than Hugging Face's. Quantised weights are
+        then written as they are, and as arrays otherwise.
+    - `overwrite`: replaces a checkpoint that is there: it is renamed, and removed when
+        the new one is in its place. Small files beside its weights are kept, as those
+        of a tokenizer: regular ones of at most 64 MiB that are not hidden.
     - `most_file_bytes`: the weights are split over files of this size.
 
     **Raises:** ValueError if there is something in the directory, and it is no
-    checkpoint or may not be replaced, or what is beside it cannot be kept; if another
-    argument is out of its range; if the model is not as its configuration says, has no
-    numbers (under `jit`, say), is wrapped for a mesh, or has parts on other processes'
-    devices; or if the configuration cannot express its schedule or quantisation. All of
-    that before anything is written.
+    checkpoint or may not be replaced, or something is beside it that would be lost; if
+    another argument is out of its range; if the model is not as its configuration says,
+    has no numbers (under `jit`, say), is wrapped for a mesh, or has parts on other
+    processes' devices; or if the configuration cannot express its schedule or
+    quantisation. All of that before anything is written.
     """
     validate_flag(_CALL, "official", official)
-    target = checked_target(
-        _CALL,
-        "directory",
-        directory,
-        overwrite=overwrite,
-        most_file_bytes=most_file_bytes,
-    )
+    most_file_bytes = validate_size(_CALL, "most_file_bytes", most_file_bytes)
+    target = validate_target(_CALL, "directory", directory, overwrite=overwrite)
     _check_model(model)
     if not official:
         check_for_hf(_CALL, model.config)
@@ -80,20 +80,18 @@ def save_pretrained(
         for source, leaf in sources(model, official=official)
         for tensor in _tensors_of(source, leaf, official)
     )
-    more_config = _quantization(model) if official else {}
-    write_checkpoint(target, model.config, tensors, more_config=more_config)
+    write_checkpoint(
+        target,
+        model.config,
+        tensors,
+        overwrite=overwrite,
+        most_file_bytes=most_file_bytes,
+        more_config=_quantization(model) if official else {},
+    )
 
 
 def check_for_hf(call: str, config: Config) -> None:
-    """Refuses a schedule that transformers would read as another one.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `config`: of the model.
-
-    **Raises:** ValueError if layers of one kind have different ratios.
-    """
+    """Refuses a schedule that transformers would read as another one."""
     ratios = {}
     for kind, ratio in zip(config.layer_types, config.compress_ratios):
         if kind != SLIDING and ratios.setdefault(kind, ratio) != ratio:
@@ -175,27 +173,21 @@ def _tensors_of(source: Source, leaf: Any, official: bool) -> Iterator[NewTensor
         def part(array: Array, region: Region, index: tuple[int, ...] = index):
             return _read_at(functools.partial(_host_part, array), index, region)
 
-        yield from packed_tensors(str(source.names[index]), source, leaf, part)
+        yield from quantized_tensors(str(source.names[index]), source, leaf, part)
 
 
 def array_tensors(
     source: Source, dtype: np.dtype, read: Callable[[Region], np.ndarray]
 ) -> Iterator[NewTensor]:
-    """A leaf as the tensors that it is published as.
-
-    **Arguments:**
-
-    - `source`: the leaf.
-    - `dtype`: that it has; tables become int64, as the release and torch have them.
-    - `read`: gives a region of the leaf.
-    """
+    """A leaf as the tensors that it is published as; `read` gives a region of it."""
+    # As the release and torch have tables.
     is_table = np.issubdtype(dtype, np.integer)
     for index in np.ndindex(source.names.shape):
         yield NewTensor(
             str(source.names[index]),
             np.dtype(np.int64) if is_table else dtype,
             source.tensor_shape,
-            source.own_shape,
+            source.part_shape,
             functools.partial(_read_at, read, index),
         )
 
@@ -212,7 +204,7 @@ def _host_part(leaf: Array | QuantizedWeight, region: Region) -> np.ndarray:
     """A region of a leaf, whichever devices hold it; all of what is not said."""
     if isinstance(leaf, QuantizedWeight):
         codes, scales = (_host_part(x, region[:-1]) for x in (leaf.codes, leaf.scales))
-        values = unpack_on_cpu(codes, scales, leaf.code_dtype, np.dtype(leaf.dtype))
+        values = dequantize_on_cpu(codes, scales, leaf.code_dtype, np.dtype(leaf.dtype))
         return values.reshape(*codes.shape[:-1], -1)[..., region[-1]]
     region = (*region, *(slice(0, n) for n in leaf.shape[len(region) :]))
     if not isinstance(leaf, jax.Array):

@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dsv4_eqx.checkpoint.inventory import (
-    Plan,
+    NamedTensors,
     faults_error,
-    make_plan,
+    match_names,
     naming_faults,
 )
 from dsv4_eqx.checkpoint.names import Source
@@ -52,22 +52,22 @@ def from_state_dict(
         raise invalid_argument(
             "from_state_dict", "tensors", type(tensors).__name__, allowed
         )
-    plan = make_plan("from_state_dict", config, tensors, dtype, _dtype_of)
-    _check_complete(plan)
-    leaves = [_assemble(source, leaf, plan.tensors) for source, leaf in plan.wanted]
-    return jax.tree.unflatten(jax.tree.structure(plan.model), leaves)
+    named = match_names("from_state_dict", config, tensors, dtype, _dtype_of)
+    _check_complete(named)
+    leaves = [_assemble(source, leaf, named.tensors) for source, leaf in named.wanted]
+    return jax.tree.unflatten(jax.tree.structure(named.model), leaves)
 
 
-def _check_complete(plan: Plan) -> None:
-    faults, known, tensors = [], set(), plan.tensors
-    num_experts = plan.model.config.n_routed_experts
-    for source, leaf in plan.wanted:
+def _check_complete(named: NamedTensors) -> None:
+    faults, known, tensors = [], set(), named.tensors
+    num_experts = named.model.config.n_routed_experts
+    for source, leaf in named.wanted:
         for name in source.names.flat:
             if name in tensors:
                 known.add(name)
                 found = _faults(tensors[name], source.tensor_shape, leaf, num_experts)
                 faults += [f"{name} {fault}" for fault in found]
-    faults += naming_faults(plan, known)
+    faults += naming_faults(named, known)
     if faults:
         raise faults_error("from_state_dict", faults)
 
@@ -96,15 +96,7 @@ def _faults(
 def table_faults(
     table: np.ndarray, dtype: Any, num_experts: int, first_row: int = 0
 ) -> Iterator[str]:
-    """The first entry that is no expert; JAX would clamp it in silence.
-
-    **Arguments:**
-
-    - `table`: rows of a hash router's.
-    - `dtype`: that it will have.
-    - `num_experts`: how many experts there are.
-    - `first_row`: what row of the whole the first one is.
-    """
+    """The first entry that is no expert; JAX would clamp it in silence."""
     outside = np.argwhere((table < 0) | (table >= num_experts))
     if len(outside) > 0:
         place = [int(i) for i in outside[0]]
@@ -115,13 +107,7 @@ def table_faults(
 
 
 def range_faults(values: np.ndarray, dtype: Any) -> Iterator[str]:
-    """The first finite number that would become infinite.
-
-    **Arguments:**
-
-    - `values`: of a weight.
-    - `dtype`: that they will have.
-    """
+    """The first finite number that would become infinite."""
     limit = float(jnp.finfo(dtype).max)
     with np.errstate(over="ignore", invalid="ignore"):
         # Nearly always enough, and it makes no array; NaN is never within.

@@ -10,9 +10,8 @@ import math
 import os
 import pathlib
 import stat
-import threading
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -65,15 +64,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name.
-
-    **Arguments:**
-
-    - `path`: of the file.
-
-    **Raises:** ValueError that names the file, and the tensor where there is one, if
-    the file is no safetensors file, is cut short, or says anything that is impossible.
-    """
+    """The tensors of one file, by name; ValueError at anything that is impossible."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         raw = _header_bytes(path, file, size)
@@ -89,14 +80,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 def open_regular(path: pathlib.Path) -> Any:
-    """Opens a regular file for reading bytes; nothing that could block.
-
-    **Arguments:**
-
-    - `path`: of the file.
-
-    **Raises:** ValueError if it is not there, may not be read or is no regular file.
-    """
+    """Opens a regular file for reading bytes; nothing that could block."""
     try:
         is_regular = stat.S_ISREG(os.stat(path).st_mode)
         if is_regular:
@@ -111,16 +95,7 @@ def check_plausible(
 ) -> None:
     """Refuses JSON that would take far more memory as objects than as text, or long.
 
-    **Arguments:**
-
-    - `raw`: the text.
-    - `entry_bytes`: of the shortest entry in the list that it should be.
-    - `brackets`: that an entry opens.
-    - `quotes`: in an entry.
-    - `commas`: in an entry and after it.
-
-    **Raises:** ValueError if it has many more of them than such a list, or than the
-    list of all tensors of the largest model.
+    The counts are of one entry of the list of tensors that the text should be.
     """
     entries = min(len(raw) // entry_bytes, _MOST_ENTRIES)
     fits = (
@@ -135,14 +110,7 @@ def check_plausible(
 
 
 def parse_json(raw: bytes) -> Any:
-    """What JSON says; keys may not repeat.
-
-    **Arguments:**
-
-    - `raw`: UTF-8.
-
-    **Raises:** ValueError if it is no JSON or a key repeats.
-    """
+    """What JSON says; keys may not repeat."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
@@ -251,46 +219,36 @@ def _check_layout(tensors: dict[str, StoredTensor], start: int, size: int) -> No
         )
 
 
-class Reader:
-    """Reads regions of tensors, and counts the bytes."""
+@runtime_checkable
+class RegionReader(Protocol):
+    """Reads one tensor, in the dimensions of the part of a leaf that it fills."""
 
-    def __init__(self):
-        self.num_bytes = 0
-        self._lock = threading.Lock()
+    def read(self, region: Region, out: np.ndarray) -> None:
+        """Fills `out` with a region of the part; ValueError naming file and tensor."""
+        ...
 
-    def read(self, tensor: StoredTensor, region: Region, out: np.ndarray) -> None:
-        """Reads a region of a tensor, not one byte more.
 
-        **Arguments:**
+def read_region(tensor: StoredTensor, region: Region, out: np.ndarray) -> None:
+    """Fills a contiguous array with a region of a tensor, reading not one byte more."""
+    buffer = out.reshape(-1).view(np.uint8).data
+    starts, length = _runs(tensor, region)
+    with open_regular(tensor.path) as file:
+        for i, start in enumerate(starts.tolist()):
+            part = buffer[i * length : (i + 1) * length]
+            _read_run(tensor, file.fileno(), start, part)
 
-        - `tensor`: what to read.
-        - `region`: the part of it.
-        - `out`: a contiguous array of the region's shape and the tensor's dtype.
 
-        **Raises:** ValueError if the file has become shorter or cannot be read.
-        """
-        buffer = out.reshape(-1).view(np.uint8).data
-        starts, length = _runs(tensor, region)
-        with open_regular(tensor.path) as file:
-            for i, start in enumerate(starts.tolist()):
-                part = buffer[i * length : (i + 1) * length]
-                self._read_run(tensor, file.fileno(), start, part)
-        with self._lock:
-            self.num_bytes += len(buffer)
-
-    def _read_run(
-        self, tensor: StoredTensor, file: int, start: int, part: memoryview
-    ) -> None:
-        while part:
-            try:
-                count = os.preadv(file, [part], start)
-            except OSError as error:
-                raise ValueError(
-                    f"{tensor.path}: {tensor.name} cannot be read: {error.strerror}"
-                ) from error
-            if count == 0:
-                raise ValueError(f"{tensor.path}: ends within {tensor.name}")
-            part, start = part[count:], start + count
+def _read_run(tensor: StoredTensor, file: int, start: int, part: memoryview) -> None:
+    while part:
+        try:
+            count = os.preadv(file, [part], start)
+        except OSError as error:
+            raise ValueError(
+                f"{tensor.path}: {tensor.name} cannot be read: {error.strerror}"
+            ) from error
+        if count == 0:  # it has become shorter since its header was read
+            raise ValueError(f"{tensor.path}: ends within {tensor.name}")
+        part, start = part[count:], start + count
 
 
 def _runs(tensor: StoredTensor, region: Region) -> tuple[np.ndarray, int]:
@@ -314,13 +272,7 @@ def _runs(tensor: StoredTensor, region: Region) -> tuple[np.ndarray, int]:
 
 
 def split_region(region: Region, most_elements: int) -> Iterator[Region]:
-    """Parts of a region, none larger than allowed, along the first dimensions.
-
-    **Arguments:**
-
-    - `region`: what to split.
-    - `most_elements`: of each part.
-    """
+    """Parts of a region, none larger than allowed, along the first dimensions."""
     sizes = sizes_of(region)
     if math.prod(sizes) <= most_elements:
         yield region
@@ -335,20 +287,10 @@ def split_region(region: Region, most_elements: int) -> Iterator[Region]:
 
 
 def sizes_of(region: Region) -> list[int]:
-    """The shape of a region.
-
-    **Arguments:**
-
-    - `region`: of an array.
-    """
+    """The shape of a region."""
     return [part.stop - part.start for part in region]
 
 
 def whole(shape: tuple[int, ...]) -> Region:
-    """The region that is all of an array.
-
-    **Arguments:**
-
-    - `shape`: of the array.
-    """
+    """The region that is all of an array."""
     return tuple(slice(0, size) for size in shape)

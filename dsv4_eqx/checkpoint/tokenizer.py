@@ -11,7 +11,6 @@ from dsv4_eqx.checkpoint.download import local_directory
 from dsv4_eqx.numerics.validation import invalid_argument
 
 TOKENIZER: Final = "tokenizer.json"
-_MOST_BYTES: Final = 64 << 20
 _NUM_BYTES: Final = 256
 TokenIds = Sequence[int] | Int[Array | np.ndarray, " seq"]
 
@@ -22,23 +21,11 @@ class ByteTokenizer:
     vocab_size: int = _NUM_BYTES
 
     def encode(self, text: str) -> Int[np.ndarray, " seq"]:
-        """Token ids, int32.
-
-        **Arguments:**
-
-        - `text`: any.
-
-        **Raises:** ValueError if it is no text that UTF-8 holds.
-        """
+        """Token ids, int32; ValueError if it is no text that UTF-8 holds."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: TokenIds) -> str:
-        """The text; ids that are no bytes, and bytes that are no UTF-8, as U+FFFD.
-
-        **Arguments:**
-
-        - `ids`: token ids.
-        """
+        """The text; ids that are no bytes, and bytes that are no UTF-8, as U+FFFD."""
         pieces = [bytes([i]) if 0 <= i < _NUM_BYTES else b"\xff" for i in map(int, ids)]
         return b"".join(pieces).decode(errors="replace")
 
@@ -47,21 +34,13 @@ class FileTokenizer:
     """The tokenizer of a `tokenizer.json`, read by the `tokenizers` package."""
 
     def __init__(self, path: str | os.PathLike):
-        """**Arguments:**
-
-        - `path`: of the file.
-
-        **Raises:** ImportError, which says what to install, without the package;
-        ValueError if the file is no tokenizer.
-        """
+        """ImportError without the package; ValueError if the file is no tokenizer."""
         try:
             import tokenizers
         except ImportError as error:
             raise ImportError(
                 f"{path} needs a package to be read: pip install 'dsv4-eqx[hf]'"
             ) from error
-        if os.path.getsize(path) > _MOST_BYTES:
-            raise ValueError(f"{path}: has more than {_MOST_BYTES} bytes")
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
@@ -75,23 +54,14 @@ class FileTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " seq"]:
         """Token ids, int32, without special tokens that the text does not have.
 
-        **Arguments:**
-
-        - `text`: any.
-
-        **Raises:** ValueError if it is no text that UTF-8 holds.
+        ValueError if it is no text that UTF-8 holds.
         """
         _utf8(text)
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: TokenIds) -> str:
-        """The text, special tokens included.
-
-        **Arguments:**
-
-        - `ids`: token ids.
-        """
+        """The text, special tokens included."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
@@ -106,8 +76,9 @@ def load_tokenizer(
         the tokenizer is downloaded.
     - `revision`: branch, tag or commit, where the name is one on the hub.
 
-    **Raises:** ValueError if there is no such directory; ImportError and OSError as
-    `from_pretrained`; and as `FileTokenizer`.
+    **Raises:** ValueError if there is no such directory, or the file is no tokenizer;
+    ImportError if a package is needed and missing, OSError if the hub does not give
+    the file.
     """
     found = local_directory("load_tokenizer", directory, revision, (TOKENIZER,))
     path = found / TOKENIZER

@@ -1,22 +1,39 @@
-"""Writing a checkpoint: safetensors files, their index, and the configuration."""
+"""Writing a checkpoint: safetensors files, their index, and the configuration.
+
+It is written into a directory beside the one that it is for and flushed to the disk;
+then one rename gives it its name. A checkpoint that it replaces is renamed first, and
+removed last: a process that is killed between the two leaves it there, whole, under
+`.NAME.replaced-...`, and one killed earlier leaves `.NAME.saving-...` to be removed.
+"""
 
 import contextlib
 import json
+import os
 import pathlib
+import secrets
 import shutil
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from dsv4_eqx.checkpoint.atomic import new_directory
-from dsv4_eqx.checkpoint.directory import CONFIG, INDEX, SINGLE
-from dsv4_eqx.checkpoint.progress import Progress
-from dsv4_eqx.checkpoint.target import Target, carry_over, staying
+from dsv4_eqx.checkpoint.directory import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    other_files,
+    read_index,
+)
 from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE, Region, split_region, whole
 from dsv4_eqx.config.config import Config
+from dsv4_eqx.numerics.validation import path_of, validate_flag
 
+# Of tqdm: shown on a terminal alone, and where it takes more than two seconds.
+SHOWN_BYTES: Final[dict[str, Any]] = dict(
+    unit="B", unit_scale=True, delay=2, disable=None
+)
 _MOST_ELEMENTS: Final = 1 << 22  # that are in memory at a time
 _ALIGNMENT: Final = 8
 
@@ -27,8 +44,8 @@ class NewTensor(NamedTuple):
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]  # in the file
-    own_shape: tuple[int, ...]  # in which it is read; the same numbers in order
-    read: Callable[[Region], np.ndarray]  # a region of `own_shape`
+    part_shape: tuple[int, ...]  # in which it is read; the same numbers in order
+    read: Callable[[Region], np.ndarray]  # a region of `part_shape`
 
     @property
     def num_bytes(self) -> int:
@@ -36,35 +53,70 @@ class NewTensor(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+def validate_target(
+    call: str, name: str, directory: Any, *, overwrite: Any
+) -> pathlib.Path:
+    """The path to write to; ValueError if what is there must stay."""
+    validate_flag(call, "overwrite", overwrite)
+    path = pathlib.Path(os.path.abspath(path_of(call, name, directory)))
+    fault = _why_not_free(path, bool(overwrite))
+    if fault is not None:
+        raise ValueError(f"{call}: {path} {fault}.")
+    return path
+
+
+def _why_not_free(path: pathlib.Path, overwrite: bool) -> str | None:
+    if not os.path.lexists(path):
+        return None
+    is_none = "is there and is no checkpoint's directory"
+    if path.is_symlink():
+        return f"{is_none} but a link to {os.readlink(path)}; give the path of that"
+    if not path.is_dir():
+        return f"{is_none}; give another name"
+    if os.path.ismount(path) or pathlib.Path.cwd().is_relative_to(path.resolve()):
+        return (
+            "is where a file system is mounted, or is the working directory or above "
+            "it; give another name"
+        )
+    names = set(os.listdir(path))
+    if names and not {SINGLE, INDEX} & names:
+        return f"{is_none}; give another name"
+    if names and not overwrite:
+        return (
+            "has a checkpoint; give another name, or overwrite=True (--overwrite of "
+            "the command) to replace it"
+        )
+    foreign = names - _files_of_checkpoint(path)
+    if foreign:
+        listed = ", ".join(sorted(foreign)[:8])
+        return f"has {listed}, which would be lost; move it elsewhere first"
+    return None
+
+
+def _files_of_checkpoint(path: pathlib.Path) -> set[str]:
+    """What a new checkpoint in its place replaces, or brings with it."""
+    names = {CONFIG, INDEX, SINGLE, *(file.name for file in other_files(path))}
+    if (path / INDEX).is_file():
+        names |= set(read_index(path).values())
+    return names
+
+
 def write_checkpoint(
-    target: Target,
+    directory: pathlib.Path,
     config: Config,
     tensors: Iterable[NewTensor],
     *,
+    overwrite: bool,
+    most_file_bytes: int,
     more_config: Mapping[str, Any] = types.MappingProxyType({}),
     more_files: Iterable[pathlib.Path] = (),
 ) -> None:
-    """Writes a checkpoint that is there whole or not at all.
-
-    **Arguments:**
-
-    - `target`: from `checked_target`.
-    - `config`: of the model.
-    - `tensors`: what to write.
-    - `more_config`: written into the configuration too.
-    - `more_files`: copied beside it.
-
-    **Raises:** ValueError if there is something under that name that must stay.
-    """
-    files = _named(_split(list(tensors), target.most_file_bytes))
-    more = {path.name: path for path in more_files}
-    names = {CONFIG, *files, *([INDEX] if len(files) > 1 else [])}
-    staying(target, names, more)
+    """Writes a checkpoint to a path from `validate_target`, whole or not at all."""
+    files = _named(_split(list(tensors), most_file_bytes))
     total = sum(tensor.num_bytes for file in files.values() for tensor in file)
-    progress = Progress("saving", total)
     with (
-        contextlib.closing(progress),
-        new_directory(target.directory, replace=target.replace) as filling,
+        tqdm(desc="saving", total=total, **SHOWN_BYTES) as progress,
+        _new_directory(directory) as filling,
     ):
         weight_map = {}
         for name, file in files.items():
@@ -74,22 +126,60 @@ def write_checkpoint(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(filling / INDEX, index)
         _write_json(filling / CONFIG, config.to_hf() | dict(more_config))
-        for name, path in more.items():
-            shutil.copy2(path, filling / name)
-        # Again: there may be more of them by now.
-        for path in staying(target, names, more):
-            carry_over(path, filling / path.name)
+        fault = _why_not_free(directory, overwrite)  # again: it took a while
+        if fault is not None:
+            raise ValueError(f"{directory} {fault}.")
+        # The new files go over those that are beside a checkpoint that is replaced.
+        replaced = other_files(directory) if directory.is_dir() else []
+        for path in (*replaced, *more_files):
+            shutil.copy2(path, filling / path.name)
+
+
+@contextlib.contextmanager
+def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a directory to fill, which becomes `final` when the block ends well."""
+    made = [path for path in (final.parent, *final.parents) if not path.exists()]
+    final.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(8)
+    filling, replaced = (
+        final.with_name(f".{final.name}.{what}-{token}")
+        for what in ("saving", "replaced")
+    )
+    filling.mkdir()
+    try:
+        yield filling
+        for path in (*filling.iterdir(), filling):
+            _flush(path)
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(filling, final)
+        for path in {final.parent, *(path.parent for path in made)}:
+            _flush(path)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        shutil.rmtree(filling, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _split(tensors: Sequence[NewTensor], most_bytes: int) -> list[list[NewTensor]]:
     """Consecutive tensors, as many as fit in a file; at least one file."""
-    files, room = [[]], most_bytes
+    files, left = [[]], most_bytes
     for tensor in tensors:
-        if tensor.num_bytes > room and files[-1]:
+        if tensor.num_bytes > left and files[-1]:
             files.append([])
-            room = most_bytes
+            left = most_bytes
         files[-1].append(tensor)
-        room -= tensor.num_bytes
+        left -= tensor.num_bytes
     return files
 
 
@@ -103,9 +193,7 @@ def _named(files: Sequence[list[NewTensor]]) -> dict[str, list[NewTensor]]:
     }
 
 
-def _write_file(
-    path: pathlib.Path, tensors: Sequence[NewTensor], progress: Progress
-) -> None:
+def _write_file(path: pathlib.Path, tensors: Sequence[NewTensor], progress: Any):
     # The widest first: then each begins at a multiple of its own width.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -122,10 +210,10 @@ def _write_file(
     with open(path, "xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors:
-            for region in split_region(whole(tensor.own_shape), _MOST_ELEMENTS):
+            for region in split_region(whole(tensor.part_shape), _MOST_ELEMENTS):
                 part = np.ascontiguousarray(tensor.read(region), tensor.dtype)
                 file.write(part.reshape(-1).view(np.uint8).data)
-                progress.advance(part.nbytes)
+                progress.update(part.nbytes)
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

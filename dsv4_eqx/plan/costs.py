@@ -1,4 +1,4 @@
-"""What a token costs, from a configuration alone: parameters and forward arithmetic.
+"""What a token costs, from a configuration alone: forward arithmetic.
 
 Below, dim is the model's width, c a head's, ratio the tokens in a compressed entry, and
 series is 2 for compressed sparse attention (CSA) and 1 for the heavy kind (HCA).
@@ -7,36 +7,10 @@ series is 2 for compressed sparse attention (CSA) and 1 for the heavy kind (HCA)
 from typing import Final
 
 from dsv4_eqx.config.config import Config
-from dsv4_eqx.config.kinds import CSA, SLIDING, TOPK_MOE
+from dsv4_eqx.config.kinds import CSA, SLIDING
 from dsv4_eqx.numerics.validation import validate_size
 
 _MULTIPLY_ADD: Final = 2  # floating-point operations
-
-
-def num_active_params(config: Config) -> int:
-    """Parameters that one token uses, of the main model.
-
-    All but the routed experts that the token does not run, the prediction (MTP) blocks
-    and the hash routers' tables; embedding and unembedding count in full. A block has
-
-    - attention: q_rank x (dim + 1) + heads x (c x q_rank + 1) + c x (dim + 1)
-      + o_rank x (heads x c + dim x groups),
-    - each compressor: series x c x (2 x dim + ratio) + c,
-    - in CSA an indexer: its own such compressor and
-      index_heads x (index_dim x q_rank + dim),
-    - experts: (slots + 1) x 3 x hidden x dim, and experts x dim for the router, whose
-      bias adds experts where it routes by score,
-    - two hyper-connections: mixes x (streams x dim + 1) + 3, mixes = (2 + streams) x
-      streams, and two norms of dim.
-
-    **Arguments:**
-
-    - `config`: sizes and schedule.
-    """
-    dim, streams = config.hidden_size, config.hc_mult
-    head = streams * streams * dim + streams + 1
-    blocks = (_block_params(config, i) for i in range(config.num_hidden_layers))
-    return 2 * config.vocab_size * dim + head + dim + sum(blocks)
 
 
 def flops_per_token(config: Config, seq: int) -> float:
@@ -46,8 +20,8 @@ def flops_per_token(config: Config, seq: int) -> float:
     (MTP) blocks. Norms, activations, softmaxes, rotations and the routing weights count
     nothing, and neither does looking the embedding up. A token costs, in multiply-adds,
 
-    - every matrix of `num_active_params` its size, but for the embedding; those of
-      compressors only for tokens of complete windows, the share
+    - every matrix that it is multiplied with its size, of the routed experts' those
+      that it runs; compressors' only for tokens of complete windows, the share
       (seq // ratio) x ratio / seq,
     - each compressor's pooling: series x c for the same tokens,
     - attention: 2 x heads x c for each key it sees. These are min(t + 1, window) keys
@@ -72,22 +46,6 @@ def flops_per_token(config: Config, seq: int) -> float:
     unembedding = config.vocab_size * dim
     blocks = (_block_sums(config, i, seq) for i in range(config.num_hidden_layers))
     return float(_MULTIPLY_ADD * (head + unembedding + sum(blocks)))
-
-
-def _block_params(config: Config, layer: int) -> int:
-    kind, ratio, moe_kind = config.layer_kind(layer)
-    params = _attention_matrices(config) + config.num_attention_heads
-    params += config.q_lora_rank + config.head_dim
-    if kind != SLIDING:
-        params += _compressor_params(config, kind, ratio, config.head_dim)
-    if kind == CSA:
-        params += _indexer_matrices(config)
-        params += _compressor_params(config, kind, ratio, config.index_head_dim)
-    params += _moe_matrices(config)
-    params += config.n_routed_experts if moe_kind == TOPK_MOE else 0
-    mixes = (2 + config.hc_mult) * config.hc_mult
-    params += 2 * (_connection_matrix(config) + mixes + 3)
-    return params + 2 * config.hidden_size
 
 
 def _block_sums(config: Config, layer: int, seq: int) -> float:
@@ -147,11 +105,6 @@ def _connection_matrix(config: Config) -> int:
 
 def _series(kind: str) -> int:
     return 2 if kind == CSA else 1  # windows that a token is pooled in
-
-
-def _compressor_params(config: Config, kind: str, ratio: int, head_dim: int) -> int:
-    columns = 2 * config.hidden_size + ratio  # values, gates and position bias
-    return _series(kind) * head_dim * columns + head_dim
 
 
 def _compressor_sums(

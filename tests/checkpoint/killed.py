@@ -1,6 +1,6 @@
 """Saves two versions of a model in processes that are killed at random moments.
 
-    python -m tests.checkpoint.killed DIRECTORY
+    python -m tests.checkpoint.killed DIRECTORY KILLS
 
 Prints what was seen. The processes are forked, so nothing here may start JAX's backend:
 its threads would not be there in them.
@@ -25,7 +25,6 @@ from dsv4_eqx.model.model import abstract_model
 from tests.checkpoint.saving import contents, one_layer
 from tests.models import random_tensors
 
-KILLS = 200
 MOST_FILE_BYTES = 100_000
 # How the span of the moments follows the machine: saving takes two thirds of it.
 IF_SAVED, IF_NOT = 0.95, 1.03
@@ -99,12 +98,23 @@ class Trial:
         self.span *= IF_SAVED if acknowledged else IF_NOT
         self.seen["kills"] += 1
         self.seen["acknowledged"] += acknowledged
-        self.seen["left_behind"] += any(self.directory.glob(f".{name}.saving-*"))
+        self.clear(name)
         found = contents(target) if target.exists() else None
         if found is not None and found not in self.versions:
             self.seen["faults"].append(f"{name}: is no version: {sorted(found)}")
             return acknowledged, None
         return acknowledged, None if found is None else self.versions.index(found)
+
+    def clear(self, name):
+        """Takes away what a killed process left; what it had renamed is put back."""
+        for path in self.directory.glob(f".{name}.saving-*"):
+            self.seen["left_behind"] += 1
+            shutil.rmtree(path)
+        for path in self.directory.glob(f".{name}.replaced-*"):
+            if (self.directory / name).exists():
+                shutil.rmtree(path)
+            else:  # killed between two renames
+                path.rename(self.directory / name)
 
     def replace(self, generator):
         """One version by the other."""
@@ -125,9 +135,9 @@ class Trial:
 
 def main():
     """Kills, and at the end saves both undisturbed."""
-    directory = pathlib.Path(sys.argv[1])
+    directory, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     generator, trial = random.Random(0), Trial(directory)
-    for kill in range(KILLS):
+    for kill in range(kills):
         (trial.replace if kill % 2 else trial.make)(generator)
         if trial.seen["faults"]:
             break

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.checkpoint.quantized import unpack_on_cpu
+from dsv4_eqx.checkpoint.quantized import dequantize_on_cpu
 from dsv4_eqx.config.kinds import SLIDING, TOPK_MOE
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize, is_quantized
 from tests.models import QUICKLY, small_config
@@ -70,7 +70,7 @@ def test_every_code_with_every_scale(code_dtype, dtype):
         jnp.asarray(codes), jnp.asarray(scales), code_dtype, np.dtype(dtype)
     )
     found = np.array(packed.dequantize())
-    again = unpack_on_cpu(codes, scales, code_dtype, np.dtype(dtype))
+    again = dequantize_on_cpu(codes, scales, code_dtype, np.dtype(dtype))
     assert again.tobytes() == found.tobytes()
     expected = products[:NAN_SCALE]
     if code_dtype == FP8:  # NaN has many bits

@@ -333,24 +333,3 @@ def test_unlike_scales_within_a_block_are_refused(tmp_path):
         dsv4.save_pretrained(packed, tmp_path / "new", official=True)
     assert os.listdir(tmp_path) == ["old"]
     dsv4.save_pretrained(packed, tmp_path / "new")
-
-
-def test_overwriting_keeps_weights_that_are_not_the_checkpoints(tmp_path):
-    model = random_model(small_config())
-    directory = tmp_path / "checkpoint"
-    dsv4.save_pretrained(model, directory, most_file_bytes=30_000)
-    (directory / "adapter.safetensors").write_bytes(b"somebody's")
-    dsv4.save_pretrained(model, directory, overwrite=True)
-    found = {path.name for path in directory.iterdir()}
-    assert found == {"config.json", "model.safetensors", "adapter.safetensors"}
-    assert (directory / "adapter.safetensors").read_bytes() == b"somebody's"
-    (directory / "model-00001-of-00002.safetensors").write_bytes(b"somebody's")
-    half = (directory / "model.safetensors").stat().st_size * 2 // 3
-    with pytest.raises(ValueError, match="00001-of-00002.safetensors would be lost"):
-        dsv4.save_pretrained(model, directory, overwrite=True, most_file_bytes=half)
-
-
-def test_a_configuration_alone_is_no_checkpoint_to_replace(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no checkpoint"):
-        dsv4.save_pretrained(random_model(small_config()), tmp_path, overwrite=True)
