@@ -63,12 +63,16 @@ def main():
     seconds = time.perf_counter() - start
     leaves = jax.tree.leaves(model)
     here = sum(x.addressable_data(0).nbytes for x in leaves)
-    print(f"{model.num_params():,} parameters in {seconds:.1f} s")
+    inner = model.model if isinstance(model, dsv4.ShardedModel) else model
+    print(f"{inner.num_params():,} parameters in {seconds:.1f} s")
     print(f"{here:,} bytes on each of {len(leaves[0].devices())} devices")
     tokenizer = dsv4.load_tokenizer(asked.checkpoint, revision=asked.revision)
     tokens = tokenizer.encode(asked.text)[None]
     # Under jit they are not known.
-    validate_token_ids("load_checkpoint", tokens, len(model.embedding))
+    validate_token_ids("load_checkpoint", tokens, model.config.vocab_size)
+    if mesh is not None:  # a row for each device that rows are split over
+        rows = mesh.shape["data"] * mesh.shape["expert"]
+        tokens = tokens.repeat(rows, axis=0)
     logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
     probabilities = np.asarray(jax.nn.softmax(logits[0, -1]))
     print(f"after {asked.text!r}:")

@@ -129,9 +129,10 @@ def work(asked):
         mesh = dsv4.make_mesh(**sizes, devices=None)
         before = bytes_read()
         with processes.together("loading", timeout=600):
-            model = dsv4.from_pretrained(asked.directory, mesh=mesh, dtype=jnp.float32)
+            model = dsv4.from_pretrained(
+                asked.directory, dtype=jnp.float32, mesh=mesh, fsdp=asked.fsdp
+            )
             read = bytes_read() - before
-            model = dsv4.shard(model, mesh, fsdp=asked.fsdp)
         shards = [x.addressable_shards for x in jax.tree.leaves(model)]
         held = sum(shard.data.nbytes for part in shards for shard in part)
         print(

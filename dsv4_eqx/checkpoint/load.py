@@ -11,11 +11,11 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from tqdm import tqdm
@@ -44,7 +44,8 @@ from dsv4_eqx.checkpoint.write import SHOWN_BYTES
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
 from dsv4_eqx.numerics.validation import invalid_argument, validate_dtype, validate_flag
-from dsv4_eqx.sharding.rules import DEFAULT_RULES, Rules, partition_specs
+from dsv4_eqx.sharding.rules import DEFAULT_RULES
+from dsv4_eqx.sharding.sharded_model import ShardedModel, shard
 
 _CALL: Final = "from_pretrained"
 _MOST_ELEMENTS: Final = 1 << 21  # that a thread reads at a time
@@ -54,15 +55,46 @@ _MOST_THREADS: Final = 8
 _NEVER_QUANTIZED: Final = ("embedding", "unembedding", "router.weight")
 
 
+@overload
+def from_pretrained(
+    directory: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: None = None,
+    split_vocab: bool = True,
+    fsdp: bool = False,
+    keep_quantized: bool = False,
+    revision: str | None = None,
+) -> DeepSeekV4:
+    """On the default device."""
+    ...
+
+
+@overload
+def from_pretrained(
+    directory: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh,
+    split_vocab: bool = True,
+    fsdp: bool = False,
+    keep_quantized: bool = False,
+    revision: str | None = None,
+) -> ShardedModel:
+    """Over a mesh."""
+    ...
+
+
 def from_pretrained(
     directory: str | os.PathLike,
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
+    split_vocab: bool = True,
+    fsdp: bool = False,
     keep_quantized: bool = False,
     revision: str | None = None,
-) -> DeepSeekV4:
+) -> DeepSeekV4 | ShardedModel:
     """Loads a checkpoint under DeepSeek's or Hugging Face's names.
 
     Also under the mixed ones that transformers writes into its files.
@@ -76,13 +108,17 @@ def from_pretrained(
     - `directory`: of the checkpoint, or a name on the Hugging Face hub.
     - `dtype`: of the weights that need not stay float32; the embedding's by default.
         For float64, JAX needs `jax_enable_x64`.
-    - `mesh`: places each array over it, as `partition_specs` says; on the default
-        device without one. Each process reads only what its devices hold.
-    - `rules`: as for `partition_specs`.
+    - `mesh`: from `make_mesh`. Each process reads only what its devices hold, and each
+        array is built where it belongs.
+    - `split_vocab`, `fsdp`: as for `shard`, where there is a mesh. Quantised weights
+        are not split over `data`.
     - `keep_quantized`: leaves quantised weights as they are (`QuantizedWeight`): a byte
         or half of one for each number, the same numbers, and no gradient. A weight of
         which some layers are quantised and others not becomes an array all the same.
     - `revision`: branch, tag or commit, where the name is one on the hub.
+
+    **Returns:** a `DeepSeekV4` on the default device; with a mesh the `ShardedModel`
+    that `shard` makes of it.
 
     **Raises:** ValueError naming file and tensor, what was expected and what was found,
     if anything is missing, extra, doubled, misshapen, cut short or no number, or does
@@ -90,29 +126,52 @@ def from_pretrained(
     ImportError if the hub's package is needed and missing, OSError if the hub does not
     give the checkpoint. Pickles are never opened.
     """
-    validate_flag(_CALL, "keep_quantized", keep_quantized)
+    flags = dict(split_vocab=split_vocab, fsdp=fsdp, keep_quantized=keep_quantized)
+    for name, flag in flags.items():
+        validate_flag(_CALL, name, flag)
     if dtype is not None:
         dtype = validate_dtype(_CALL, dtype)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise invalid_argument(_CALL, "mesh", mesh, "from make_mesh, or None")
+    if mesh is None and fsdp:
+        raise invalid_argument(_CALL, "fsdp", fsdp, "False without a mesh")
     directory = local_directory(_CALL, directory, revision)
     checkpoint = open_checkpoint(_CALL, directory, dtype)
-    model, wanted = checkpoint.model, checkpoint.wanted
-    shardings = [None] * len(wanted)
+    # Until `shard` takes `split_vocab`.
+    rules = DEFAULT_RULES if split_vocab else {**DEFAULT_RULES, "vocab": None}
+    over_mesh = None
     if mesh is not None:
-        specs = partition_specs(model, rules, mesh=mesh)
-        structure = jax.tree.structure(model)
-        shardings = [NamedSharding(mesh, s) for s in structure.flatten_up_to(specs)]
-    total = sum(t.num_bytes for t in checkpoint.tensors.values())
+        over_mesh = functools.partial(shard, mesh=mesh, rules=rules, fsdp=fsdp)
+    with Loader(checkpoint, keep_quantized=keep_quantized) as loader:
+        model = _load(checkpoint, loader, over_mesh)
+    return model if over_mesh is None else over_mesh(model)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    loader: "Loader",
+    over_mesh: Callable[[DeepSeekV4], ShardedModel] | None,
+) -> DeepSeekV4:
+    """The model, each array where it belongs."""
+    structure, wanted = jax.tree.structure(checkpoint.model), checkpoint.wanted
+    shardings = [None] * len(wanted)
+    if over_mesh is not None:
+        # Integers in their place: `fsdp` splits no quantised weight.
+        shapes = [
+            jax.ShapeDtypeStruct(leaf.shape, np.uint8)
+            if loader.stays_quantized(source)
+            else leaf
+            for source, leaf in wanted
+        ]
+        placed = over_mesh(jax.tree.unflatten(structure, shapes)).model
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(placed)]
     leaves = []
-    with (
-        tqdm(desc="loading", total=total, **SHOWN_BYTES) as progress,
-        Loader(checkpoint, keep_quantized=keep_quantized) as loader,
-    ):
+    total = sum(t.num_bytes for t in checkpoint.tensors.values())
+    with tqdm(desc="loading", total=total, **SHOWN_BYTES) as progress:
         for (source, leaf), sharding in zip(wanted, shardings):
             leaves.append(loader.load(source, leaf, sharding))
             progress.update(sum(t.num_bytes for t in checkpoint.stored(source)))
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+    return jax.tree.unflatten(structure, leaves)
 
 
 class Loader:
@@ -132,7 +191,7 @@ class Loader:
         self.threads.shutdown(cancel_futures=True)
 
     def load(
-        self, source: Source, leaf: Any, sharding: NamedSharding | None
+        self, source: Source, leaf: Any, sharding: Sharding | None
     ) -> Array | QuantizedWeight:
         """One leaf of the model, over a mesh or on the default device."""
         if self.stays_quantized(source):
@@ -160,7 +219,7 @@ class Loader:
         """A reader of each of the leaf's tensors, in the shape of their names."""
         readers = np.empty(source.names.shape, dtype=object)
         for index in np.ndindex(readers.shape):
-            readers[index] = make(self.weights[source.names[index]], source)
+            readers[index] = make(self.weights[str(source.names[index])], source)
         return readers
 
     def _number_reader(
@@ -171,7 +230,7 @@ class Loader:
         return _PlainReader(weight, source.part_shape, self.num_experts)
 
     def _load_quantized(
-        self, source: Source, leaf: Any, sharding: NamedSharding | None
+        self, source: Source, leaf: Any, sharding: Sharding | None
     ) -> QuantizedWeight:
         *outer, columns = leaf.shape
         local = columns if sharding is None else sharding.shard_shape(leaf.shape)[-1]
@@ -199,8 +258,8 @@ class Loader:
         self,
         shape: tuple[int, ...],
         dtype: np.dtype,
-        sharding: NamedSharding | None,
-        readers: np.ndarray,
+        sharding: Sharding | None,
+        readers: Any,
     ) -> Array:
         """An array whose shards are read from the tensors that it is made of."""
         if sharding is None:
@@ -221,8 +280,8 @@ class Loader:
     def _read(self, region: Region, dtype: np.dtype, readers: np.ndarray) -> np.ndarray:
         host = _aligned_empty(sizes_of(region), dtype)
         pieces = [
-            self.threads.submit(reader.read, *piece)
-            for reader, *piece in _pieces(host, region, readers)
+            self.threads.submit(reader.read, piece, out)
+            for reader, piece, out in _pieces(host, region, readers)
         ]
         for piece in pieces:
             piece.result()
@@ -257,7 +316,7 @@ class _PlainReader:
 
 
 def _pieces(
-    host: np.ndarray, region: Region, readers: np.ndarray
+    host: np.ndarray, region: Region, readers: Any
 ) -> Iterator[tuple[RegionReader, Region, np.ndarray]]:
     """A tensor's reader, a region of the part that it fills, and where that goes."""
     outer = readers.ndim

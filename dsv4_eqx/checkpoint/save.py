@@ -32,13 +32,14 @@ from dsv4_eqx.numerics.validation import (
     validate_flag,
     validate_size,
 )
+from dsv4_eqx.sharding.sharded_model import ShardedModel
 
 _CALL: Final = "save_pretrained"
 MOST_FILE_BYTES: Final = 5 * 10**9
 
 
 def save_pretrained(
-    model: DeepSeekV4,
+    model: DeepSeekV4 | ShardedModel,
     directory: str | os.PathLike,
     *,
     official: bool = False,
@@ -53,7 +54,7 @@ def save_pretrained(
 
     **Arguments:**
 
-    - `model`: on any devices of this process.
+    - `model`: on any devices of this process, over a mesh or not.
     - `directory`: missing or empty; neither a link nor the working directory.
     - `official`: DeepSeek's names rather than Hugging Face's. Quantised weights are
         then written as they are, and as arrays otherwise.
@@ -65,13 +66,14 @@ def save_pretrained(
     **Raises:** ValueError if there is something in the directory, and it is no
     checkpoint or may not be replaced, or something is beside it that would be lost; if
     another argument is out of its range; if the model is not as its configuration says,
-    has no numbers (under `jit`, say), is wrapped for a mesh, or has parts on other
+    has no numbers (under `jit`, say), has parts that are wrapped, or that are on other
     processes' devices; or if the configuration cannot express its schedule or
     quantisation. All of that before anything is written.
     """
     validate_flag(_CALL, "official", official)
     most_file_bytes = validate_size(_CALL, "most_file_bytes", most_file_bytes)
     target = validate_target(_CALL, "directory", directory, overwrite=overwrite)
+    model = model.model if isinstance(model, ShardedModel) else model
     _check_model(model)
     if not official:
         check_for_hf(_CALL, model.config)
@@ -127,7 +129,7 @@ def _quantization(model: DeepSeekV4) -> dict[str, Any]:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, DeepSeekV4):
-        allowed = "a DeepSeekV4; of a ShardedModel give `.model`"
+        allowed = "a DeepSeekV4, or a ShardedModel"
         raise invalid_argument(_CALL, "model", type(model).__name__, allowed)
     dtype = validate_dtype(_CALL, getattr(model.embedding, "dtype", None))
     wanted = abstract_model(model.config, dtype)

@@ -2,6 +2,7 @@
 
 import functools
 
+from dsv4_eqx import from_pretrained
 from dsv4_eqx.config.kinds import HASH_MOE, SLIDING
 from tests.models import random_model, small_config
 
@@ -21,6 +22,12 @@ def one_layer(**changes):
 @functools.cache
 def small_model():
     return random_model(one_layer())
+
+
+def load_inner(directory, mesh=None, **options):
+    """The `DeepSeekV4` that a checkpoint is, over a mesh or not."""
+    model = from_pretrained(directory, mesh=mesh, **options)
+    return model if mesh is None else model.model
 
 
 def contents(directory):

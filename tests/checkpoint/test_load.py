@@ -21,7 +21,8 @@ from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
-from tests.checkpoint.saving import one_layer
+from dsv4_eqx.sharding.sharded_model import shard
+from tests.checkpoint.saving import load_inner, one_layer
 from tests.models import QUICKLY, random_tensors, relative, small_config
 from tests.official import (
     FP8,
@@ -36,6 +37,7 @@ NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
 LIMIT = 5e-5
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 quick_unpacked = quick_jit(dequantize)
+RULES = {True: dsv4.DEFAULT_RULES, False: {**dsv4.DEFAULT_RULES, "vocab": None}}
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -90,9 +92,7 @@ def test_a_quantised_model_computes_the_same_bits(dtype):
 def test_a_release_over_a_mesh_gives_the_official_codes_logits():
     for keep in (False, True):
         mesh = make_mesh(expert=2, tensor=2)
-        model = dsv4.from_pretrained(
-            NANO, dtype="float32", mesh=mesh, keep_quantized=keep
-        )
+        model = load_inner(NANO, dtype="float32", mesh=mesh, keep_quantized=keep)
         tokens = jax.device_put(expected()["tokens"], NamedSharding(mesh, P()))
         assert_as_released(*both_logits(model, tokens))
 
@@ -105,9 +105,7 @@ def test_quantised_blocks_under_shard_map_compute_the_same():
     ids = jnp.asarray(generator.integers(0, 128, (2, 69)), jnp.int32)
     outputs = []
     for keep in (False, True):
-        model = dsv4.from_pretrained(
-            NANO, dtype="float32", mesh=mesh, keep_quantized=keep
-        )
+        model = load_inner(NANO, dtype="float32", mesh=mesh, keep_quantized=keep)
         for block in (model.layers[0], model.layers[2]):
             block = parallelize(block, mesh)
             specs = dsv4.partition_specs(block, mesh=mesh)
@@ -220,9 +218,10 @@ def wide_directory(tmp_path_factory):
 )
 def test_every_leaf_is_where_the_specs_say(sizes, wide_directory):
     mesh = make_mesh(**sizes)
-    plain, arrays, packed = (
-        dsv4.from_pretrained(wide_directory, mesh=mesh, keep_quantized=keep)
-        for mesh, keep in ((None, False), (mesh, False), (mesh, True))
+    plain = dsv4.from_pretrained(wide_directory)
+    arrays, packed = (
+        load_inner(wide_directory, mesh=mesh, keep_quantized=keep)
+        for keep in (False, True)
     )
     assert_same_bits(arrays, plain)
     # The blocks are as wide as the mesh lets them be.
@@ -235,6 +234,36 @@ def test_every_leaf_is_where_the_specs_say(sizes, wide_directory):
         assert leaf.shape == array.shape and leaf.dtype == array.dtype
         for part in (array, *jax.tree.leaves(leaf)):
             assert part.sharding == NamedSharding(mesh, spec) and part.committed
+
+
+@pytest.mark.parametrize("split_vocab", [True, SLOW(False)])
+def test_over_a_mesh_it_is_what_shard_makes_of_it(split_vocab, wide_directory):
+    mesh = make_mesh(data=2, tensor=2, expert=2)
+    load = functools.partial(dsv4.from_pretrained, wide_directory, dtype="float32")
+    plain = load()
+    wanted = shard(plain, mesh, rules=RULES[split_vocab], fsdp=True)
+    found, packed = (
+        load(mesh=mesh, split_vocab=split_vocab, fsdp=True, keep_quantized=keep)
+        for keep in (False, True)
+    )
+    assert isinstance(found, dsv4.ShardedModel) and found.fsdp
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert_same_bits(found, wanted)
+    for model in (found, packed):
+        specs = jax.tree.structure(model.model).flatten_up_to(model.specs)
+        for leaf, spec in zip(jax.tree.leaves(model), specs, strict=True):
+            assert leaf.sharding == NamedSharding(mesh, spec)
+    assert_same_bits(quick_unpacked(packed.model), plain)
+    if split_vocab:
+        tokens = np.arange(44, dtype=np.int32).reshape(4, 11)
+        run = quick_jit(lambda model, tokens: model(tokens))
+        logits = run(packed, tokens), run(plain, tokens)
+        np.testing.assert_allclose(*logits, rtol=0, atol=LIMIT)
+
+
+def test_fsdp_is_for_a_mesh(wide_directory):
+    with pytest.raises(ValueError, match=r"fsdp=True\): must be False without a mesh"):
+        dsv4.from_pretrained(wide_directory, fsdp=True)
 
 
 def test_without_a_mesh_everything_is_on_the_default_device(wide_directory):

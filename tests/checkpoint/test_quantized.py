@@ -13,6 +13,7 @@ import dsv4_eqx as dsv4
 from dsv4_eqx.checkpoint.quantized import dequantize_on_cpu
 from dsv4_eqx.config.kinds import SLIDING, TOPK_MOE
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize, is_quantized
+from tests.checkpoint.saving import load_inner
 from tests.models import QUICKLY, small_config
 from tests.official import (
     E8M0,
@@ -163,9 +164,7 @@ def test_blocks_at_edges_and_across_merged_dimensions(wide, sizes):
     directory, expected = wide
     mesh = make_mesh(**sizes) if sizes else None
     for keep in (False, True):
-        model = dsv4.from_pretrained(
-            directory, dtype="float32", mesh=mesh, keep_quantized=keep
-        )
+        model = load_inner(directory, dtype="float32", mesh=mesh, keep_quantized=keep)
         attention = model.layers[0].attention
         assert is_quantized(attention.output_up) == keep
         assert is_quantized(attention.output_down.weight) == keep
@@ -174,9 +173,7 @@ def test_blocks_at_edges_and_across_merged_dimensions(wide, sizes):
 
 def test_the_columns_of_packed_experts_are_split(wide):
     directory, _ = wide
-    model = dsv4.from_pretrained(
-        directory, mesh=make_mesh(tensor=6), keep_quantized=True
-    )
+    model = load_inner(directory, mesh=make_mesh(tensor=6), keep_quantized=True)
     down = model.layers[0].moe.experts.down
     assert (
         down.shape[-1] == 72
@@ -191,7 +188,7 @@ def test_fp4_columns_that_split_within_a_byte(tmp_path):
     tensors = random_release(config, seed=1)
     directory = write_release(tmp_path, config, tensors)
     mesh = make_mesh(tensor=2)
-    model = dsv4.from_pretrained(directory, dtype="float32", mesh=mesh)
+    model = load_inner(directory, dtype="float32", mesh=mesh)
     assert_same_bits(model, dsv4.from_state_dict(config, meanings(tensors)))
     with pytest.raises(ValueError, match="experts.down would be split into 37 columns"):
         dsv4.from_pretrained(directory, mesh=mesh, keep_quantized=True)
@@ -268,7 +265,7 @@ def test_hugging_faces_naming_of_quantised_weights(fp4, tmp_path):
     for sizes in ({}, dict(tensor=2, expert=3)):
         mesh = make_mesh(**sizes) if sizes else None
         for keep in (False, True):
-            model = dsv4.from_pretrained(
+            model = load_inner(
                 directory, dtype="float32", mesh=mesh, keep_quantized=keep
             )
             assert is_quantized(model.layers[0].moe.experts.gate_up) == keep

@@ -18,7 +18,7 @@ import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
-from tests.checkpoint.saving import one_layer, small_model
+from tests.checkpoint.saving import load_inner, one_layer, small_model
 from tests.models import (
     T,
     forward_once,
@@ -131,7 +131,7 @@ def over(name, model, kind, directory):
         return model
     if kind == "packed":  # its blocks are as wide as the mesh lets them be
         path = directory / "release"
-        return dsv4.from_pretrained(path, mesh=mesh, keep_quantized=True)
+        return load_inner(path, mesh=mesh, keep_quantized=True)
     return place(model, dsv4.partition_specs(model, mesh=mesh), mesh)
 
 
@@ -156,7 +156,7 @@ def test_any_mesh_to_any_mesh(kind, saved, loaded, shared_directory, tmp_path):
         again = dsv4.from_pretrained(tmp_path / "model", keep_quantized=True)
         assert_same_bits(again, plain)
     mesh = mesh_of(loaded)
-    found = dsv4.from_pretrained(tmp_path / "model", mesh=mesh, keep_quantized=packed)
+    found = load_inner(tmp_path / "model", mesh=mesh, keep_quantized=packed)
     expected = over(loaded, plain, kind, shared_directory)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert_same_bits(found, expected)
