@@ -11,6 +11,7 @@ from dsv4_eqx.attention.indexer import Indexer as Indexer
 from dsv4_eqx.checkpoint.load import from_pretrained as from_pretrained
 from dsv4_eqx.checkpoint.save import save_pretrained as save_pretrained
 from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
+from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer as ByteTokenizer
 from dsv4_eqx.checkpoint.tokenizer import load_tokenizer as load_tokenizer
 from dsv4_eqx.config.config import Config as Config
 from dsv4_eqx.dimensions import DIMENSIONS as DIMENSIONS

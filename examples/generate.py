@@ -2,7 +2,7 @@
 
     python examples/generate.py [CHECKPOINT] [--prompt TEXT] [--max-new-tokens 64]
         [--temperature 0.8] [--top-k K] [--top-p 0.95] [--min-p P] [--seed 0]
-        [--eos-id ID] [--speculative]
+        [--eos-id ID] [--speculative] [--bytes]
         [--dtype bfloat16] [--keep-quantized] [--revision REVISION]
 
 The checkpoint is a directory, or a name on the Hugging Face hub; without one, a tiny
@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer
 
 PROMPT = "The window slides over the last tokens"
 
@@ -38,6 +37,7 @@ def options():
     parser.add_argument("--eos-id", type=int, action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speculative", action="store_true", help="draft tokens")
+    parser.add_argument("--bytes", action="store_true", help="a token for each byte")
     parser.add_argument("--dtype", help="of the weights; the embedding's by default")
     parser.add_argument("--keep-quantized", action="store_true")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -53,13 +53,15 @@ def load(asked):
     """A model and what turns text into its tokens."""
     if asked.checkpoint is None:
         key = jax.random.key(asked.seed)
-        return dsv4.DeepSeekV4(dsv4.Config.tiny(), key=key), ByteTokenizer()
+        return dsv4.DeepSeekV4(dsv4.Config.tiny(), key=key), dsv4.ByteTokenizer()
     model = dsv4.from_pretrained(
         asked.checkpoint,
         dtype=asked.dtype,
         keep_quantized=asked.keep_quantized,
         revision=asked.revision,
     )
+    if asked.bytes:
+        return model, dsv4.ByteTokenizer()
     return model, dsv4.load_tokenizer(asked.checkpoint, revision=asked.revision)
 
 

@@ -1,11 +1,11 @@
 """Loads a checkpoint and says what it expects to come after a text.
 
     python examples/load_checkpoint.py [CHECKPOINT] [--text TEXT] [--mesh expert=2,...]
-        [--dtype bfloat16] [--keep-quantized] [--revision REVISION]
+        [--bytes] [--dtype bfloat16] [--keep-quantized] [--revision REVISION]
 
 The checkpoint is a directory, or a name on the Hugging Face hub; by default the tiny
 release that the tests use, whose weights are random. Text becomes tokens by the
-checkpoint's `tokenizer.json`, or byte by byte where it has none.
+checkpoint's `tokenizer.json`, or byte by byte with `--bytes` and in that tiny release.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def options():
     parser.add_argument("checkpoint", nargs="?", default=str(TINY_RELEASE))
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--mesh", help="axes and sizes, as data=2,expert=4")
+    parser.add_argument("--bytes", action="store_true", help="a token for each byte")
     parser.add_argument("--dtype", help="of the weights; the embedding's by default")
     parser.add_argument("--keep-quantized", action="store_true")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -66,7 +67,10 @@ def main():
     inner = model.model if isinstance(model, dsv4.ShardedModel) else model
     print(f"{inner.num_params():,} parameters in {seconds:.1f} s")
     print(f"{here:,} bytes on each of {len(leaves[0].devices())} devices")
-    tokenizer = dsv4.load_tokenizer(asked.checkpoint, revision=asked.revision)
+    if asked.bytes or asked.checkpoint == str(TINY_RELEASE):
+        tokenizer = dsv4.ByteTokenizer()
+    else:
+        tokenizer = dsv4.load_tokenizer(asked.checkpoint, revision=asked.revision)
     tokens = tokenizer.encode(asked.text)[None]
     # Under jit they are not known.
     validate_token_ids("load_checkpoint", tokens, model.config.vocab_size)

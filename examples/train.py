@@ -23,7 +23,6 @@ import numpy as np
 import optax
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer
 
 MTP_WEIGHT = 0.3  # of the prediction block's loss, as in DeepSeek-V3
 HELD_OUT = 0.1  # of the text
@@ -50,7 +49,7 @@ def read_text(path):
         text = "\n".join(file.read_text() for file in files)
     else:
         text = path.read_text()
-    tokens = ByteTokenizer().encode(text)
+    tokens = dsv4.ByteTokenizer().encode(text)
     cut = int(len(tokens) * (1 - HELD_OUT))
     return tokens[:cut], tokens[cut:]
 
@@ -105,7 +104,7 @@ def seconds(call):
 
 def speculate(model, tokens, asked):
     """Continues unseen text with and without drafts, and tells what they bring."""
-    prompt, decode = tokens[: asked.length][None], ByteTokenizer().decode
+    prompt, decode = tokens[: asked.length][None], dsv4.ByteTokenizer().decode
     print(f"\n{decode(prompt[0])}")
     for name, temperature in (("likeliest", 0.0), ("drawn", 1.0)):
 

@@ -55,7 +55,7 @@ def test_example_says_what_is_wrong_without_a_traceback(example, tmp_path):
 def test_example_refuses_texts_that_are_no_tokens_of_the_model(text, wrong, tmp_path):
     config = one_layer(vocab_size=150)
     write_release(tmp_path, config, random_tensors(config))
-    done = run("load_checkpoint.py", tmp_path, "--text", text)
+    done = run("load_checkpoint.py", tmp_path, "--text", text, "--bytes")
     assert done.returncode == 1
     assert re.match(f"load_checkpoint.py: .*{wrong}", done.stderr), done.stderr
 
@@ -145,10 +145,10 @@ def test_example_of_several_processes_says_what_does_not_fit(option, wrong):
 @pytest.mark.slow
 def test_example_continues_a_text():
     arguments = ["--dtype", "float32", "--prompt", "One, two,", "--max-new-tokens", 5]
-    done = run("generate.py", NANO, *arguments)
+    done = run("generate.py", NANO, "--bytes", *arguments)
     assert_went_well(done)
     model = dsv4.from_pretrained(NANO, dtype=np.float32)
-    tokenizer = dsv4.load_tokenizer(NANO)
+    tokenizer = dsv4.ByteTokenizer()
     prompt = tokenizer.encode("One, two,")[None]
     out = dsv4.generate(model, prompt, max_new_tokens=5)
     assert done.stdout.startswith("One, two," + tokenizer.decode(out.tokens[0]))
@@ -158,9 +158,9 @@ def test_example_continues_a_text():
 @pytest.mark.slow
 def test_example_continues_a_text_with_drafts():
     arguments = ["--dtype", "float32", "--prompt", "One, two,", "--max-new-tokens", 9]
-    done = run("generate.py", NANO, *arguments, "--speculative")
+    done = run("generate.py", NANO, "--bytes", *arguments, "--speculative")
     assert_went_well(done)
-    tokenizer = dsv4.load_tokenizer(NANO)
+    tokenizer = dsv4.ByteTokenizer()
     out = dsv4.generate(
         dsv4.from_pretrained(NANO, dtype=np.float32),
         tokenizer.encode("One, two,")[None],
@@ -175,7 +175,7 @@ def test_example_continues_a_text_with_drafts():
 def test_example_says_that_drafts_need_a_prediction_block(tmp_path):
     config = one_layer(vocab_size=150)
     write_release(tmp_path, config, random_tensors(config))
-    done = run("generate.py", tmp_path, "--prompt", "!", "--speculative")
+    done = run("generate.py", tmp_path, "--prompt", "!", "--speculative", "--bytes")
     assert done.returncode == 1
     wrong = "generate.py: generate_stream: the model has 0 prediction blocks"
     assert done.stderr.startswith(wrong), done.stderr

@@ -10,13 +10,13 @@ from jax.typing import DTypeLike
 
 from dsv4_eqx.checkpoint.directory import other_files, read_config
 from dsv4_eqx.checkpoint.download import local_directory
-from dsv4_eqx.checkpoint.inventory import Checkpoint, open_checkpoint
+from dsv4_eqx.checkpoint.inventory import Checkpoint, chosen_dtype, open_checkpoint
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, array_tensors, check_for_hf
 from dsv4_eqx.checkpoint.write import NewTensor, validate_target, write_checkpoint
 from dsv4_eqx.config.hf_keys import other_keys
-from dsv4_eqx.numerics.validation import validate_dtype, validate_flag, validate_size
+from dsv4_eqx.numerics.validation import validate_flag, validate_size
 
 _CALL: Final = "convert"
 _DTYPES: Final = ("dtype", "torch_dtype")  # of the weights, as transformers writes it
@@ -56,8 +56,7 @@ def convert(
     `save_pretrained` do.
     """
     validate_flag(_CALL, "official", official)
-    if dtype is not None:
-        dtype = validate_dtype(_CALL, dtype)
+    dtype = chosen_dtype(_CALL, dtype)
     most_file_bytes = validate_size(_CALL, "most_file_bytes", most_file_bytes)
     target = validate_target(_CALL, "target", target, overwrite=overwrite)
     checkpoint = open_checkpoint(_CALL, local_directory(_CALL, source, revision), dtype)

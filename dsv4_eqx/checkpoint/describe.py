@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.faults import summary
 from dsv4_eqx.checkpoint.inventory import Checkpoint, inspect_checkpoint
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import QuantizedTensor, shared_width
@@ -32,7 +33,6 @@ _PARTS: Final = (
     ("embedding", "embedding, unembedding"),
     ("", "norms and head"),
 )
-_MOST_FAULTS: Final = 50
 
 
 def describe(
@@ -57,9 +57,8 @@ def describe(
     lines.append(
         f"{len(faults)} faults" if faults else "nothing missing, nothing extra"
     )
-    lines += [f"  {fault}" for fault in sorted(faults)[:_MOST_FAULTS]]
-    if len(faults) > _MOST_FAULTS:
-        lines.append(f"  and {len(faults) - _MOST_FAULTS} more")
+    lines += [f"  {line}" for line in summary(faults)]
+    lines += checkpoint.notes
     fits = True
     if mesh_sizes is not None:
         line, fits = _over_mesh(checkpoint, mesh_sizes)
@@ -156,7 +155,8 @@ def _bytes_of_number(
     if len(packed) < len(weights):
         return leaf.dtype.itemsize
     width = shared_width(packed[0], source, slice(0, columns))
-    return 1 / codes_per_byte(packed[0].code_dtype) + 1 / width
+    scale_bytes = packed[0].scale_bits.itemsize
+    return 1 / codes_per_byte(packed[0].code_dtype) + scale_bytes / width
 
 
 def _parts_of(entry: Any, sizes: Mapping[str, int]) -> int:

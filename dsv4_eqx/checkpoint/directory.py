@@ -1,15 +1,15 @@
 """What a checkpoint's directory holds: its configuration and its tensors, by name.
 
-Nothing outside the directory is opened, whatever its files say. The names of shards in
-an index are plain file names; a link may lead to another file of the directory, or to
-the blobs of the Hugging Face hub's cache that the directory is a snapshot in.
+Nothing outside the directory is opened, whatever its files say: the names of shards in
+an index are plain file names. Links are followed, which only the directory's owner can
+have made; what is copied beside the weights may not be one that leads elsewhere.
 """
 
-import contextlib
 import os
 import pathlib
 from typing import Any, Final
 
+from dsv4_eqx.checkpoint.faults import faults_error, listing_error, summary
 from dsv4_eqx.checkpoint.tensors import (
     StoredTensor,
     check_plausible,
@@ -43,7 +43,7 @@ def read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     if index is None:
         if not _exists(directory / SINGLE):
             raise ValueError(f"{directory}: {_why_no_weights(directory)}")
-        return read_header(_inside(directory, SINGLE))
+        return read_header(directory / SINGLE)
     if _exists(directory / SINGLE) and SINGLE not in index.values():
         raise ValueError(
             f"{directory}: has both {SINGLE} and {INDEX}, which does not name it; take "
@@ -55,15 +55,19 @@ def read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
 def other_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """Small files beside the weights and the configuration, as those of a tokenizer.
 
-    Neither hidden ones, nor what leads out of the directory.
+    Neither hidden ones, nor what leads out of the directory, unless into the blobs of
+    the Hugging Face hub's cache that it is a snapshot in.
     """
+    home = pathlib.Path(os.path.realpath(directory))
+    blobs = home.parent.parent / "blobs"
     found = []
     for name in _names(directory):
         if name == CONFIG or name.startswith(".") or name.endswith(_WEIGHTS):
             continue
-        with contextlib.suppress(ValueError):
-            path = _inside(directory, name)
-            if path.is_file() and path.stat().st_size <= _MOST_OTHER_BYTES:
+        real = pathlib.Path(os.path.realpath(directory / name))
+        in_blobs = home.parent.name == "snapshots" and real.is_relative_to(blobs)
+        if (real.is_relative_to(home) or in_blobs) and real.is_file():
+            if real.stat().st_size <= _MOST_OTHER_BYTES:
                 found.append(directory / name)
     return found
 
@@ -122,16 +126,16 @@ def _read_shards(
     files = sorted(set(index.values()))
     missing = set(files) - set(_names(directory))
     if missing:
-        lost = sorted(name for name, file in index.items() if file in missing)
-        listed = ", ".join(sorted(missing))
-        raise ValueError(
+        lost = [name for name, file in index.items() if file in missing]
+        listed = ", ".join(summary(missing))
+        raise listing_error(
             f"{directory}: {len(missing)} of {len(files)} files that {INDEX} names are "
-            f"missing, {listed}, and with them {len(lost)} tensors:\n  "
-            + "\n  ".join(lost)
+            f"missing, {listed}, and with them {len(lost)} tensors",
+            lost,
         )
     found, faults = {}, []
     for file in files:
-        for name, tensor in read_header(_inside(directory, file)).items():
+        for name, tensor in read_header(directory / file).items():
             if index.get(name) != file:
                 where = f"is in {file}, and in {INDEX} " + (
                     f"in {index[name]}" if name in index else "not at all"
@@ -142,16 +146,14 @@ def _read_shards(
     for name in index.keys() - found.keys():
         faults.append(f"{shown(name)} is not in {index[name]}, where {INDEX} has it")
     if faults:
-        raise ValueError(
-            f"{directory}: {len(faults)} faults:\n  " + "\n  ".join(sorted(faults))
-        )
+        raise faults_error(str(directory), faults)
     return found
 
 
 def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: there is no such directory")
-    path, most = _inside(directory, name), _MOST_JSON_BYTES[name]
+    path, most = directory / name, _MOST_JSON_BYTES[name]
     with open_regular(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:
@@ -165,18 +167,3 @@ def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is {shown(found)}, not a JSON object")
     return found
-
-
-def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of a file, if following links keeps it where it belongs."""
-    path = directory / name
-    try:
-        real = pathlib.Path(os.path.realpath(path, strict=True))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
-    allowed = [pathlib.Path(os.path.realpath(directory))]
-    if allowed[0].parent.name == "snapshots":
-        allowed.append(allowed[0].parent.parent / "blobs")
-    if not any(real.is_relative_to(parent) for parent in allowed):
-        raise ValueError(f"{path}: leads out of the directory, to {real}")
-    return real

@@ -1,13 +1,16 @@
 """What is in a checkpoint and what it is for, before any weight has been read.
 
 The names say which naming it is in; the configuration, which tensors there must be.
-What is missing, extra or misshapen is collected and told all at once.
+What is missing, extra or misshapen is collected and told all at once. What may be left
+out, and is, becomes a note: prediction blocks that are not there, and a drafter.
 """
 
 import contextlib
 import dataclasses
 import os
 import pathlib
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dsv4_eqx.checkpoint.directory import CONFIG, read_config, read_tensors
+from dsv4_eqx.checkpoint.faults import faults_error
 from dsv4_eqx.checkpoint.names import Source, is_mixed, published_names, sources
 from dsv4_eqx.checkpoint.quantized import (
     BLOCKS,
@@ -25,8 +29,9 @@ from dsv4_eqx.checkpoint.quantized import (
     code_dtype_of,
     scale_faults,
 )
-from dsv4_eqx.checkpoint.tensors import StoredTensor
+from dsv4_eqx.checkpoint.tensors import StoredTensor, read_region, whole
 from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.kinds import HASH_MOE
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
 from dsv4_eqx.numerics.validation import (
     FLOATS,
@@ -38,6 +43,20 @@ from dsv4_eqx.numerics.validation import (
 _EMBEDDING: Final = {True: "embed.weight", False: "model.embed_tokens.weight"}
 _OF_HF: Final = ("model.", "lm_head.")
 _OF_BOTH: Final = "mtp."
+# Of the drafter DSpark, which stands where other releases have prediction blocks.
+_OF_DSPARK: Final = re.compile(
+    r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\."
+)
+# A release does without, other programs write zeros.
+_BIAS: Final = re.compile(
+    r"(?:model\.)?layers\.(\d+)\.(?:ffn\.gate\.bias|mlp\.gate\.e_score_correction_bias)"
+)
+# Formats that are not read, by what the name of one of their tensors ends in.
+_FOREIGN: Final = {
+    "weight_scale_2": "NVFP4",
+    "weight_packed": "compressed-tensors",
+    "qweight": "GPTQ or AWQ",
+}
 # A configuration that asks for more than this, and for far more than there is, has a
 # wrong number in it; listing what is missing would take long.
 _MOST_NAMES: Final = 150_000  # of experts; the largest released model has 71,424
@@ -52,6 +71,8 @@ class NamedTensors(NamedTuple):
     tensors: Mapping[str, Any]  # what there is, under the names that are wanted
     wanted: list[tuple[Source, Any]]  # each leaf's tensors, and the abstract leaf
     other: list[Source]  # the same under the other naming
+    official: bool  # which naming that is
+    notes: list[str]  # what there is, or should be, and the model is without
 
 
 class Checkpoint(NamedTuple):
@@ -62,6 +83,7 @@ class Checkpoint(NamedTuple):
     tensors: Mapping[str, StoredTensor]
     wanted: list[tuple[Source, Any]]
     weights: dict[str, StoredTensor | QuantizedTensor]  # that are wanted, by name
+    notes: list[str]  # as of `NamedTensors`
 
     def stored(self, source: Source) -> Iterator[StoredTensor]:
         """The tensors that there are of a leaf, scales included."""
@@ -80,7 +102,21 @@ def open_checkpoint(
     checkpoint, faults = inspect_checkpoint(call, directory, dtype)
     if faults:
         raise faults_error(f"{call}({str(directory)!r})", faults)
+    warn_of(call, checkpoint.notes)
     return checkpoint
+
+
+def chosen_dtype(call: str, dtype: Any) -> np.dtype | None:
+    """The dtype that the user asks for; None for the checkpoint's own."""
+    if dtype is None or isinstance(dtype, str) and dtype == "auto":
+        return None
+    return validate_dtype(call, dtype)
+
+
+def warn_of(call: str, notes: Collection[str]) -> None:
+    """A warning for each note."""
+    for note in notes:
+        warnings.warn(f"{call}: {note}", stacklevel=4)
 
 
 def inspect_checkpoint(
@@ -106,9 +142,17 @@ def inspect_checkpoint(
             weights[name] = weight
             used |= {name, scale_name} if weight is not tensor else {name}
             faults += [f"{tensor.name} ({tensor.path.name}) {fault}" for fault in found]
-    faults += naming_faults(named, used)
-    found = Checkpoint(directory, named.model, named.tensors, named.wanted, weights)
+    faults += naming_faults(named, used, _read_whole)
+    found = Checkpoint(
+        directory, named.model, named.tensors, named.wanted, weights, named.notes
+    )
     return found, faults
+
+
+def _read_whole(tensor: StoredTensor) -> np.ndarray:
+    out = np.empty(tensor.shape, tensor.dtype)
+    read_region(tensor, whole(tensor.shape), out)
+    return out
 
 
 @contextlib.contextmanager
@@ -183,6 +227,8 @@ def match_names(
     meant = published_names(tensors, mixed=mixed)
     tensors = {name: tensors[given] for name, given in meant.items()}
     official = mixed or _is_official(tensors)
+    _check_formats(tensors)
+    dtype = chosen_dtype(call, dtype)
     if dtype is None:
         embedding = tensors.get(_EMBEDDING[official])
         found = None if embedding is None else dtype_of(embedding)
@@ -190,17 +236,57 @@ def match_names(
         is_weight = found is not None and found.name in FLOATS
         dtype = found if is_weight else jnp.float32
     dtype = validate_dtype(call, dtype)
-    has_mtp = any(name.startswith(_OF_BOTH) for name in tensors)
-    if not has_mtp and (mixed or not official):  # transformers drops it
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    tensors, num_blocks, notes = _without_drafter(config, tensors)
+    config = dataclasses.replace(config, num_nextn_predict_layers=num_blocks)
     _validate_count(call, config, len(tensors))
     model = abstract_model(config, dtype)
     wanted = list(sources(model, official=official))
     other = [source for source, _ in sources(model, official=not official)]
-    return NamedTensors(model, tensors, wanted, other)
+    return NamedTensors(model, tensors, wanted, other, official, notes)
 
 
-def naming_faults(named: NamedTensors, used: Collection[str]) -> Iterator[str]:
+def _without_drafter(
+    config: Config, tensors: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], int, list[str]]:
+    """The tensors that may be loaded, prediction blocks among them, and what is left.
+
+    transformers drops prediction blocks when it saves, and so do others.
+    """
+    num_blocks = config.num_nextn_predict_layers
+    others = {n: t for n, t in tensors.items() if not n.startswith(_OF_BOTH)}
+    num_left = len(tensors) - len(others)
+    if any(map(_OF_DSPARK.match, tensors)):
+        note = (
+            f"the drafter DSpark, {num_left} tensors mtp.*, is not loaded; the model "
+            "is without it, and has no prediction block"
+        )
+        return others, 0, [note]
+    if num_blocks > 0 and num_left == 0:
+        note = (
+            f"the configuration has num_nextn_predict_layers={num_blocks} and there "
+            "are no tensors mtp.*; the model is without prediction block"
+        )
+        return tensors, 0, [note]
+    return tensors, num_blocks, []
+
+
+def _check_formats(names: Collection[str]) -> None:
+    """Refuses formats of other programs in one sentence."""
+    for ending, format_name in _FOREIGN.items():
+        count = sum(name.endswith(f".{ending}") for name in names)
+        if count > 0:
+            raise ValueError(
+                f"{count} weights are in the format {format_name} (tensors "
+                f"*.{ending}), which is not read here; use the release, in FP8 and "
+                "FP4, or a checkpoint in bfloat16."
+            )
+
+
+def naming_faults(
+    named: NamedTensors,
+    used: Collection[str],
+    read: Callable[[Any], np.ndarray],
+) -> Iterator[str]:
     """What is missing, extra, or given under both namings."""
     names = named.tensors.keys()
     for source, _ in named.wanted:
@@ -210,15 +296,25 @@ def naming_faults(named: NamedTensors, used: Collection[str]) -> Iterator[str]:
     extra = [name for name in names if name not in used]
     twins = _twins(named) if extra else {}
     for name in extra:
+        if _is_bias_of_hash_layer(named, name):
+            if np.any(read(named.tensors[name])):
+                yield f"{name} is not zero, and its layer routes by token id"
+            continue
         given = [twin for twin in twins.get(name, ()) if twin in used]
         fault = f"is {given[0]}, given twice" if given else "is not part of the model"
         yield f"{name} {fault}"
 
 
-def faults_error(call: str, faults: Collection[str]) -> ValueError:
-    """One error for all of them."""
-    listed = "\n  ".join(sorted(faults))
-    return ValueError(f"{call}: {len(faults)} faults:\n  {listed}")
+def _is_bias_of_hash_layer(named: NamedTensors, name: str) -> bool:
+    """Whether it is a bias, for scores that a layer has no use for."""
+    match, config = _BIAS.fullmatch(name), named.model.config
+    if match is None or len(match[1]) > 9 or int(match[1]) >= config.num_hidden_layers:
+        return False
+    is_hashed = config.mlp_layer_types[int(match[1])] == HASH_MOE
+    shape = getattr(named.tensors[name], "shape", None)
+    return (
+        is_hashed and shape is not None and tuple(shape) == (config.n_routed_experts,)
+    )
 
 
 def _twins(named: NamedTensors) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from dsv4_eqx.checkpoint.download import local_directory
-from dsv4_eqx.checkpoint.inventory import Checkpoint, open_checkpoint
+from dsv4_eqx.checkpoint.inventory import Checkpoint, chosen_dtype, open_checkpoint
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import (
     CodesReader,
@@ -43,7 +43,7 @@ from dsv4_eqx.checkpoint.tensors import (
 from dsv4_eqx.checkpoint.write import SHOWN_BYTES
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
-from dsv4_eqx.numerics.validation import invalid_argument, validate_dtype, validate_flag
+from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
 from dsv4_eqx.sharding.rules import DEFAULT_RULES
 from dsv4_eqx.sharding.sharded_model import ShardedModel, shard
 
@@ -101,13 +101,15 @@ def from_pretrained(
 
     Reads safetensors in FP8, FP4, BF16, F16, F32 and F64, in one file or in several
     with an index, and `config.json` beside them. Quantised weights become arrays,
-    exactly.
+    exactly; where their scales are float32, the product in float32. One warning says
+    that the model is without prediction block where the configuration has one and the
+    files do not, or without the drafter DSpark.
 
     **Arguments:**
 
     - `directory`: of the checkpoint, or a name on the Hugging Face hub.
-    - `dtype`: of the weights that need not stay float32; the embedding's by default.
-        For float64, JAX needs `jax_enable_x64`.
+    - `dtype`: of the weights that need not stay float32; the embedding's by default,
+        and for `"auto"`. For float64, JAX needs `jax_enable_x64`.
     - `mesh`: from `make_mesh`. Each process reads only what its devices hold, and each
         array is built where it belongs.
     - `split_vocab`, `fsdp`: as for `shard`, where there is a mesh. Quantised weights
@@ -122,15 +124,15 @@ def from_pretrained(
 
     **Raises:** ValueError naming file and tensor, what was expected and what was found,
     if anything is missing, extra, doubled, misshapen, cut short or no number, or does
-    not divide over the mesh; ValueError naming an argument that is out of its range;
-    ImportError if the hub's package is needed and missing, OSError if the hub does not
-    give the checkpoint. Pickles are never opened.
+    not divide over the mesh; where many are, the message counts those that are alike
+    and the error's `faults` lists all. ValueError naming an argument that is out of its
+    range; ImportError if the hub's package is needed and missing, OSError if the hub
+    does not give the checkpoint. Pickles are never opened.
     """
     flags = dict(split_vocab=split_vocab, fsdp=fsdp, keep_quantized=keep_quantized)
     for name, flag in flags.items():
         validate_flag(_CALL, name, flag)
-    if dtype is not None:
-        dtype = validate_dtype(_CALL, dtype)
+    dtype = chosen_dtype(_CALL, dtype)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise invalid_argument(_CALL, "mesh", mesh, "from make_mesh, or None")
     if mesh is None and fsdp:
@@ -204,7 +206,12 @@ class Loader:
         if not self.keep_quantized or source.path.endswith(_NEVER_QUANTIZED):
             return False
         weights = [self.weights[name] for name in source.names.flat]
-        kinds = {getattr(weight, "code_dtype", None) for weight in weights}
+        kinds = {
+            (weight.code_dtype, weight.scale_bits)
+            if isinstance(weight, QuantizedTensor)
+            else None
+            for weight in weights
+        }
         return len(kinds) == 1 and None not in kinds
 
     def read_region(
@@ -246,11 +253,14 @@ class Loader:
         codes, scales = (
             self._build(
                 (*outer, columns // share),
-                np.dtype(np.uint8),
+                dtype,
                 sharding,
                 self._readers(source, make),
             )
-            for share, make in ((per_byte, CodesReader), (width, make_scales))
+            for share, dtype, make in (
+                (per_byte, np.dtype(np.uint8), CodesReader),
+                (width, weight.scale_bits, make_scales),
+            )
         )
         return QuantizedWeight(codes, scales, weight.code_dtype, np.dtype(leaf.dtype))
 

@@ -1,5 +1,6 @@
-"""Weights that a checkpoint stores in 8 or 4 bits, with a power of two for each block.
+"""Weights that a checkpoint stores in 8 or 4 bits, with a scale for each block.
 
+The release's scales are powers of two, in E8M0; others in float32 may be any number.
 FP8 (E4M3) has a scale for 128 x 128 numbers, FP4 (E2M1) for 32 of a row; a block at the
 edge is smaller. In a model (`QuantizedWeight`) every row has scales of its own, so that
 rows split over a mesh anywhere, and blocks are narrow enough for columns to split too.
@@ -59,6 +60,11 @@ class QuantizedTensor(NamedTuple):
     scales: StoredTensor
     code_dtype: np.dtype
 
+    @property
+    def scale_bits(self) -> np.dtype:
+        """The integers that a `QuantizedWeight` has the scales in."""
+        return np.dtype(np.uint8 if self.scales.dtype == SCALE else np.uint32)
+
 
 def shared_width(weight: QuantizedTensor, source: Source, columns: slice) -> int:
     """The widest blocks of a part's columns, from the first on, of one scale each."""
@@ -99,7 +105,7 @@ class ScalesReader:
     width: int
 
     def read(self, region: Region, out: np.ndarray) -> None:
-        """Fills uint8; ValueError if a scale is NaN or no power of two."""
+        """Fills the bits of scales; ValueError if one is no positive normal number."""
         blocks = region[-1]
         columns = slice(blocks.start * self.width, blocks.stop * self.width)
         places = _places_in_file(self.source, (*region[:-1], columns), self.width)
@@ -108,7 +114,8 @@ class ScalesReader:
         needed = tuple(slice(int(p.min()), int(p.max()) + 1) for p in places)
         stored = np.empty(sizes_of(needed), self.weight.scales.dtype)
         read_region(self.weight.scales, needed, stored)
-        scales = _scale_bytes(self.weight.scales, stored)
+        _check_scales(self.weight.scales, stored)
+        scales = stored.view(self.weight.scale_bits)
         scales = scales[np.ix_(*(p - s.start for p, s in zip(places, needed)))]
         out[...] = scales.reshape(out.shape)
 
@@ -131,7 +138,8 @@ class NumbersReader:
         CodesReader(self.weight, self.source).read((*region[:-1], byte), codes)
         width = shared_width(self.weight, self.source, wide)
         block = slice(wide.start // width, wide.stop // width)
-        scales = np.empty(sizes_of((*region[:-1], block)), np.uint8)
+        shape = sizes_of((*region[:-1], block))
+        scales = np.empty(shape, self.weight.scale_bits)
         reader = ScalesReader(self.weight, self.source, width)
         reader.read((*region[:-1], block), scales)
         values = dequantize_on_cpu(codes, scales, code_dtype, out.dtype)
@@ -140,34 +148,36 @@ class NumbersReader:
         self._check_range(scales, out)
 
     def _check_range(self, scales: np.ndarray, values: np.ndarray) -> None:
-        largest = _LARGEST_CODE[self.weight.code_dtype]
-        exponent = int(scales.max(initial=0)) - _SCALE_BIAS
+        if scales.dtype == np.uint8:
+            exponent = int(scales.max(initial=0)) - _SCALE_BIAS
+            largest, shown = 2.0**exponent, f"2**{exponent}"
+        else:
+            largest = float(scales.view(np.float32).max(initial=0))
+            shown = str(largest)
         limit = float(ml_dtypes.finfo(values.dtype).max)
-        if largest * 2.0**exponent > limit and not np.isfinite(values).all():
+        most = _LARGEST_CODE[self.weight.code_dtype] * largest
+        if most > limit and not np.isfinite(values).all():
             codes = self.weight.codes
             raise ValueError(
                 f"{codes.path}: {codes.name} has numbers beyond {values.dtype}: its "
-                f"largest scale is 2**{exponent}"
+                f"largest scale is {shown}"
             )
 
 
-def _scale_bytes(tensor: StoredTensor, stored: np.ndarray) -> np.ndarray:
-    """E8M0 as bytes, of a tensor's scales in E8M0 or float32."""
-    if stored.dtype == SCALE:
-        scales = stored.view(np.uint8)
-        if scales.max(initial=0) == _NAN_SCALE:
-            raise ValueError(f"{tensor.path}: {tensor.name} has a scale that is NaN")
-        return scales
-    mantissa, exponent = np.frexp(stored)
-    scales = exponent - 1 + _SCALE_BIAS
-    fits = (mantissa == 0.5) & (scales >= 0) & (scales < _NAN_SCALE)
-    if not fits.all():
-        value = stored[~fits].flat[0]
+def _check_scales(tensor: StoredTensor, scales: np.ndarray) -> None:
+    if scales.dtype == SCALE:
+        is_nan = scales.view(np.uint8).max(initial=0) == _NAN_SCALE
+        bad = [math.nan] if is_nan else []
+    else:
+        with np.errstate(invalid="ignore"):
+            fits = (scales >= np.finfo(np.float32).tiny) & np.isfinite(scales)
+        bad = scales[~fits]
+    for value in bad:
+        what = "a scale that is NaN" if math.isnan(value) else f"the scale {value}"
         raise ValueError(
-            f"{tensor.path}: {tensor.name} has the scale {value}, which is no "
-            "power of two that E8M0 holds"
+            f"{tensor.path}: {tensor.name} has {what}; scales are positive and finite, "
+            "and no smaller than the normal numbers"
         )
-    return scales.astype(np.uint8)
 
 
 def _places_in_file(source: Source, region: Region, width: int) -> list[np.ndarray]:
@@ -254,6 +264,8 @@ def quantized_tensors(
     part_shape = (*outer, columns // per_byte)
     *leading, num_rows, columns = source.tensor_shape
     dtype = FP8 if weight.code_dtype == FP8 else np.dtype(np.int8)
+    is_e8m0 = weight.scales.dtype == np.uint8
+    scale_dtype = SCALE if is_e8m0 else np.dtype(np.float32)
 
     def read_codes(region: Region) -> np.ndarray:
         return part(weight.codes, region).view(dtype)
@@ -275,8 +287,7 @@ def quantized_tensors(
                 f"{name} has different scales within a block of {rows} x {width}, "
                 "which has a single one in the release; unpack the weight first."
             )
-        return np.ascontiguousarray(few).view(SCALE)[region]
+        return np.ascontiguousarray(few).view(scale_dtype)[region]
 
-    yield NewTensor(
-        name.removesuffix("weight") + "scale", SCALE, shape, shape, read_scales
-    )
+    scale_name = name.removesuffix("weight") + "scale"
+    yield NewTensor(scale_name, scale_dtype, shape, shape, read_scales)

@@ -21,7 +21,12 @@ from dsv4_eqx.checkpoint.quantized import (
     quantized_tensors,
 )
 from dsv4_eqx.checkpoint.tensors import Region, sizes_of
-from dsv4_eqx.checkpoint.write import NewTensor, validate_target, write_checkpoint
+from dsv4_eqx.checkpoint.write import (
+    NewTensor,
+    SavesItself,
+    validate_target,
+    write_checkpoint,
+)
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.config.kinds import SLIDING
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
@@ -45,11 +50,13 @@ def save_pretrained(
     official: bool = False,
     overwrite: bool = False,
     most_file_bytes: int = MOST_FILE_BYTES,
+    tokenizer: SavesItself | None = None,
 ) -> None:
     """Writes a model with its configuration, as safetensors.
 
     Every array is written in the dtype that it has, so that `from_pretrained` gives the
-    same bits. The directory appears under its name when everything is on the disk, and
+    same bits; what must be float32 is widened if it is not, which changes no number.
+    The directory appears under its name when everything is on the disk, and
     not at all if anything stops it before.
 
     **Arguments:**
@@ -62,6 +69,8 @@ def save_pretrained(
         the new one is in its place. Small files beside its weights are kept, as those
         of a tokenizer: regular ones of at most 64 MiB that are not hidden.
     - `most_file_bytes`: the weights are split over files of this size.
+    - `tokenizer`: from `load_tokenizer`, or one of transformers; written beside the
+        weights.
 
     **Raises:** ValueError if there is something in the directory, and it is no
     checkpoint or may not be replaced, or something is beside it that would be lost; if
@@ -73,8 +82,10 @@ def save_pretrained(
     validate_flag(_CALL, "official", official)
     most_file_bytes = validate_size(_CALL, "most_file_bytes", most_file_bytes)
     target = validate_target(_CALL, "directory", directory, overwrite=overwrite)
-    model = model.model if isinstance(model, ShardedModel) else model
-    _check_model(model)
+    if tokenizer is not None and not isinstance(tokenizer, SavesItself):
+        allowed = "from load_tokenizer, with a method save_pretrained, or None"
+        raise invalid_argument(_CALL, "tokenizer", tokenizer, allowed)
+    model = _checked_model(model)
     if not official:
         check_for_hf(_CALL, model.config)
     tensors = (
@@ -88,6 +99,7 @@ def save_pretrained(
         tensors,
         overwrite=overwrite,
         most_file_bytes=most_file_bytes,
+        tokenizer=tokenizer,
         more_config=_quantization(model) if official else {},
     )
 
@@ -119,15 +131,16 @@ def _quantization(model: DeepSeekV4) -> dict[str, Any]:
             f"{_CALL}: some experts are packed as FP4 and others as FP8, and a "
             "configuration has one of them for all; save dequantize(model)."
         )
-    quantization = KNOWN_QUANTIZATION | {
-        "scale_fmt": "ue8m0",
-        "weight_block_size": list(BLOCKS[FP8]),
-    }
+    quantization = KNOWN_QUANTIZATION | {"weight_block_size": list(BLOCKS[FP8])}
+    if all(leaf.scales.dtype == np.uint8 for leaf in leaves if is_quantized(leaf)):
+        quantization["scale_fmt"] = "ue8m0"
     expert_dtype = "fp4" if FP4 in experts else "fp8"
     return {"expert_dtype": expert_dtype, "quantization_config": quantization}
 
 
-def _check_model(model: Any) -> None:
+def _checked_model(model: Any) -> DeepSeekV4:
+    """The model, its islands of float32 widened if all of it was cast."""
+    model = model.model if isinstance(model, ShardedModel) else model
     if not isinstance(model, DeepSeekV4):
         allowed = "a DeepSeekV4, or a ShardedModel"
         raise invalid_argument(_CALL, "model", type(model).__name__, allowed)
@@ -139,24 +152,35 @@ def _check_model(model: Any) -> None:
             f"{_CALL}: the model's parts are not those of its configuration; give it "
             "the model without wrappers, and with all of its layers and blocks."
         )
+    leaves = []
     for (path, leaf), expected in zip(found, jax.tree.leaves(wanted)):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
-            raise ValueError(
-                f"{_CALL}: {name} is {leaf.dtype} of the shape {leaf.shape}; the "
-                f"configuration says {expected.dtype} and {expected.shape}."
-            )
-        arrays = jax.tree.leaves(leaf)
-        if not all(map(_has_numbers, arrays)):
-            raise ValueError(
-                f"{_CALL}: {name} has no numbers; give it a model of arrays, outside "
-                "of jit and not donated."
-            )
-        if not all(getattr(x, "is_fully_addressable", True) for x in arrays):
-            raise ValueError(
-                f"{_CALL}: {name} has parts on other processes' devices; gather the "
-                "model in one process first."
-            )
+        _check_leaf(name, leaf, expected, dtype)
+        is_narrow = leaf.dtype != expected.dtype
+        leaves.append(leaf.astype(expected.dtype) if is_narrow else leaf)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _check_leaf(name: str, leaf: Any, expected: Any, dtype: np.dtype) -> None:
+    """Refuses a leaf that is not as expected, or in the dtype of the other weights."""
+    is_array = not is_quantized(leaf)
+    may_widen = is_array and leaf.dtype == dtype and expected.dtype == np.float32
+    if leaf.shape != expected.shape or not (leaf.dtype == expected.dtype or may_widen):
+        raise ValueError(
+            f"{_CALL}: {name} is {leaf.dtype} of the shape {leaf.shape}; the "
+            f"configuration says {expected.dtype} and {expected.shape}."
+        )
+    arrays = jax.tree.leaves(leaf)
+    if not all(map(_has_numbers, arrays)):
+        raise ValueError(
+            f"{_CALL}: {name} has no numbers; give it a model of arrays, outside "
+            "of jit and not donated."
+        )
+    if not all(getattr(x, "is_fully_addressable", True) for x in arrays):
+        raise ValueError(
+            f"{_CALL}: {name} has parts on other processes' devices; gather the "
+            "model in one process first."
+        )
 
 
 def _has_numbers(array: Any) -> bool:

@@ -1,19 +1,22 @@
 """A model from a mapping of names to arrays, complete or not at all."""
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from dsv4_eqx.checkpoint.faults import faults_error
 from dsv4_eqx.checkpoint.inventory import (
     NamedTensors,
-    faults_error,
     match_names,
     naming_faults,
+    warn_of,
 )
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.config.config import Config
@@ -22,22 +25,26 @@ from dsv4_eqx.numerics.validation import FLOATS, invalid_argument
 
 
 def from_state_dict(
-    config: Config, tensors: Mapping[str, Any], *, dtype: DTypeLike | None = None
+    config: Config,
+    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    *,
+    dtype: DTypeLike | None = None,
 ) -> DeepSeekV4:
     """Builds a model from arrays under DeepSeek's or Hugging Face's names.
 
     Also under the mixed ones that transformers writes into its files.
 
-    The naming is the one that more of the names belong to. Hugging Face's state dicts
-    have no prediction (MTP) blocks: where the names are Hugging Face's and none begins
-    with `mtp.`, the model has none either.
+    The naming is the one that more of the names belong to. Where no name begins with
+    `mtp.`, as in all of Hugging Face's state dicts, the model has no prediction (MTP)
+    block either; a warning says so where the names are official.
 
     **Arguments:**
 
     - `config`: of the model.
-    - `tensors`: arrays of numpy or JAX, or others with a shape that numpy reads
-        (torch's are detached, on the CPU and not bfloat16), not quantised.
-    - `dtype`: of the weights that need not stay float32; the embedding's by default.
+    - `tensors`: arrays of numpy, JAX or torch, or others with a shape that numpy
+        reads, by name; not quantised.
+    - `dtype`: of the weights that need not stay float32; the embedding's by default,
+        and for `"auto"`.
 
     **Raises:** ValueError that lists every tensor that is missing, is not part of the
     model, is given under both namings, cannot be read, has another shape or kind of
@@ -47,13 +54,17 @@ def from_state_dict(
     """
     if not isinstance(config, Config):
         raise invalid_argument("from_state_dict", "config", config, "a Config")
-    if not isinstance(tensors, Mapping):
+    try:  # pairs too, as torch's `named_parameters()` gives them
+        by_name: dict[str, Any] = dict(tensors)
+    except (TypeError, ValueError) as error:
         allowed = "a mapping of names to arrays"
         raise invalid_argument(
             "from_state_dict", "tensors", type(tensors).__name__, allowed
-        )
-    named = match_names("from_state_dict", config, tensors, dtype, _dtype_of)
+        ) from error
+    named = match_names("from_state_dict", config, by_name, dtype, _dtype_of)
     _check_complete(named)
+    if named.official:
+        warn_of("from_state_dict", named.notes)
     leaves = [_assemble(source, leaf, named.tensors) for source, leaf in named.wanted]
     return jax.tree.unflatten(jax.tree.structure(named.model), leaves)
 
@@ -67,7 +78,7 @@ def _check_complete(named: NamedTensors) -> None:
                 known.add(name)
                 found = _faults(tensors[name], source.tensor_shape, leaf, num_experts)
                 faults += [f"{name} {fault}" for fault in found]
-    faults += naming_faults(named, known)
+    faults += naming_faults(named, known, _as_numpy)
     if faults:
         raise faults_error("from_state_dict", faults)
 
@@ -88,9 +99,9 @@ def _faults(
     elif not (dtype.name in FLOATS if is_float else np.issubdtype(dtype, np.integer)):
         yield f"has the dtype {dtype}, for {leaf.dtype}"
     elif not is_float:
-        yield from table_faults(np.asarray(tensor), leaf.dtype, num_experts)
+        yield from table_faults(_as_numpy(tensor), leaf.dtype, num_experts)
     elif float(jnp.finfo(dtype).max) > float(jnp.finfo(leaf.dtype).max):
-        yield from range_faults(np.asarray(tensor), leaf.dtype)
+        yield from range_faults(_as_numpy(tensor), leaf.dtype)
 
 
 def table_faults(
@@ -124,8 +135,6 @@ def _why_unreadable(tensor: Any) -> str:
     kind = type(tensor).__name__
     if not hasattr(tensor, "shape"):
         return f"is a {kind}, not an array"
-    if getattr(tensor, "requires_grad", False):
-        return f"is a {kind} that requires a gradient: detach it"
     return f"is a {kind} that numpy cannot read"
 
 
@@ -134,14 +143,26 @@ def _dtype_of(tensor: Any) -> np.dtype | None:
     if not hasattr(tensor, "shape"):
         return None
     try:
-        return np.asarray(tensor[:0] if len(tensor.shape) > 0 else tensor).dtype
-    except (TypeError, RuntimeError):  # bfloat16 of torch, one with a gradient
+        return _as_numpy(tensor[:0] if len(tensor.shape) > 0 else tensor).dtype
+    except (TypeError, RuntimeError):
         return None
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    """The numbers of a tensor; of torch's by their bits where numpy has no such."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        name = str(tensor.dtype).removeprefix("torch.")
+        if hasattr(ml_dtypes, name):
+            torch: Any = sys.modules["torch"]
+            bits = {1: torch.uint8, 2: torch.int16}[tensor.dtype.itemsize]
+            return tensor.view(bits).numpy().view(getattr(ml_dtypes, name))
+    return np.asarray(tensor)
 
 
 def _assemble(source: Source, leaf: Any, tensors: Mapping[str, Any]) -> Array:
     out = np.empty(leaf.shape, leaf.dtype)
     for index in np.ndindex(source.names.shape):
-        value = np.asarray(tensors[str(source.names[index])])
+        value = _as_numpy(tensors[str(source.names[index])])
         out[index] = value.reshape(out[index].shape)
     return jnp.asarray(out)

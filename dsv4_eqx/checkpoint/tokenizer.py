@@ -1,6 +1,8 @@
 """Text to token ids and back: a checkpoint's own tokenizer, or bytes."""
 
 import os
+import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,6 +13,11 @@ from dsv4_eqx.checkpoint.download import local_directory
 from dsv4_eqx.numerics.validation import invalid_argument
 
 TOKENIZER: Final = "tokenizer.json"
+# With it go what other programs need to use it, and to end a text.
+_BESIDE: Final = tuple(
+    "tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "chat_template.jinja generation_config.json".split()
+)
 _NUM_BYTES: Final = 256
 TokenIds = Sequence[int] | Int[Array | np.ndarray, " seq"]
 
@@ -23,6 +30,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " seq"]:
         """Token ids, int32; ValueError if it is no text that UTF-8 holds."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes nothing: there is nothing to know of it."""
 
     def decode(self, ids: TokenIds) -> str:
         """The text; ids that are no bytes, and bytes that are no UTF-8, as U+FFFD."""
@@ -41,6 +51,7 @@ class FileTokenizer:
             raise ImportError(
                 f"{path} needs a package to be read: pip install 'dsv4-eqx[hf]'"
             ) from error
+        self.path = pathlib.Path(path)
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
@@ -60,6 +71,12 @@ class FileTokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.int32)
 
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Copies its file, and what is beside it of those that go with it."""
+        for path in (self.path, *map(self.path.with_name, _BESIDE)):
+            if path.is_file():
+                shutil.copyfile(path, pathlib.Path(directory) / path.name)
+
     def decode(self, ids: TokenIds) -> str:
         """The text, special tokens included."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
@@ -67,8 +84,10 @@ class FileTokenizer:
 
 def load_tokenizer(
     directory: str | os.PathLike, *, revision: str | None = None
-) -> ByteTokenizer | FileTokenizer:
-    """A checkpoint's tokenizer; bytes where it has no `tokenizer.json`.
+) -> FileTokenizer:
+    """A checkpoint's tokenizer.
+
+    Give it to `save_pretrained` for it to be beside the weights again.
 
     **Arguments:**
 
@@ -76,13 +95,19 @@ def load_tokenizer(
         the tokenizer is downloaded.
     - `revision`: branch, tag or commit, where the name is one on the hub.
 
-    **Raises:** ValueError if there is no such directory, or the file is no tokenizer;
-    ImportError if a package is needed and missing, OSError if the hub does not give
-    the file.
+    **Raises:** ValueError if there is no such directory, it has no `tokenizer.json`, or
+    that is no tokenizer; ImportError if a package is needed and missing, OSError if the
+    hub does not give the file.
     """
-    found = local_directory("load_tokenizer", directory, revision, (TOKENIZER,))
+    files = (TOKENIZER, *_BESIDE)
+    found = local_directory("load_tokenizer", directory, revision, files)
     path = found / TOKENIZER
-    return FileTokenizer(path) if path.is_file() else ByteTokenizer()
+    if not path.is_file():
+        raise ValueError(
+            f"load_tokenizer: {path}: there is no such file; for a token for each byte "
+            "give ByteTokenizer()."
+        )
+    return FileTokenizer(path)
 
 
 def _utf8(text: Any) -> bytes:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -36,6 +36,15 @@ SHOWN_BYTES: Final[dict[str, Any]] = dict(
 )
 _MOST_ELEMENTS: Final = 1 << 22  # that are in memory at a time
 _ALIGNMENT: Final = 8
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """What writes itself into a directory, as tokenizers do, ours and transformers'."""
+
+    def save_pretrained(self, directory: Any, /) -> Any:
+        """Writes its files."""
+        ...
 
 
 class NewTensor(NamedTuple):
@@ -110,6 +119,7 @@ def write_checkpoint(
     most_file_bytes: int,
     more_config: Mapping[str, Any] = types.MappingProxyType({}),
     more_files: Iterable[pathlib.Path] = (),
+    tokenizer: SavesItself | None = None,
 ) -> None:
     """Writes a checkpoint to a path from `validate_target`, whole or not at all."""
     files = _named(_split(list(tensors), most_file_bytes))
@@ -122,6 +132,12 @@ def write_checkpoint(
         for name, file in files.items():
             _write_file(filling / name, file, progress)
             weight_map |= {tensor.name: name for tensor in file}
+        # The new files go over those that are beside a checkpoint that is replaced.
+        replaced = other_files(directory) if directory.is_dir() else []
+        for path in (*replaced, *more_files):
+            shutil.copy2(path, filling / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(filling)
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(filling / INDEX, index)
@@ -129,10 +145,6 @@ def write_checkpoint(
         fault = _why_not_free(directory, overwrite)  # again: it took a while
         if fault is not None:
             raise ValueError(f"{directory} {fault}.")
-        # The new files go over those that are beside a checkpoint that is replaced.
-        replaced = other_files(directory) if directory.is_dir() else []
-        for path in (*replaced, *more_files):
-            shutil.copy2(path, filling / path.name)
 
 
 @contextlib.contextmanager
@@ -148,7 +160,7 @@ def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
     filling.mkdir()
     try:
         yield filling
-        for path in (*filling.iterdir(), filling):
+        for path in (*filling.rglob("*"), filling):
             _flush(path)
         if final.exists():
             os.rename(final, replaced)

@@ -1,8 +1,9 @@
 """Weights that stay as small as a checkpoint has them.
 
 The release stores most weights in 8 or 4 bits, with a power of two as the scale of each
-block of columns. A `QuantizedWeight` stands where a module has an array; `dequantize`
-makes arrays of all of them, exactly, where a computation begins.
+block of columns; others have any float32 there. A `QuantizedWeight` stands where a
+module has an array; `dequantize` makes arrays of all of them, exactly, where a
+computation begins.
 """
 
 import math
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, UInt, UInt8
 
 _EXPONENT_BIAS = 127  # of float32 and of the scales, E8M0
 _MANTISSA_BITS = 23
@@ -23,7 +24,8 @@ class QuantizedWeight(eqx.Module):
     r"""A weight in FP8 (E4M3) or FP4 (E2M1) with a scale for each block of columns.
 
     $W_{ij} = \mathrm{code}_{ij} \cdot 2^{s_{i, \lfloor j / b \rfloor} - 127}$. Of two
-    4-bit codes in a byte, the even column's is the low one.
+    4-bit codes in a byte, the even column's is the low one. Scales of four bytes are
+    the bits of float32 numbers, which stand in place of the powers of two.
 
     Everything is stored as integers: a packed weight is not trained, and Equinox's
     filters leave it out of gradients. Its fields are split over a mesh like the array
@@ -31,7 +33,7 @@ class QuantizedWeight(eqx.Module):
     """
 
     codes: UInt8[Array, "..."]
-    scales: UInt8[Array, "..."]
+    scales: UInt[Array, "..."]  # uint8: E8M0, or uint32: float32
     code_dtype: np.dtype = eqx.field(static=True)
     dtype: np.dtype = eqx.field(static=True)
 
@@ -58,7 +60,10 @@ class QuantizedWeight(eqx.Module):
         )
 
     def dequantize(self) -> Float[Array, "..."]:
-        """The array, in `dtype`; exact unless that has no such normal number."""
+        """The array, in `dtype`; exact unless that has no such normal number.
+
+        With float32 scales it is the product in float32.
+        """
         if codes_per_byte(self.code_dtype) == 2:
             halves = [_fp4_values(self.codes & 15), _fp4_values(self.codes >> 4)]
             values = jnp.stack(halves, axis=-1)
@@ -66,6 +71,9 @@ class QuantizedWeight(eqx.Module):
             codes = lax.bitcast_convert_type(self.codes, self.code_dtype)
             values = codes.astype(jnp.float32)
         values = values.reshape(*self.scales.shape, -1)
+        if self.scales.dtype == jnp.uint32:
+            scales = lax.bitcast_convert_type(self.scales[..., None], jnp.float32)
+            return (values * scales).astype(self.dtype).reshape(self.shape)
         # In two steps, since the smallest scale is no normal float32.
         scales = self.scales[..., None].astype(jnp.int32) - _EXPONENT_BIAS
         half = scales >> 1

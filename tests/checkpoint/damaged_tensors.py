@@ -117,12 +117,6 @@ CASES = {
         scale_of(FP8),
         "uint8",
     ),
-    "scale no power of two": (
-        replace(scale_of(FP8), filled((1, 1), 0.3, np.float32)),
-        scale_of(FP8),
-        "0.3",
-        "power of two",
-    ),
     "scale zero": (
         replace(scale_of(FP8), filled((1, 1), 0, np.float32)),
         scale_of(FP8),

@@ -4,6 +4,7 @@ Nothing outside the checkpoint's directory is opened and nothing in it is execut
 """
 
 import os
+import re
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from dsv4_eqx import from_pretrained
+from dsv4_eqx.checkpoint.faults import FaultyCheckpoint
 from tests.checkpoint import damaged_configs, damaged_files, damaged_tensors
 from tests.checkpoint.hostile import (
     CONFIG,
@@ -38,6 +40,11 @@ CASES = {
 }
 # Numbers beyond float32, which a packed weight holds.
 FITS_PACKED = ("tensors: scale too large",)
+# These say that something is large, or are: their memory is traced.
+LARGE = re.compile(
+    "experts|layers|prediction blocks|2\\*\\*|too long|huge|nested|many|million|digits"
+    "|header of|header longer|of numbers|of 100,000|brackets"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +73,13 @@ def some_of_them_quick(cases):
 
 
 def refused(directory, **options):
-    """The text of the error."""
+    """The text of the error, which is not long, and everything that it lists."""
     with pytest.raises(ValueError) as error:
         from_pretrained(directory, **options)
-    assert error.type is ValueError
-    return str(error.value)
+    assert error.type in (ValueError, FaultyCheckpoint)
+    text = str(error.value)
+    assert text.count("\n") <= 60
+    return "\n".join([text, *getattr(error.value, "faults", ())])
 
 
 @pytest.mark.parametrize("case", some_of_them_quick(CASES))
@@ -87,10 +96,11 @@ def test_a_damaged_checkpoint_is_refused(case, tmp_path):
         quickly(),
     ):
         text = refused(directory, **options)
-    with in_little_memory(directory, traced=True):
-        refused(directory, **options)
+    if LARGE.search(case):
+        with in_little_memory(directory, traced=True):
+            refused(directory, **options)
     texts = [text]
-    if case not in FITS_PACKED:
+    if case.startswith("tensors") and case not in FITS_PACKED:
         texts.append(refused(directory, keep_quantized=True, **options))
     for text in texts:
         for part in (*expected, str(directory)):
@@ -126,13 +136,17 @@ def test_a_snapshot_in_the_hubs_cache_loads(form, tmp_path):
     assert_same(model, load(form, tmp_path))
 
 
-def test_a_snapshot_may_not_link_beside_the_blobs(tmp_path):
-    snapshot = tmp_path / "snapshots" / "0123abcd"
-    write(snapshot, intact("packed"))
-    write(tmp_path / "blobs-of-others", intact("packed"))
-    link(SHARDS[0], f"../../blobs-of-others/{SHARDS[0]}")(snapshot)
-    with nothing_outside(snapshot):
-        assert "leads out of the directory" in refused(snapshot)
+def test_weights_are_found_through_links_beside_another_configuration(tmp_path):
+    """One copy of the files, several configurations."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    files = intact("packed")
+    write(there, files)
+    write(here, {CONFIG: files[CONFIG]})
+    for name in (INDEX, *SHARDS):
+        link(name, f"../there/{name}")(here)
+    with nothing_outside(here, there):
+        model = from_pretrained(here)
+    assert_same(model, load("packed", tmp_path))
 
 
 def test_a_link_within_the_directory_loads(tmp_path):

@@ -1,6 +1,7 @@
 """FP8 and FP4: every code with every scale, edges of blocks, and what is no number."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from tests.official import (
     FP8,
     meaning,
     meanings,
+    random_codes,
     random_release,
+    scale_name,
     wide_config,
     write_release,
 )
@@ -237,17 +240,76 @@ def test_float32_scales_that_are_powers_of_two(wide, tmp_path):
         assert_same_bits(unpack(model), expected)
 
 
-@pytest.mark.parametrize(
-    "value", [0.75, *map(SLOW, (0.0, -0.5, np.inf, np.nan, 2.0**-130))]
-)
-def test_float32_scales_that_are_no_powers_of_two_are_refused(value, tmp_path):
+def test_float32_scales_of_any_size_give_the_product_in_float32(tmp_path):
+    """As amax / 448 gives them."""
+    config = wide_config()
+    tensors, generator = random_release(config), np.random.default_rng(0)
+    expected = dict(meanings(tensors))
+    for name, value in tensors.items():
+        if value.dtype == E8M0:
+            factor = generator.uniform(1, 2, value.shape).astype(np.float32)
+            tensors[name] = value.astype(np.float32) * factor
+    for name in expected:
+        scales = tensors.get(scale_name(name))
+        if scales is not None:
+            expected[name] = product(tensors[name], scales)
+    expected = dsv4.from_state_dict(config, expected)
+    directory = write_release(tmp_path / "old", config, tensors)
+    for sizes in ({}, dict(tensor=2, expert=3)):
+        mesh = make_mesh(**sizes) if sizes else None
+        for keep in (False, True):
+            model = load_inner(
+                directory, dtype="float32", mesh=mesh, keep_quantized=keep
+            )
+            assert is_quantized(model.layers[0].attention.query_down) == keep
+            assert_same_bits(unpack(model), expected)
+    assert model.layers[0].attention.query_down.scales.dtype == np.uint32
+    packed = dsv4.from_pretrained(directory, dtype="float32", keep_quantized=True)
+    dsv4.save_pretrained(packed, tmp_path / "new", official=True)
+    raw = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert "scale_fmt" not in raw["quantization_config"]
+    again = dsv4.from_pretrained(tmp_path / "new", dtype="float32", keep_quantized=True)
+    assert_same_bits(again, packed)
+
+
+def product(codes, scales):
+    """In float32, of each code with the scale of its block."""
+    ones = np.full(scales.shape, 127, np.uint8).view(E8M0)
+    rows, columns = (128, 128) if codes.dtype == FP8 else (1, 32)
+    scales = scales.repeat(rows, axis=-2).repeat(columns, axis=-1)
+    values = meaning(codes, ones).astype(np.float32)
+    return values * scales[..., : values.shape[-2], : values.shape[-1]]
+
+
+def test_a_quantised_weight_whose_name_holds_weight_twice(tmp_path):
+    """`attn.indexer.weights_proj.weight`, through load, save and load."""
+    name = "layers.0.attn.indexer.weights_proj"
+    config, generator = wide_config(), np.random.default_rng(3)
+    tensors = random_release(config)
+    shape = tensors[f"{name}.weight"].shape
+    codes, scales = random_codes(generator, shape, False)
+    tensors |= {f"{name}.weight": codes, f"{name}.scale": scales}
+    directory = write_release(tmp_path / "old", config, tensors)
+    expected = dsv4.from_state_dict(config, meanings(tensors))
+    arrays = dsv4.from_pretrained(directory, dtype="float32")
+    assert_same_bits(arrays, expected)
+    packed = dsv4.from_pretrained(directory, dtype="float32", keep_quantized=True)
+    assert is_quantized(packed.layers[0].attention.indexer.head_weights)
+    dsv4.save_pretrained(packed, tmp_path / "new", official=True)
+    again = dsv4.from_pretrained(tmp_path / "new", dtype="float32", keep_quantized=True)
+    assert_same_bits(again, packed)
+    assert_same_bits(unpack(again), expected)
+
+
+@pytest.mark.parametrize("value", [-0.5, *map(SLOW, (0.0, np.inf, np.nan, 2.0**-130))])
+def test_float32_scales_that_are_no_scales_are_refused(value, tmp_path):
     config = wide_config()
     tensors = random_release(config)
     scales = tensors[f"{FP8_NAME}.scale"].astype(np.float32)
     scales[-1, -1] = value
     tensors[f"{FP8_NAME}.scale"] = scales
     directory = write_release(tmp_path, config, tensors)
-    with pytest.raises(ValueError, match=f"{FP8_NAME}.scale has the scale .*power"):
+    with pytest.raises(ValueError, match=f"{FP8_NAME}.scale has .*positive and fin"):
         dsv4.from_pretrained(directory)
 
 

@@ -281,6 +281,26 @@ def test_wrapped_models_are_refused(tmp_path):
         refused(wrapped, tmp_path, "parts are not those .* without wrappers")
 
 
+def test_what_must_be_float32_is_widened_where_all_was_cast(tmp_path):
+    model = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x,
+        small_model(),
+    )
+    dsv4.save_pretrained(model, tmp_path / "model")
+    found = dsv4.from_pretrained(tmp_path / "model")
+    assert found.embedding.dtype == jnp.bfloat16
+    assert found.layers[0].attention.sinks.dtype == jnp.float32
+    widen = functools.partial(jnp.asarray, dtype=jnp.float32)
+    assert_same_bits(jax.tree.map(widen, found), jax.tree.map(widen, model))
+
+
+def test_a_sharded_model_is_saved(tmp_path):
+    model = small_model()
+    sharded = dsv4.shard(model, make_mesh(data=2), fsdp=True)
+    dsv4.save_pretrained(sharded, tmp_path / "model")
+    assert_same_bits(dsv4.from_pretrained(tmp_path / "model"), model)
+
+
 @pytest.mark.usefixtures("without_shape_checks")
 def test_models_that_are_not_as_their_configuration_says_are_refused(tmp_path):
     model = small_model()
@@ -291,10 +311,10 @@ def test_models_that_are_not_as_their_configuration_says_are_refused(tmp_path):
     for match, value in changed.items():
         other = eqx.tree_at(lambda model: model.unembedding, model, value)
         refused(other, tmp_path, match)
-    wide = eqx.tree_at(
+    narrow = eqx.tree_at(
         lambda model: model.norm.weight, model, model.norm.weight.astype(jnp.bfloat16)
     )
-    refused(wide, tmp_path, "norm.weight is bfloat16 .* says float32")
+    refused(narrow, tmp_path, "norm.weight is bfloat16 .* says float32")
     other = eqx.tree_at(lambda model: model.layers.first, model, ())
     refused(other, tmp_path, "with all of its layers and blocks")
     refused({"embed.weight": 1}, tmp_path, "model=.*must be a DeepSeekV4")

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 from dsv4_eqx import Config, from_state_dict
+from dsv4_eqx.checkpoint.faults import FaultyCheckpoint
 from dsv4_eqx.checkpoint.names import sources
 from tests.models import QUICKLY, T, pair, random_model, random_tensors, small_config
 
@@ -133,8 +134,15 @@ def test_all_faults_are_in_one_error():
 
 @pytest.mark.parametrize("tensors", [{}, {"something": np.zeros(3)}], ids=len)
 def test_a_state_dict_of_something_else_is_refused(tensors):
-    with pytest.raises(ValueError, match="embed.weight is missing"):
-        from_state_dict(small_config(), tensors)
+    with pytest.raises(FaultyCheckpoint, match="[0-9]+ faults:") as error:
+        from_state_dict(_without_mtp(small_config()), tensors)
+    text, faults = str(error.value), error.value.faults
+    assert any(fault.startswith("embed.weight is missing") for fault in faults)
+    # As many as there are alike, in a line.
+    expert = (
+        "layers.{0..2}.ffn.experts.{0..6}.w1.weight is missing (shape (28, 60)): 21"
+    )
+    assert expert in text and text.count("\n") <= 51 < len(faults)
 
 
 def test_a_name_that_is_no_text_is_refused(without_shape_checks):
@@ -248,16 +256,68 @@ def test_a_quantised_embedding_is_a_fault_like_others():
     assert "embed.weight has the dtype float8_e4m3fn" in str(error.value)
 
 
+class Unreadable:
+    """Has a shape, and nothing that numpy understands."""
+
+    shape = (60,)
+
+    def __getitem__(self, index):
+        raise TypeError
+
+
 def test_what_numpy_cannot_read_is_a_fault_like_others():
     tensors = random_tensors(small_config())
-    tensors["norm.weight"] = torch.ones(60, dtype=torch.bfloat16)
+    tensors["norm.weight"] = Unreadable()
     tensors["head.weight"] = None
-    tensors["layers.0.attn.wkv.weight"] = torch.ones(20, 60, requires_grad=True)
     assert faults_of(tensors) == [
         "head.weight is a NoneType, not an array",
-        "layers.0.attn.wkv.weight is a Tensor that requires a gradient: detach it",
-        "norm.weight is a Tensor that numpy cannot read",
+        "norm.weight is a Unreadable that numpy cannot read",
     ]
+
+
+def test_torch_tensors_are_read_in_any_dtype_and_with_gradients():
+    config, tensors = small_config(), random_tensors(small_config())
+    in_torch = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
+    for name, value in in_torch.items():
+        if value.is_floating_point():
+            in_torch[name] = value.to(torch.bfloat16).requires_grad_()
+            narrow = tensors[name].astype(ml_dtypes.bfloat16)
+            tensors[name] = narrow
+    expected = from_state_dict(config, tensors)
+    assert expected.embedding.dtype == jnp.bfloat16
+    assert_same(from_state_dict(config, in_torch, dtype="auto"), expected)
+    # Pairs of a name and a parameter, as a torch module gives them.
+    assert_same(from_state_dict(config, iter(in_torch.items())), expected)
+    packed = torch.zeros(20, 60).to(torch.float8_e4m3fn)
+    assert faults_of(in_torch | {"layers.0.attn.wkv.weight": packed}) == [
+        "layers.0.attn.wkv.weight has the dtype float8_e4m3fn, for bfloat16: multiply "
+        "it by its scales"
+    ]
+
+
+def test_without_prediction_tensors_there_is_no_block_and_it_is_said():
+    config, model = small_config(), random_model(_without_mtp(small_config()))
+    with pytest.warns(UserWarning, match="num_nextn_predict_layers=1.*no tensors"):
+        found = from_state_dict(config, tensors_of(model, True))
+    assert_same(found, model)
+    assert_same(from_state_dict(config, tensors_of(model, False)), model)
+
+
+def test_a_bias_of_zeros_is_read_where_no_layer_uses_it():
+    config, model = small_config(), random_model(small_config())
+    names = {
+        True: "layers.0.ffn.gate.bias",
+        False: "model.layers.0.mlp.gate.e_score_correction_bias",
+    }
+    for official, name in names.items():
+        bias = np.zeros(7, np.float32)
+        tensors = tensors_of(model, official) | {name: bias}
+        assert_same(from_state_dict(config, tensors), model)
+        bias[3] = 1e-9
+        (fault,) = faults_of(tensors)
+        assert fault == f"{name} is not zero, and its layer routes by token id"
+        tensors[name] = np.zeros(6, np.float32)
+        assert faults_of(tensors) == [f"{name} is not part of the model"]
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,50 @@ import numpy as np
 import pytest
 
 import dsv4_eqx as dsv4
+from tests.checkpoint.saving import small_model
 
 TEXT = "Größe: 3 × 5\n"
 
 
-def test_bytes_are_the_tokens_where_there_is_no_tokenizer(tmp_path):
-    tokenizer = dsv4.load_tokenizer(tmp_path)
+def test_bytes_are_tokens():
+    tokenizer = dsv4.ByteTokenizer()
     ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.int32 and tokenizer.vocab_size == 256
     assert bytes(ids.astype(np.uint8)) == TEXT.encode()
     assert tokenizer.decode(ids) == TEXT
     assert tokenizer.decode([72, 300, -1, 105]) == "H\ufffd\ufffdi"
     assert tokenizer.encode("").shape == (0,)
+
+
+def test_a_directory_without_tokenizer_says_how_to_get_bytes(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer.json: .* ByteTokenizer\(\)"):
+        dsv4.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_saved_beside_the_weights(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    tokenizer = own_tokenizer(old)
+    (old / "chat_template.jinja").write_text("template")
+    dsv4.save_pretrained(small_model(), new, tokenizer=tokenizer)
+    assert dsv4.load_tokenizer(new).encode("five three").tolist() == [2, 1]
+    assert (new / "chat_template.jinja").read_text() == "template"
+    # It stays where the weights are replaced, and gives way to another.
+    dsv4.save_pretrained(small_model(), new, overwrite=True)
+    assert dsv4.load_tokenizer(new).vocab_size == 4
+    (new / "tokenizer.json").write_text("{}")
+    tokenizer.save_pretrained(tmp_path)
+    dsv4.save_pretrained(small_model(), new, overwrite=True, tokenizer=tokenizer)
+    assert dsv4.load_tokenizer(new).vocab_size == 4
+    dsv4.save_pretrained(small_model(), tmp_path / "b", tokenizer=dsv4.ByteTokenizer())
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_what_is_no_tokenizer_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"save_pretrained\(tokenizer='old'\)"):
+        dsv4.save_pretrained(small_model(), tmp_path / "new", tokenizer="old")
+    assert list(tmp_path.iterdir()) == []
 
 
 def own_tokenizer(directory):
@@ -57,7 +89,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("text", ["a\ud800", b"a", None, 3])
 def test_what_is_no_text_is_refused(text, tmp_path):
-    for tokenizer in (dsv4.load_tokenizer(tmp_path), own_tokenizer(tmp_path)):
+    for tokenizer in (dsv4.ByteTokenizer(), own_tokenizer(tmp_path)):
         with pytest.raises(ValueError, match=r"encode\(text=.*without half of a"):
             tokenizer.encode(text)
 
@@ -74,5 +106,7 @@ def test_of_a_name_on_the_hub_only_the_tokenizer_is_downloaded(monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     tokenizer = dsv4.load_tokenizer("someone/something", revision="v1")
     assert tokenizer.vocab_size == 4
-    wanted = dict(revision="v1", allow_patterns=["tokenizer.json"])
-    assert asked == [("someone/something", wanted)]
+    ((name, options),) = asked
+    assert name == "someone/something" and options["revision"] == "v1"
+    patterns = options["allow_patterns"]
+    assert patterns[0] == "tokenizer.json" and not any("*" in p for p in patterns)
