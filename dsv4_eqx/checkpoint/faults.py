@@ -6,7 +6,7 @@ from typing import Final
 
 _MOST_SINGLE: Final = 12  # faults that are listed one by one
 _MOST_LINES: Final = 50
-_NUMBERS: Final = re.compile(r"(?<=\.)\d+(?=\.)|(?<=model-)\d+(?=-of-)")
+_NUMBERS: Final = re.compile(r"(?<=[.-])(\d+)(?=[.-])")
 
 
 class FaultyCheckpoint(ValueError):
@@ -36,26 +36,24 @@ def summary(faults: Collection[str]) -> list[str]:
     """A line for each, or for all that differ in numbers alone if there are many."""
     if len(faults) <= _MOST_SINGLE:
         return sorted(faults)
-    alike: dict[str, list[str]] = {}
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
     for fault in faults:
-        alike.setdefault(_NUMBERS.sub("{}", fault), []).append(fault)
-    lines = sorted(_line(group) for group in alike.values())
-    if len(lines) > _MOST_LINES:
-        rest = len(lines) - _MOST_LINES
-        lines = [
-            *lines[:_MOST_LINES],
-            f"and {rest} more kinds, in the error's `faults`",
-        ]
+        words = _NUMBERS.split(fault)  # and between them numbers
+        alike.setdefault(tuple(words[::2]), []).append(words[1::2])
+    kinds = sorted(alike)
+    lines = [_line(words, alike[words]) for words in kinds[:_MOST_LINES]]
+    if len(kinds) > _MOST_LINES:
+        rest = len(kinds) - _MOST_LINES
+        lines.append(f"and {rest} more kinds, in the error's `faults`")
     return lines
 
 
-def _line(alike: Sequence[str]) -> str:
+def _line(words: Sequence[str], numbers: Sequence[Sequence[str]]) -> str:
     """`layers.{0..4}.w1.weight_scale is not part of the model: 5`"""
-    if len(alike) == 1:
-        return alike[0]
-    columns = zip(*(_NUMBERS.findall(fault) for fault in alike))
-    ranges = iter([_range(set(column)) for column in columns])
-    return f"{_NUMBERS.sub(lambda _: next(ranges), alike[0])}: {len(alike)}"
+    ranges = [_range(set(column)) for column in zip(*numbers)]
+    pieces = [piece for pair in zip(words, [*ranges, ""]) for piece in pair]
+    count = f": {len(numbers)}" if len(numbers) > 1 else ""
+    return "".join(pieces) + count
 
 
 def _range(numbers: set[str]) -> str:

@@ -134,7 +134,7 @@ CASES = {
     "float32 scale NaN": (
         replace(scale_of(FP4), filled((32, 2), np.nan, np.float32)),
         scale_of(FP4),
-        "nan",
+        "NaN",
     ),
     "scale too large": (
         replace(scale_of(FP8), filled((1, 1), 2.0**127)),

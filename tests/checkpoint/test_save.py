@@ -1,7 +1,6 @@
 """save_pretrained: the same bits back, transformers, and what is refused."""
 
 import functools
-import itertools
 import json
 import os
 
@@ -140,9 +139,18 @@ def shared_directory(tmp_path_factory):
     return tmp_path_factory.mktemp("shared")
 
 
+# Each mesh is saved from and loaded onto, packed and not.
 CASES = [
-    case if case == ("packed", "both", "expert") else SLOW(*case)
-    for case in itertools.product(["float32", "bfloat16", "packed"], MESHES, MESHES)
+    ("packed", "both", "expert"),
+    SLOW("packed", "one", "both"),
+    SLOW("packed", "data", "tensor"),
+    SLOW("packed", "tensor", "data"),
+    SLOW("packed", "expert", "one"),
+    SLOW("float32", "one", "both"),
+    SLOW("float32", "both", "one"),
+    SLOW("float32", "tensor", "expert"),
+    SLOW("bfloat16", "expert", "tensor"),
+    SLOW("bfloat16", "data", "data"),
 ]
 
 
