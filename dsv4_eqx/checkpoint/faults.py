@@ -1,11 +1,13 @@
 """What is wrong with a checkpoint, told in one error however much it is."""
 
+import heapq
 import re
 from collections.abc import Collection, Sequence
 from typing import Final
 
 _MOST_SINGLE: Final = 12  # faults that are listed one by one
 _MOST_LINES: Final = 50
+_MOST_KINDS: Final = 1000
 _NUMBERS: Final = re.compile(r"(?<=[.-])(\d+)(?=[.-])")
 
 
@@ -36,24 +38,32 @@ def summary(faults: Collection[str]) -> list[str]:
     """A line for each, or for all that differ in numbers alone if there are many."""
     if len(faults) <= _MOST_SINGLE:
         return sorted(faults)
-    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    numbers: dict[tuple[str, ...], list[set[str]]] = {}
     for fault in faults:
-        words = _NUMBERS.split(fault)  # and between them numbers
-        alike.setdefault(tuple(words[::2]), []).append(words[1::2])
-    kinds = sorted(alike)
-    lines = [_line(words, alike[words]) for words in kinds[:_MOST_LINES]]
+        pieces = _NUMBERS.split(fault)  # words, and between them numbers
+        words = tuple(pieces[::2])
+        if words not in counts:
+            counts[words], numbers[words] = 0, [set() for _ in words[1:]]
+        if len(counts) > _MOST_KINDS:  # they are not alike
+            more = f"and {len(faults) - _MOST_LINES} more, in the error's `faults`"
+            return [*heapq.nsmallest(_MOST_LINES, faults), more]
+        counts[words] += 1
+        for seen, number in zip(numbers[words], pieces[1::2]):
+            seen.add(number)
+    kinds = sorted(counts)
+    lines = [_line(words, numbers[words], counts[words]) for words in kinds]
     if len(kinds) > _MOST_LINES:
-        rest = len(kinds) - _MOST_LINES
-        lines.append(f"and {rest} more kinds, in the error's `faults`")
+        more = f"and {len(kinds) - _MOST_LINES} more kinds, in the error's `faults`"
+        lines = [*lines[:_MOST_LINES], more]
     return lines
 
 
-def _line(words: Sequence[str], numbers: Sequence[Sequence[str]]) -> str:
+def _line(words: Sequence[str], numbers: Sequence[set[str]], count: int) -> str:
     """`layers.{0..4}.w1.weight_scale is not part of the model: 5`"""
-    ranges = [_range(set(column)) for column in zip(*numbers)]
-    pieces = [piece for pair in zip(words, [*ranges, ""]) for piece in pair]
-    count = f": {len(numbers)}" if len(numbers) > 1 else ""
-    return "".join(pieces) + count
+    between = [*map(_range, numbers), ""]
+    text = "".join(piece for pair in zip(words, between) for piece in pair)
+    return f"{text}: {count}" if count > 1 else text
 
 
 def _range(numbers: set[str]) -> str:

@@ -131,8 +131,10 @@ def test_many_faults_are_told_by_kind():
     others = [f"layers.{i}.norm has the shape (3,), not (4,)" for i in range(9)]
     assert summary([*experts, *others, "embed is missing"]) == [
         "embed is missing",
-        "layers.{0..8}.norm has the shape (3,), not (4,): 9",
         "layers.{2..3}.experts.{0,4,5}.w1 is missing: 6",
+        "layers.{0..8}.norm has the shape (3,), not (4,): 9",
     ]
     assert summary(experts) == sorted(experts)
-    assert len(summary([f"{i}a is missing" for i in range(300)])) == 51
+    for count in (300, 3000):
+        unlike = summary([f"{i}a is missing" for i in range(count)])
+        assert len(unlike) == 51 and f"and {count - 50} more" in unlike[-1]
