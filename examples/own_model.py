@@ -7,6 +7,7 @@ sums over devices that the parts need. It needs optax; on a CPU it makes eight d
 """
 
 import pathlib
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -33,9 +34,19 @@ class Layer(eqx.Module):
         entries = dsv4.Compressor(dim, 32, 4, overlap=True, rope=rope, key=keys[2])
         scored = dsv4.Compressor(dim, 24, 4, overlap=True, rope=rope, key=keys[3])
         indexer = dsv4.Indexer(dim, 40, 8, 8, compressor=scored, key=keys[4])
-        sizes = dict(q_rank=40, num_groups=4, out_per_group=24, window=16)
-        parts = dict(rope=rope, compressor=entries, indexer=indexer)
-        self.attention = dsv4.Attention(dim, 8, 32, **sizes, **parts, key=keys[5])
+        self.attention = dsv4.Attention(
+            dim,
+            num_heads=8,
+            head_dim=32,
+            q_rank=40,
+            num_groups=4,
+            out_per_group=24,
+            window=16,
+            rope=rope,
+            compressor=entries,
+            indexer=indexer,
+            key=keys[5],
+        )
         router = dsv4.TopKRouter(dim, 16, 2, key=keys[6])
         experts = dsv4.Experts(dim, 48, 16, key=keys[7])
         self.moe = dsv4.MoE(router, experts, dsv4.SharedExpert(dim, 48, key=keys[8]))
@@ -65,7 +76,7 @@ class Model(eqx.Module):
 def train(steps: int) -> None:
     *layer_keys, key = jax.random.split(jax.random.key(0), 4)
     embedding = 0.02 * jax.random.normal(key, (256, 64))
-    model = Model(embedding, [Layer(64, key) for key in layer_keys])
+    model: Any = Model(embedding, [Layer(64, key) for key in layer_keys])
     mesh = dsv4.make_mesh(data=2, expert=2, tensor=2)
     rules, rows = {**dsv4.DEFAULT_RULES, "vocab": None}, ("data", "expert")
     specs = dsv4.partition_specs(model, rules, mesh=mesh)
@@ -79,7 +90,7 @@ def train(steps: int) -> None:
     )
 
     @jax.jit
-    def step(model: Model, state: optax.OptState, tokens: Array) -> tuple:
+    def step(model: Any, state: optax.OptState, tokens: Array) -> tuple:
         nats, gradients = jax.value_and_grad(loss)(model, tokens)
         updates, state = optimizer.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, nats

@@ -44,8 +44,8 @@ from dsv4_eqx.checkpoint.write import SHOWN_BYTES
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
 from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
-from dsv4_eqx.sharding.rules import DEFAULT_RULES
-from dsv4_eqx.sharding.sharded_model import ShardedModel, shard
+from dsv4_eqx.sharding.shard import shard
+from dsv4_eqx.sharding.sharded_model import ShardedModel
 
 _CALL: Final = "from_pretrained"
 _MOST_ELEMENTS: Final = 1 << 21  # that a thread reads at a time
@@ -139,11 +139,10 @@ def from_pretrained(
         raise invalid_argument(_CALL, "fsdp", fsdp, "False without a mesh")
     directory = local_directory(_CALL, directory, revision)
     checkpoint = open_checkpoint(_CALL, directory, dtype)
-    # Until `shard` takes `split_vocab`.
-    rules = DEFAULT_RULES if split_vocab else {**DEFAULT_RULES, "vocab": None}
     over_mesh = None
     if mesh is not None:
-        over_mesh = functools.partial(shard, mesh=mesh, rules=rules, fsdp=fsdp)
+        options = dict(split_vocab=split_vocab, fsdp=fsdp)
+        over_mesh = functools.partial(shard, mesh=mesh, **options)
     with Loader(checkpoint, keep_quantized=keep_quantized) as loader:
         model = _load(checkpoint, loader, over_mesh)
     return model if over_mesh is None else over_mesh(model)

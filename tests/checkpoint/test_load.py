@@ -21,7 +21,7 @@ from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
-from dsv4_eqx.sharding.sharded_model import shard
+from dsv4_eqx.sharding.shard import shard
 from tests.checkpoint.saving import load_inner, one_layer
 from tests.models import QUICKLY, random_tensors, relative, small_config
 from tests.official import (
@@ -37,7 +37,6 @@ NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
 LIMIT = 5e-5
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 quick_unpacked = quick_jit(dequantize)
-RULES = {True: dsv4.DEFAULT_RULES, False: {**dsv4.DEFAULT_RULES, "vocab": None}}
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -232,7 +231,7 @@ def test_over_a_mesh_it_is_what_shard_makes_of_it(split_vocab, wide_directory):
     mesh = make_mesh(data=2, tensor=2, expert=2)
     load = functools.partial(dsv4.from_pretrained, wide_directory, dtype="float32")
     plain = load()
-    wanted = shard(plain, mesh, rules=RULES[split_vocab], fsdp=True)
+    wanted = shard(plain, mesh, split_vocab=split_vocab, fsdp=True)
     found, packed = (
         load(mesh=mesh, split_vocab=split_vocab, fsdp=True, keep_quantized=keep)
         for keep in (False, True)
