@@ -18,7 +18,7 @@ from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP
 from dsv4_eqx.moe.router import TopKRouter
 from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
-from dsv4_eqx.sharding.rules import annotated_leaves
+from dsv4_eqx.sharding.annotations import annotated_leaves
 
 
 def trainable(
