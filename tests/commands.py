@@ -1,14 +1,10 @@
-"""Python scripts in a fresh interpreter, as a user runs them, but compiled quickly."""
+"""Python scripts in a fresh interpreter, as a user runs them."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
-from tests.models import QUICKLY
-
 ROOT = pathlib.Path(__file__).parent.parent
-XLA_FLAGS = " ".join(f"--{name}={value}".lower() for name, value in QUICKLY.items())
 
 
 def run_python(*args, warnings="error"):
@@ -18,5 +14,4 @@ def run_python(*args, warnings="error"):
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"XLA_FLAGS": XLA_FLAGS},
     )

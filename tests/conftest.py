@@ -1,11 +1,16 @@
 """Eight CPU devices and strict promotion; pyproject.toml adds the other checks."""
 
 import importlib.util
+import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import jaxtyping
 import pytest
+
+from tests.compiling import CACHE, compile_once, compile_quickly
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -24,6 +29,25 @@ if importlib.util.find_spec("torch") is None:
         for path in pathlib.Path(__file__).parent.rglob("test_*.py")
         if any(name in path.read_text() for name in ORACLE)
     ]
+
+
+def pytest_configure(config):
+    """Workers inherit from the process that starts them where programs are kept."""
+    compile_quickly()
+    if not hasattr(config, "workerinput") and CACHE not in os.environ:
+        directory = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+        os.environ[CACHE] = directory
+    compile_once(os.environ[CACHE])
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is exhaustive is left out where `-m` does not name it."""
+    if "exhaustive" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.model.model import abstract_model
 from dsv4_eqx.primitives.rotary import YarnScaling
+from tests.compiling import OPTIMIZED, QUICKLY
 from tests.tiny import tiny_config
 
 T = tiny_config()
@@ -30,12 +31,8 @@ M = tiny_config(
     max_position_embeddings=4096,
     num_nextn_predict_layers=0,
 )
-# Compiles in a quarter of the time; LLVM's optimisation changes nothing tested with it.
-QUICKLY = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later ones may not know it
-    QUICKLY["xla_cpu_use_fusion_emitters"] = False
 
-forward = jax.jit(lambda model, tokens: model(tokens))
+forward = jax.jit(lambda model, tokens: model(tokens), compiler_options=OPTIMIZED)
 forward_once = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICKLY)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from dsv4_eqx.kernels.attend import attend
 from dsv4_eqx.kernels.entries import Entries, visible
 from dsv4_eqx.kernels.form import FORMS, use_kernels
 from tests.models import QUICKLY, relative
+from tests.tiers import tiers
 
 BATCH, HEADS, DIM, WINDOW, RATIO, TOPK = 2, 3, 5, 9, 4, 3
 # Around the window's size, and around one, two and more blocks of queries.
 LENGTHS = (*range(1, 11), 63, 64, 65, 127, 128, 129, 130, 200, 300)
+IN_CI = (1, 3, 4, 9, 10, 64, 65, 130, 300)
 KINDS = ("none", "all", "mask", "index")
 
 
@@ -137,7 +140,7 @@ def exact(given, kind, mask, stored=lambda x: x):
     return dense(np, wide, chosen, kind != "none", stored)
 
 
-@pytest.mark.parametrize("seq", LENGTHS)
+@pytest.mark.parametrize("seq", tiers(LENGTHS, quick=[9, 130], in_ci=IN_CI))
 def test_attend_equals_a_dense_softmax(seq):
     given = operands(seq)
     mask, index = selections(given)
@@ -146,8 +149,13 @@ def test_attend_equals_a_dense_softmax(seq):
         np.testing.assert_allclose(out, exact(given, kind, mask), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 2, 64, 65, 66, 150])
-@pytest.mark.parametrize("seq", [5, 130])
+@pytest.mark.parametrize(
+    "window, seq",
+    tiers(
+        itertools.product([1, 2, 64, 65, 66, 150], [5, 130]),
+        in_ci=[(1, 5), (64, 130), (65, 130), (150, 130)],
+    ),
+)
 def test_attend_equals_a_dense_softmax_for_windows_around_the_block(window, seq):
     given = operands(seq, window)
     mask, index = selections(given)
@@ -155,7 +163,10 @@ def test_attend_equals_a_dense_softmax_for_windows_around_the_block(window, seq)
         np.testing.assert_allclose(out, exact(given, kind, mask), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("seq, start", [(1, 0), (1, 1), (1, 300), (7, 70), (100, 3)])
+@pytest.mark.parametrize(
+    "seq, start",
+    tiers([(1, 1), (1, 300), (7, 70), (100, 3)], in_ci=[(1, 300), (7, 70)]),
+)
 def test_attend_equals_a_dense_softmax_in_the_middle_of_a_sequence(seq, start):
     # A chunk of a prompt or one decoded token: keys before it are seen.
     given = operands(seq, start=start)
@@ -183,7 +194,7 @@ def test_documents_of_a_row_attend_to_themselves_alone(form, monkeypatch):
 
 @pytest.mark.parametrize("sink", [-80.0, 80.0])
 def test_extreme_sinks_take_nothing_or_all(sink):
-    given = operands(70)
+    given = operands(9)
     given["sinks"] = np.full(HEADS, sink, np.float32)
     mask, index = selections(given)
     for kind, out in of_every_kind(given, mask, index).items():
@@ -212,8 +223,13 @@ def with_gradients(given, kind, mask, index):
     return jax.grad(loss)(floats)
 
 
-@pytest.mark.parametrize("seq", [3, 9, 64, 65, 130])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "seq, kind",
+    tiers(
+        itertools.product([3, 9, 64, 65, 130], KINDS),
+        in_ci=[(3, "index"), *itertools.product([9, 130], KINDS)],
+    ),
+)
 def test_gradients_equal_those_of_a_dense_softmax(seq, kind):
     given = operands(seq)
     mask, index = selections(given)
@@ -233,13 +249,13 @@ def test_indices_and_mask_select_alike(seq):
 
 
 def test_a_mask_never_shows_an_invisible_entry():
-    given = operands(30)
+    given = operands(65)
     mask, index = selections(given)
     everything = of_every_kind(given, np.ones_like(mask), index)
     np.testing.assert_array_equal(everything["mask"], everything["all"])
 
 
-@pytest.mark.parametrize("seq", [7, 130])
+@pytest.mark.parametrize("seq", [9, 130])
 def test_what_lies_before_the_first_position_is_never_seen(seq):
     given = operands(seq)
     mask, index = selections(given)
@@ -267,7 +283,7 @@ def test_entries_after_every_query_are_never_seen():
         np.testing.assert_allclose(out, clean[kind], 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("seq", [5, 70])
+@pytest.mark.parametrize("seq", [9, 130])
 def test_negative_positions_see_nothing_and_yield_zeros(seq):
     given = operands(seq)
     given["positions"] = given["positions"].copy()

@@ -20,6 +20,7 @@ from dsv4_eqx.kernels.entries import LAYERS, Entries, visible
 from dsv4_eqx.numerics.slice import Slice
 from tests.kernels.test_attend import operands, packed_operands, selections
 from tests.models import QUICKLY
+from tests.tiers import tiers
 
 pytestmark = pytest.mark.slow  # the interpreter, or whole models
 
@@ -84,8 +85,21 @@ def attention_operands(seq, kind, start=0):
     return *arrays, entries, selection, given.get("segment_ids")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seq, start", [(1, 40), (7, 0), (30, 3), (67, 0), (None, 0)])
+STARTS = (1, 40), (7, 0), (30, 3), (67, 0), (None, 0)
+
+
+@pytest.mark.parametrize(
+    "seq, start, kind",
+    tiers(
+        [(*at, kind) for at in STARTS for kind in KINDS],
+        in_ci=[
+            (1, 40, "index"),
+            (7, 0, "all"),
+            (None, 0, "mask"),
+            *((67, 0, kind) for kind in KINDS),
+        ],
+    ),
+)
 def test_listed_attention_equals_the_reference(seq, start, kind, plain_kernels):
     given = attention_operands(seq, kind, start)
     floats, others = eqx.partition(given, eqx.is_inexact_array)

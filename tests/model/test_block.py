@@ -1,6 +1,7 @@
 """Whole layers against transformers, and what must hold of any layer."""
 
 import functools
+import itertools
 
 import equinox as eqx
 import jax
@@ -12,6 +13,7 @@ from dsv4_eqx import Block
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.captured import captured, positions, reference_gradients, tokens
 from tests.models import QUICKLY, pair, relative
+from tests.tiers import tiers
 from tests.tiny import tiny_config
 
 # One layer of each kind of attention, hashed and routed by score.
@@ -133,10 +135,12 @@ def test_a_row_does_not_depend_on_its_neighbours(layer):
 
 
 @pytest.mark.parametrize(
-    "layer", [x if x == 2 else pytest.param(x, marks=pytest.mark.slow) for x in LAYERS]
-)
-@pytest.mark.parametrize(
-    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+    "layer, dtype",
+    tiers(
+        itertools.product(LAYERS, [jnp.float32, jnp.bfloat16]),
+        quick=[(2, jnp.float32)],
+        in_ci=[(0, jnp.float32), (1, jnp.float32), (2, jnp.bfloat16)],
+    ),
 )
 def test_extremes_stay_finite(layer, dtype):
     block, (streams, ids) = small_block(layer, dtype), inputs(17, dtype=dtype)

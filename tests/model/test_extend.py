@@ -13,6 +13,7 @@ from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.attention.cache import CompressorState, Extended
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
+from tests.tiers import tiers
 
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 CAPACITY = 53
@@ -96,8 +97,10 @@ def test_any_parts_give_what_the_whole_gives(parts):
     assert_close(out, whole())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", MORE_PARTS)
+IN_CI = ("one by one", "by sixteen", "out of phase by up to 3")
+
+
+@pytest.mark.parametrize("parts", tiers(MORE_PARTS, in_ci=IN_CI))
 def test_more_parts_give_what_the_whole_gives(parts):
     out, _ = in_parts(fresh(), *MORE_PARTS[parts])
     assert_close(out, whole())

@@ -31,10 +31,11 @@ from tests.models import (
     streams_by_layer,
 )
 from tests.reference import ours, reference_config, reference_model
+from tests.tiers import tiers
 from tests.tiny import tiny_config
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", tiers(range(5), quick=[0], in_ci=[1, 2]))
 def test_logits_equal_those_of_transformers(seed):
     reference, model = pair(seed)
     tokens = random_tokens(seed)
@@ -69,9 +70,7 @@ def selection_gap(scores):
     return smallest
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
-)
+@pytest.mark.parametrize("seed", tiers(range(5), in_ci=[0, 1]))
 def test_logits_equal_those_of_transformers_where_entries_are_gathered(seed):
     # Ten entries, two selected: too few to be worth a mask.
     config = small_config(index_topk=2)
@@ -83,7 +82,7 @@ def test_logits_equal_those_of_transformers_where_entries_are_gathered(seed):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # each layer and the logits are compared in any case
 def test_every_layers_output_equals_that_of_transformers():
     reference, model = pair(0)
     tokens = random_tokens(10)
@@ -103,14 +102,8 @@ def test_every_layers_output_equals_that_of_transformers():
         assert error <= 2e-5, f"layer {layer}: {error}"
 
 
-QUICK_LENGTHS = (24,)  # the first with more entries than index_topk
-
-
-def _length(n):
-    return n if n in QUICK_LENGTHS else pytest.param(n, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("length", [_length(n) for n in range(1, LENGTH)])
+# 24: the first with more entries than index_topk.
+@pytest.mark.parametrize("length", tiers(range(1, LENGTH), in_ci=[1, 24]))
 def test_truncating_the_tokens_truncates_the_logits(length):
     _, model = pair(0)
     tokens = random_tokens(4)
@@ -193,7 +186,7 @@ def test_a_float32_model_stays_float32_with_x64():
     tokens = jax.ShapeDtypeStruct((1, 100), jnp.int32)
 
     def gradients(key, tokens, dtype):
-        model = DeepSeekV4(T, key=key, dtype=dtype)
+        model = DeepSeekV4(small_config(), key=key, dtype=dtype)
         floats, rest = eqx.partition(model, eqx.is_inexact_array)
         loss = lambda floats: jnp.mean(eqx.combine(floats, rest)(tokens))  # noqa: E731
         return floats, jax.grad(loss)(floats)

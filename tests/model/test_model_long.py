@@ -11,17 +11,25 @@ import torch
 from dsv4_eqx import Config
 from dsv4_eqx.config.kinds import KIND_OF_RATIO
 from dsv4_eqx.model.model import abstract_model
+from tests.compiling import OPTIMIZED
 from tests.models import M, forward, forward_once, pair, random_tokens, streams_by_layer
+from tests.tiers import tiers
 from tests.tiny import tiny_config
 
 LENGTH = 2304
-BOUNDARIES = (1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 131, 132, 133, 255, 256, 257)
-BOUNDARIES += (511, 512, 513, 2047, 2048, 2049, 2052)
+# Around one CSA entry, the window and one HCA entry, and as many CSA entries as are
+# selected.
+BOUNDARIES = (1, 4, 127, 128, 129, 257, 2048, 2051, 2052)
+MORE = (2, 3, 5, 7, 8, 9, 131, 132, 133, 255, 256, 511, 512, 513, 2047, 2049)
 SEEDS = (0, 1, 2, 3, 5)  # without close choices, as the first test checks
 
 
 by_layer = jax.jit(streams_by_layer)
-extend = jax.jit(lambda model, *args: model.extend(*args), donate_argnums=2)
+extend = jax.jit(
+    lambda model, *args: model.extend(*args),
+    donate_argnums=2,
+    compiler_options=OPTIMIZED,
+)
 
 
 @functools.cache
@@ -34,8 +42,7 @@ def whole(seed=0):
     return np.asarray(forward(pair(seed, M)[1], tokens(seed)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", tiers(SEEDS, in_ci=[0, 1, 2]))
 def test_long_logits_and_layers_equal_those_of_transformers(seed):
     reference, model = pair(seed, M)
     gaps, layers = [], []
@@ -70,15 +77,13 @@ def selection_gap(scores):
     return smallest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("length", BOUNDARIES)
+@pytest.mark.parametrize("length", tiers(BOUNDARIES + MORE, in_ci=BOUNDARIES))
 def test_truncating_long_tokens_truncates_the_logits(length):
     part = np.asarray(forward_once(pair(0, M)[1], tokens()[:, :length]))
     np.testing.assert_allclose(part, whole()[:, :length], rtol=0, atol=5e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changed", BOUNDARIES)
+@pytest.mark.parametrize("changed", tiers(BOUNDARIES + MORE, in_ci=BOUNDARIES))
 def test_long_logits_before_a_changed_token_keep_every_bit(changed):
     other = tokens().copy()
     other[:, changed] = (other[:, changed] + 1) % M.vocab_size

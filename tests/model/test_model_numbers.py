@@ -1,10 +1,6 @@
 """The model's gradients, extremes and bfloat16."""
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
 
 import equinox as eqx
 import jax
@@ -29,6 +25,7 @@ from tests.models import (
     small_config,
 )
 from tests.reference import reference_model
+from tests.tiers import tiers
 
 
 def loss_of(floats, rest, tokens, weights, remat=False):
@@ -92,7 +89,7 @@ def test_gradients_equal_those_of_autograd(seed):
 @pytest.mark.parametrize(
     "kinds",
     [
-        pytest.param((SLIDING,) * 2, marks=pytest.mark.slow),
+        pytest.param((SLIDING,) * 2, marks=pytest.mark.exhaustive),
         pytest.param((SLIDING, CSA, CSA, HCA), marks=pytest.mark.slow),
     ],
     ids=len,
@@ -166,8 +163,7 @@ def test_outputs_and_gradients_stay_finite(case):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 2, 5, 17, 27, 65])
+@pytest.mark.parametrize("length", tiers([1, 2, 5, 17, 27, 65], in_ci=[1, 65]))
 def test_gradients_stay_finite_at_odd_lengths(length):
     config = small_config(
         num_hidden_layers=2,
@@ -265,46 +261,31 @@ def test_bfloat16_prompts_and_single_tokens_stay_near_the_whole_in_float32():
     assert in_parts <= min(2e-3, 1.5 * at_once), divergences
 
 
-_FINITE_DIFFERENCES = """
-    import jax, jax.numpy as jnp, numpy as np, equinox as eqx
-    from tests.models import random_model, random_tokens, small_config
-    from tests.model.test_model_numbers import loss_of
-
+@pytest.mark.slow
+def test_gradients_equal_finite_differences_in_float64():
     config = small_config(
         num_experts_per_tok=7, index_topk=64, num_nextn_predict_layers=0
     )
-    model = random_model(config)
-    floats, rest = eqx.partition(model, eqx.is_inexact_array)
-    floats = jax.tree.map(lambda x: x.astype(jnp.float64), floats)
-    tokens = random_tokens(0, length=21)
-    loss = jax.jit(lambda floats: loss_of(floats, rest, tokens, 0.05))
-    gradient = jax.jit(jax.grad(loss))(floats)
-    generator = np.random.default_rng(0)
-    for _ in range(4):
-        scale = lambda x: float(jnp.std(x)) + 0.1
-        step = jax.tree.map(
-            lambda x: jnp.asarray(scale(x) * generator.normal(size=x.shape)), floats
-        )
-        exact = sum(
-            float(jnp.vdot(g, s))
-            for g, s in zip(jax.tree.leaves(gradient), jax.tree.leaves(step))
-        )
-        h = 1e-6
-        ahead, behind = (
-            float(loss(jax.tree.map(lambda x, s: x + sign * h * s, floats, step)))
-            for sign in (1, -1)
-        )
-        estimate = (ahead - behind) / (2 * h)
-        assert abs(estimate - exact) <= 1e-5 * abs(exact), (estimate, exact)
-"""
+    floats, rest = eqx.partition(random_model(config), eqx.is_inexact_array)
+    tokens, generator = random_tokens(0, length=21), np.random.default_rng(0)
 
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def loss_and_gradient(floats):
+        return jax.value_and_grad(loss_of)(floats, rest, tokens, 0.05)
 
-@pytest.mark.slow  # compiles everything once more, in another process
-def test_gradients_equal_finite_differences_in_float64():
-    environment = os.environ | {"JAX_ENABLE_X64": "1"}
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_FINITE_DIFFERENCES)],
-        env=environment,
-        check=True,
-        timeout=300,
-    )
+    with jax.enable_x64(True):
+        floats = jax.tree.map(lambda x: np.asarray(x, np.float64), floats)
+        _, gradient = loss_and_gradient(floats)
+        for _ in range(4):
+            step = jax.tree.map(
+                lambda x: (x.std() + 0.1) * generator.normal(size=x.shape), floats
+            )
+            pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(step))
+            exact = sum(np.vdot(g, s) for g, s in pairs)
+            ahead, behind = (
+                loss_and_gradient(jax.tree.map(lambda x, s: x + h * s, floats, step))[0]
+                for h in (1e-6, -1e-6)
+            )
+            assert ahead.dtype == np.float64
+            estimate = (ahead - behind) / 2e-6
+            assert abs(estimate - exact) <= 1e-5 * abs(exact), (estimate, exact)
