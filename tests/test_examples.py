@@ -1,4 +1,4 @@
-"""The example as a user runs it: a fresh process, what it prints, how it refuses."""
+"""The example as a user runs it: what it prints, how it refuses."""
 
 import functools
 import math
@@ -6,19 +6,15 @@ import re
 
 import pytest
 
-from tests.commands import ROOT, run_python
+from tests.commands import ROOT, run_here, run_python
 
 EXAMPLE = ROOT / "examples" / "sharded_block.py"
 
 
-def run(*args):
-    return run_python(EXAMPLE, *args)
-
-
 @functools.cache
-def printed(*args):
+def printed(*args, run=run_here):
     """The output of a run that must succeed."""
-    done = run(*args)
+    done = run(EXAMPLE, *args)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -65,7 +61,7 @@ def check(output):
 
 @pytest.mark.slow
 def test_example_on_eight_devices_splits_everything():
-    output = printed()
+    output = printed(run=run_python)
     check(output)
     assert "'data': 2, 'expert': 2, 'context': 1, 'tensor': 2" in output
     rows = table(output)
@@ -93,7 +89,7 @@ def test_example_on_eight_devices_splits_everything():
 def test_readme_shows_the_collectives_that_the_example_prints():
     shown = collective_lines((ROOT / "README.md").read_text())
     assert len(shown) == 5
-    assert shown == collective_lines(printed())
+    assert shown == collective_lines(printed(run=run_python))
 
 
 @pytest.mark.slow
@@ -127,14 +123,14 @@ def test_example_reads_the_text_it_is_given_on_two_devices(tmp_path):
 @pytest.mark.slow
 def test_example_runs_where_64_bit_types_are_the_default(monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    done = run()
+    done = run_python(EXAMPLE)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     check(done.stdout)
 
 
 def invalid_argument(*args):
     """What a run says that must fail, without a traceback."""
-    done = run(*args)
+    done = run_here(EXAMPLE, *args)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == ""
     return done.stderr

@@ -51,7 +51,13 @@ def said(block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["", BLOCKS[-1]], ids=["plain", "shape checks on"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("", id="plain"),
+        pytest.param(BLOCKS[-1], id="shape checks on", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_readme_code_runs_as_it_stands_and_gives_what_it_says(first):
     assert all(len(said(block)) >= 2 for block in BLOCKS[:-1])
     sessions = [SESSION.replace("BLOCK", repr(block)) for block in BLOCKS[:-1]]

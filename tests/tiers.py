@@ -5,7 +5,7 @@ import pytest
 exhaustive, slow = pytest.mark.exhaustive, pytest.mark.slow
 
 
-def tiers(values, *, in_ci, quick=()):
+def tiers(values, *, in_ci=(), quick=()):
     """The values, tuples of several parameters; what has no tier is exhaustive."""
     values, quick, in_ci = list(values), list(quick), list(in_ci)
     assert all(value in values for value in [*quick, *in_ci])

@@ -1,6 +1,7 @@
 """Attention of all three kinds against transformers, part by part and whole."""
 
 import functools
+import itertools
 
 import equinox as eqx
 import jax
@@ -18,6 +19,7 @@ from dsv4_eqx.kernels.form import FORMS
 from dsv4_eqx.model.parts import make_attention
 from tests.captured import captured, positions, reference_gradients
 from tests.models import QUICKLY, T, pair, relative
+from tests.tiers import tiers
 from tests.tiny import tiny_config
 
 LAYERS = {SLIDING: 0, HCA: 1, CSA: 2}
@@ -56,8 +58,14 @@ def test_output_equals_that_of_transformers(layer, length):
     np.testing.assert_allclose(out, call.output[0], 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("kind", [SLIDING, HCA])
-@pytest.mark.parametrize("length", [SEVERAL - 1, SEVERAL, SEVERAL + 45])
+@pytest.mark.parametrize(
+    "kind, length",
+    tiers(
+        itertools.product([SLIDING, HCA], [SEVERAL - 1, SEVERAL, SEVERAL + 45]),
+        quick=[(SLIDING, SEVERAL - 1), (HCA, SEVERAL + 45)],
+        in_ci=[(SLIDING, SEVERAL + 45), (HCA, SEVERAL)],
+    ),
+)
 def test_output_equals_that_of_transformers_across_blocks(kind, length):
     layer = LAYERS[kind]
     call = captured(0, SEVERAL + 45)[f"{layer}.self_attn"]
@@ -147,6 +155,7 @@ def test_each_kind_has_its_parts_and_its_rotation():
             )
 
 
+@pytest.mark.exhaustive  # as those of whole layers
 @pytest.mark.parametrize("kind", LAYERS)
 def test_truncating_the_input_truncates_the_output(kind):
     ours, x = small_attention(kind), activations(70)
@@ -183,6 +192,7 @@ def test_compressed_layers_see_beyond_the_window(kind):
         assert seen[15:].all() and not seen[12:15].any()
 
 
+@pytest.mark.exhaustive  # as those of whole layers
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_row_does_not_depend_on_its_neighbours(kind):
     ours, x = small_attention(kind), activations(70, batch=3)

@@ -95,7 +95,8 @@ STARTS = (1, 40), (7, 0), (30, 3), (67, 0), (None, 0)
         in_ci=[
             (1, 40, "index"),
             (7, 0, "all"),
-            (None, 0, "mask"),
+            (None, 0, "all"),
+            (None, 0, "index"),
             *((67, 0, kind) for kind in KINDS),
         ],
     ),

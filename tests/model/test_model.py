@@ -329,7 +329,7 @@ def test_num_params_counts_what_transformers_counts():
 
 @pytest.mark.slow  # every array's random numbers are a program of their own
 def test_initial_weights_are_distributed_as_in_transformers():
-    config = tiny_config(vocab_size=501, hidden_size=96, initializer_range=0.03)
+    config = small_config(vocab_size=501, hidden_size=96, initializer_range=0.03)
     torch.manual_seed(0)
     reference = DeepseekV4ForCausalLM(reference_config(config))
     theirs = ours(config, reference)

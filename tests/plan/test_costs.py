@@ -1,5 +1,6 @@
 """Costs from a configuration against the arrays of a model and loops over positions."""
 
+import functools
 import math
 
 import equinox as eqx
@@ -97,15 +98,24 @@ def mixing_sums(shapes, seq):
     return total
 
 
-def counted_flops(config, seq):
+@functools.cache
+def shapes_of(config):
+    """Shapes of each layer's arrays, and multiply-adds outside of the layers."""
     model = abstract_model(config, jnp.float32)
     outside = model.unembedding.size + model.head.weight.size
     outside += math.prod(model.head.weight.shape[1:])
+    blocks = (
+        eqx.filter_eval_shape(Block, config, layer, key=jax.random.key(0))
+        for layer in range(config.num_hidden_layers)
+    )
+    return [{path: x.shape for path, x in leaves(block)} for block in blocks], outside
+
+
+def counted_flops(config, seq):
+    layers, outside = shapes_of(config)
     total = seq * outside
-    for layer in range(config.num_hidden_layers):
+    for layer, shapes in enumerate(layers):
         kind, ratio, _ = config.layer_kind(layer)
-        block = eqx.filter_eval_shape(Block, config, layer, key=jax.random.key(0))
-        shapes = {path: leaf.shape for path, leaf in leaves(block)}
         total += attention_sums(shapes, config, kind, ratio, seq)
         total += matrix_sums(shapes, config, kind, ratio, seq)
         total += mixing_sums(shapes, seq)

@@ -26,6 +26,7 @@ from dsv4_eqx.plan.sent import Sent, on_the_wire, sent
 from dsv4_eqx.sharding.mesh import AXES
 from tests.models import QUICKLY
 from tests.sharded import make_mesh
+from tests.tiers import tiers
 
 # No layer is scanned: a compiled program does not say how often a loop runs.
 CONFIG = dataclasses.replace(
@@ -100,19 +101,21 @@ QUICK = [
     (mesh(data=2, expert=2, tensor=2, fsdp=True), "forward"),
     (mesh(context=2, tensor=2), "decoding"),
 ]
-SLOW = [
+IN_CI = [
+    (mesh(data=2, expert=2, tensor=2, fsdp=True), "training"),
+    (mesh(expert=2, context=2, tensor=2), "training"),
     (mesh(data=8, fsdp=True), "training"),
+    (mesh(expert=8), "decoding"),
+]
+MORE = [
     (mesh(data=8), "training"),
     (mesh(expert=4), "training"),
     (mesh(context=4), "training"),
     (mesh(tensor=4), "training"),
-    (mesh(data=2, expert=2, tensor=2, fsdp=True), "training"),
-    (mesh(expert=2, context=2, tensor=2), "training"),
     (mesh(data=2, context=2, tensor=2, fsdp=True), "forward"),
     (mesh(data=2, expert=2, tensor=2, fsdp=True), "decoding"),
-    (mesh(expert=8), "decoding"),
 ]
-CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+CASES = tiers([*QUICK, *IN_CI, *MORE], quick=QUICK, in_ci=IN_CI)
 
 
 def name_of(value):
