@@ -103,21 +103,14 @@ def test_example_on_one_device_sends_nothing():
 
 
 @pytest.mark.slow
-def test_example_runs_another_layer_on_four_devices():
-    output = printed("--data", 1, "--layer", 3)
-    check(output)
-    assert "'data': 1, 'expert': 2, 'context': 1, 'tensor': 2" in output
-    assert "layer 3" in output
-    assert {"data" in line for line in collective_lines(output)} == {False}
-
-
-@pytest.mark.slow
-def test_example_reads_the_text_it_is_given_on_two_devices(tmp_path):
+def test_example_runs_another_layer_on_a_text_of_its_own_on_four_devices(tmp_path):
     path = tmp_path / "of my own.txt"
     path.write_text("Every good boy deserves favour. " * 40)
-    output = printed(path, "--data", 1, "--expert", 1, "--tensor", 2)
+    output = printed(path, "--data", 1, "--layer", 3)
     check(output)
-    assert "layer 2, of my own.txt" in output
+    assert "'data': 1, 'expert': 2, 'context': 1, 'tensor': 2" in output
+    assert "layer 3, of my own.txt" in output
+    assert {"data" in line for line in collective_lines(output)} == {False}
 
 
 @pytest.mark.slow
