@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jaxtyping
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,11 +31,14 @@ def run_here(script, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         patch.setattr(jax.config, "update", lambda name, value: None)
+        jaxtyping.config.update("jaxtyping_disable", True)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             try:
                 runpy.run_path(str(script), run_name="__main__")
             except SystemExit as end:
                 code = end.code
+            finally:
+                jaxtyping.config.update("jaxtyping_disable", False)
     if isinstance(code, str):  # Python prints it
         print(code, file=errors)
         code = 1
