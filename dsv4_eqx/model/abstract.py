@@ -138,7 +138,7 @@ class AbstractModel(eqx.Module):
     def cross_entropy(
         self,
         hidden: Float[Array, "*batch dim"],
-        targets: Int[Array, "*batch"],
+        targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """Cross-entropy of each target in nats, at least float32.

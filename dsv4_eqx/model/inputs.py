@@ -73,7 +73,7 @@ def token_places(
 
 def validate_targets(
     call: str,
-    targets: Int[Array, "*batch"],
+    targets: Int[Array | np.ndarray, "*batch"],
     shape: tuple[int, ...],
     vocab: int,
     mask: Bool[Array | np.ndarray, "*batch"] | None = None,
@@ -131,7 +131,7 @@ def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
 def _validate_array(call: str, tokens: Any) -> None:
     if isinstance(tokens, eqx.Module):
         raise ValueError(
-            f"{call}: token ids must be an array, not a {type(tokens).__name__}. Where "
+            f"{call}: token ids must be an array, not {type(tokens).__name__}. Where "
             "a function may be given, as in optax.partition, a tree in the model's "
             "shape is called: give lambda _: tree."
         )

@@ -141,7 +141,7 @@ class DeepSeekV4(AbstractModel):
     def cross_entropy(
         self,
         hidden: Float[Array, "*batch dim"],
-        targets: Int[Array, "*batch"],
+        targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """As `AbstractModel.cross_entropy`."""
@@ -236,7 +236,7 @@ class DeepSeekV4(AbstractModel):
 
         **Raises:** ValueError as calling does.
         """
-        token_ids = validate_token_ids("DeepSeekV4", tokens, self.embedding.shape[0])
+        token_ids = validate_token_ids("DeepSeekV4", tokens, self.config.vocab_size)
         most = self.config.max_position_embeddings
         if token_ids.shape[1] > most:
             raise ValueError(
@@ -268,7 +268,7 @@ class DeepSeekV4(AbstractModel):
         **Raises:** ValueError as `extend` does.
         """
         lengths = validate_lengths("extend", lengths, tokens)
-        vocab = self.embedding.shape[0]
+        vocab = self.config.vocab_size
         token_ids = validate_token_ids("extend", tokens, vocab, lengths)
         self._validate_cache(cache, lengths)
         return token_ids, jnp.asarray(lengths, jnp.int32)

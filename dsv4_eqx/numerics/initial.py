@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 _LENGTHS: Final = (1 << 13, 1 << 16, 1 << 18)
 
@@ -35,10 +36,11 @@ def normal(
     if not lengths or not _may_cut(key):
         return std * jax.random.normal(key, shape, dtype)
     drawn = np.asarray(jax.random.normal(key, lengths[:1], dtype))
-    return jnp.asarray(drawn[:size].reshape(shape) * drawn.dtype.type(std))
+    # Unlike jnp.asarray, this compiles nothing.
+    return jax.device_put(drawn[:size].reshape(shape) * drawn.dtype.type(std))
 
 
-def stack(make: Callable[[PRNGKeyArray], Any], keys: PRNGKeyArray) -> Any:
+def stack(make: Callable[[PRNGKeyArray], Any], keys: Shaped[Array, "keys ..."]) -> Any:
     """Modules of all the keys, their arrays stacked: `eqx.filter_vmap(make)(keys)`.
 
     **Arguments:**
@@ -52,12 +54,12 @@ def stack(make: Callable[[PRNGKeyArray], Any], keys: PRNGKeyArray) -> Any:
     def joined(*arrays: Array) -> Array:
         if arrays[0].size > _LENGTHS[-1]:
             return jnp.stack(arrays)
-        return jnp.asarray(np.stack(arrays))
+        return jax.device_put(np.stack(arrays))
 
     return jax.tree.map(joined, *map(make, keys))
 
 
-def _may_cut(key: PRNGKeyArray) -> bool:
+def _may_cut(key: Shaped[Array, "..."]) -> bool:
     """Whether numbers are drawn here and now, on the default device, place by place."""
     if isinstance(key, jax.core.Tracer) or not jax.config.jax_threefry_partitionable:  # pyright: ignore
         return False

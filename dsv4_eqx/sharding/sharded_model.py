@@ -158,7 +158,7 @@ class ShardedModel(AbstractModel):
     def cross_entropy(
         self,
         hidden: Float[Array, "*batch dim"],
-        targets: Int[Array, "*batch"],
+        targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
         """Cross-entropy of each target in nats, at least float32.
