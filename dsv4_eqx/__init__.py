@@ -15,9 +15,11 @@ from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer as ByteTokenizer
 from dsv4_eqx.checkpoint.tokenizer import load_tokenizer as load_tokenizer
 from dsv4_eqx.config.config import Config as Config
 from dsv4_eqx.dimensions import DIMENSIONS as DIMENSIONS
-from dsv4_eqx.generation.generate import Generated as Generated
+from dsv4_eqx.generation.capacity import grow_cache as grow_cache
 from dsv4_eqx.generation.generate import generate as generate
 from dsv4_eqx.generation.generate import generate_stream as generate_stream
+from dsv4_eqx.generation.result import Generated as Generated
+from dsv4_eqx.generation.sampling import Sampling as Sampling
 from dsv4_eqx.generation.stream import TokenStream as TokenStream
 from dsv4_eqx.hyper_connection import HyperConnection as HyperConnection
 from dsv4_eqx.hyper_connection import HyperHead as HyperHead

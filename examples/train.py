@@ -113,7 +113,7 @@ def speculate(model, tokens, asked):
                 model,
                 prompt,
                 max_new_tokens=asked.new_tokens,
-                temperature=temperature,
+                sampling=dsv4.Sampling(temperature=temperature),
                 key=jax.random.key(asked.seed),
                 speculative=speculative,
             )

@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState, Extended
-from dsv4_eqx.generation.generate import Generated
 from dsv4_eqx.generation.prompt import Caches
+from dsv4_eqx.generation.result import Generated
 from dsv4_eqx.generation.sampling import Sampling
-from dsv4_eqx.generation.steps import Draft, State
+from dsv4_eqx.generation.steps import Chosen, Draft, Rows, Rules, State
 from dsv4_eqx.kernels.entries import LAYERS, Entries
 from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
@@ -46,8 +46,10 @@ OF_ACTIVATIONS = {
     AttentionCache: {"batch", "*repeats", "keys"},
     Cache: {"batch"},
     Generated: {"batch", "new"},
-    State: {"batch"},
+    Chosen: {"batch", "new"},
     Draft: {"batch"},
+    Rows: {"batch", "room"},
+    Rules: {"ids"},
     Lookahead: {"batch"},
     MTPCache: {"batch"},
 }
@@ -111,15 +113,15 @@ def trees():
     cache = model().init_cache(3, 50)
     ids, numbers = jnp.zeros((3, 5), jnp.int32), jnp.zeros((3, 5))
     one = ids[:, 0]
-    generated = Generated(ids, one, numbers, cache, one, one)
     mtp = model().mtp[0].init_cache(3, 50, jnp.float32)
-    draft = Draft(mtp, one, jnp.zeros((3, T.vocab_size)), one, one)
+    generated = Generated(ids, one, numbers, cache, mtp, one, one, ("a", "b", "c"))
+    draft = Draft(mtp, one, jnp.zeros((3, T.vocab_size)))
     lookahead = Lookahead(one, one, Extended(cache.layers, 2), cache.capacity)
-    state = State(cache, one, one, one == 1, jax.random.key(0), draft)
-    caches = Caches(cache, mtp)
-    sampling = Sampling(
-        "call", temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, key=None
-    )
+    rows = Rows(ids, numbers, one, one, one == 1, one, one)
+    state = State(cache, rows, draft, jax.random.key(0))
+    streams = jnp.zeros((3, 5, 4, T.hidden_size))
+    chosen = Chosen(ids, numbers, one, one == 1, streams, one, one)
+    caches, rules = Caches(cache, mtp), Rules(Sampling(), one, jnp.int32(5), None)
     stacks = (
         Slice(model().layers.repeated[0].moe.experts.down, jnp.int32(1)),
         Slice(jnp.zeros((2, 3, 5, 4)), jnp.int32(1), LAYERS),
@@ -130,7 +132,7 @@ def trees():
         parallel_model(),
         entries(),
         packed(),
-        (generated, state, sampling, lookahead, caches, stacks),
+        (generated, state, chosen, rules, lookahead, caches, stacks),
         of_a_mesh(),
     ]
 

@@ -40,7 +40,7 @@ for node in ast.parse(BLOCK).body:
 
 def test_readme_has_an_example_of_each_primitive():
     names = "RMSNorm UnweightedRMSNorm GroupedLinear RotaryEmbedding".split()
-    assert len(BLOCKS) == len(names) + 3  # checkpoints, kernels, the shape checks
+    assert len(BLOCKS) == len(names) + 4  # checkpoints, generation, kernels, checks
     for name, block in zip(names, BLOCKS):
         assert f"dsv4.{name}(" in block
 

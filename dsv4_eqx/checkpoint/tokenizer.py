@@ -35,8 +35,11 @@ class ByteTokenizer:
         """Writes nothing: there is nothing to know of it."""
 
     def decode(self, ids: TokenIds) -> str:
-        """The text; ids that are no bytes, and bytes that are no UTF-8, as U+FFFD."""
-        pieces = [bytes([i]) if 0 <= i < _NUM_BYTES else b"\xff" for i in map(int, ids)]
+        """The text; ids that are no bytes, and bytes that are no UTF-8, as U+FFFD.
+
+        Negative ids, as a stream gives for a row that has ended, are left out.
+        """
+        pieces = [bytes([i]) if i < _NUM_BYTES else b"\xff" for i in _tokens(ids)]
         return b"".join(pieces).decode(errors="replace")
 
 
@@ -78,8 +81,8 @@ class FileTokenizer:
                 shutil.copyfile(path, pathlib.Path(directory) / path.name)
 
     def decode(self, ids: TokenIds) -> str:
-        """The text, special tokens included."""
-        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+        """The text, special tokens included; negative ids are left out."""
+        return self._tokenizer.decode(_tokens(ids), skip_special_tokens=False)
 
 
 def load_tokenizer(
@@ -108,6 +111,10 @@ def load_tokenizer(
             "give ByteTokenizer()."
         )
     return FileTokenizer(path)
+
+
+def _tokens(ids: TokenIds) -> list[int]:
+    return [i for i in map(int, ids) if i >= 0]
 
 
 def _utf8(text: Any) -> bytes:

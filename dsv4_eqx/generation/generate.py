@@ -1,123 +1,149 @@
 """Generation: prompts through the cache, then token by token.
 
 All new tokens come from one compiled loop (`generate`), or as soon as they are ready
-(`generate_stream`).
+(`generate_stream`). Stop strings are looked for on the host: with them `generate` goes
+step by step too.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsv4_eqx.generation.prompt import Caches, parts, read_prompt
-from dsv4_eqx.generation.sampling import Sampling, stop_ids
-from dsv4_eqx.generation.steps import Chosen, Draft, Rules, State, start, step
-from dsv4_eqx.generation.stream import TokenStream
-from dsv4_eqx.model.abstract import AbstractModel, Cache
-from dsv4_eqx.model.inputs import (
-    Lengths,
-    TokenIds,
-    is_concrete,
-    validate_lengths,
-    validate_token_ids,
+from dsv4_eqx.generation.arguments import Prompts
+from dsv4_eqx.generation.capacity import grow_cache, grown
+from dsv4_eqx.generation.prompt import Caches, read_prompt, repeat_rows
+from dsv4_eqx.generation.request import Request, checked_request
+from dsv4_eqx.generation.result import Generated, result_of, shortened
+from dsv4_eqx.generation.sampling import Sampling
+from dsv4_eqx.generation.steps import (
+    LogitsFn,
+    Rows,
+    Rules,
+    State,
+    begin,
+    settle,
+    step,
 )
-from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_flag
-
-
-class Generated(eqx.Module):
-    """New tokens of each row."""
-
-    tokens: Int32[Array, "batch new"]  # 0 after a row's end
-    lengths: Int32[Array, " batch"]  # with the token that ended the row
-    log_probabilities: Float32[Array, "batch new"]  # natural, at temperature 1
-    cache: Cache  # after all tokens but the last
-    num_drafted: Int32[Array, " batch"]  # 0 without speculation
-    num_accepted: Int32[Array, " batch"]  # of the drafts
-
-
-class _Asked(NamedTuple):
-    """Arguments that were checked."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    capacity: int
-    key: PRNGKeyArray | None
-    rules: Rules
-    speculative: bool
+from dsv4_eqx.generation.stop_strings import Decode
+from dsv4_eqx.generation.stream import TokenStream
+from dsv4_eqx.model.abstract import AbstractModel
 
 
 def generate(
     model: AbstractModel,
-    tokens: TokenIds,
+    tokens: Prompts,
     *,
     max_new_tokens: int,
-    lengths: Lengths | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    eos_id: int | Sequence[int] | None = None,
+    lengths: Any = None,
+    sampling: Sampling | None = None,
     key: PRNGKeyArray | None = None,
+    num_samples: int = 1,
+    eos_id: Any = None,
+    stop: str | Sequence[str] = (),
+    decode: Decode | Any = None,
+    logits_fn: LogitsFn | None = None,
+    capacity: int | None = None,
+    after: Generated | None = None,
     speculative: bool = False,
 ) -> Generated:
-    """Continues each row's prompt.
+    """Continues each prompt.
+
+    ```python
+    sampling, key = dsv4.Sampling(temperature=0.8, top_p=0.95), jax.random.key(0)
+    out = dsv4.generate(
+        model, [[5, 3], [7]], max_new_tokens=9, sampling=sampling, key=key
+    )
+    out.tokens  # [2, 9]
+    ```
 
     **Arguments:**
 
     - `model`: the model.
-    - `tokens`: the prompts' ids, then anything as padding.
+    - `tokens`: the prompts' ids: an array of rows, a list of rows of any lengths, or a
+        single row. Padding comes after a prompt; where a mask says which tokens are
+        meant, as with left padding, give `[row[kept] for row, kept in zip(tokens,
+        mask.astype(bool))]`.
     - `max_new_tokens`: after which every row ends.
     - `lengths`: ids in each prompt, at least 1; whole rows by default.
-    - `temperature`: what logits are divided by; 0 takes the likeliest token.
-    - `top_k`, `top_p`, `min_p`: cut the distribution, see `Sampling`.
-    - `eos_id`: a token id, or some, after which a row ends.
-    - `key`: randomness, needed unless the temperature is 0.
+    - `sampling`: how tokens are drawn; without, the likeliest is taken.
+    - `key`: randomness, needed where tokens are drawn.
+    - `num_samples`: rows that go on from each prompt.
+    - `eos_id`: a token id, or several, after which a row ends; `()` for none. Those of
+        the configuration by default.
+    - `stop`: a string, or several, after which a row ends; needs `decode`.
+    - `decode`: a tokenizer, or a function from a list of token ids to text, for `stop`
+        and `texts`.
+    - `logits_fn`: `logits_fn(logits, tokens, lengths)` gives the logits `[rows, vocab]`
+        to choose from, of the model's logits, each row's tokens so far, prompt
+        included, and how many these are. It is compiled: a pure function of JAX, which
+        must leave a finite logit in each row. Another function compiles anew.
+    - `capacity`: tokens that the cache will have room for; by default for this call, a
+        little more so that another call compiles nothing.
+    - `after`: an earlier result, whose rows these prompts follow, as in the next turn
+        of a conversation. Its cache stays as it is; room for the new tokens is added
+        where `capacity` did not make it at once.
     - `speculative`: the model's prediction block drafts tokens, of which those stay
         that the model would have chosen. The likeliest tokens are the same; drawn ones
         are others, of the same distribution.
 
-    **Raises:** ValueError before anything is compiled if the model is none, the prompts
-    are no token ids, empty or traced, prompt and new tokens are beyond
-    `max_position_embeddings`, the model has no prediction block for speculation, or
-    another argument is out of its range or missing.
+    **Raises:** ValueError before anything is compiled if the model is none, model or
+    prompts are traced, the prompts are no token ids or empty, prompt and new tokens are
+    beyond `max_position_embeddings`, the model has no prediction block for speculation,
+    or another argument is out of its range or missing.
     """
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    asked = _checked(
+    request = checked_request(
         "generate",
         model,
         tokens,
-        lengths,
-        max_new_tokens,
-        sampling,
-        eos_id,
-        key,
-        speculative,
+        max_new_tokens=max_new_tokens,
+        lengths=lengths,
+        sampling=sampling,
+        key=key,
+        num_samples=num_samples,
+        eos_id=eos_id,
+        stop=stop,
+        decode=decode,
+        logits_fn=logits_fn,
+        capacity=capacity,
+        after=after,
+        speculative=speculative,
     )
-    caches, streams = _read(model, asked)
-    generated, _ = _generate(
-        model, caches, streams, asked.key, asked.rules, max_new_tokens
-    )
-    return generated
+    if request.has_stop:
+        stream = _stream(model, request)
+        for _ in stream:
+            pass
+        assert stream.state is not None
+        result = _result_of(stream.state)
+    else:
+        read = _read(model, request)
+        rows, key, rules = request.rows(), request.key, request.rules
+        result = _generate(model, *read, rows, key, rules)
+        if request.texts is not None:
+            request.texts.append(*jax.device_get((result.tokens, result.lengths)))
+    texts = None if request.texts is None else request.texts.texts()
+    return shortened(result, request.max_new_tokens, texts)
 
 
 def generate_stream(
     model: AbstractModel,
-    tokens: TokenIds,
+    tokens: Prompts,
     *,
     max_new_tokens: int,
-    lengths: Lengths | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    eos_id: int | Sequence[int] | None = None,
+    lengths: Any = None,
+    sampling: Sampling | None = None,
     key: PRNGKeyArray | None = None,
+    num_samples: int = 1,
+    eos_id: Any = None,
+    stop: str | Sequence[str] = (),
+    decode: Decode | Any = None,
+    logits_fn: LogitsFn | None = None,
+    capacity: int | None = None,
+    after: Generated | None = None,
     speculative: bool = False,
 ) -> TokenStream:
     """The tokens that `generate` gives, for all rows as soon as they are there.
@@ -128,116 +154,72 @@ def generate_stream(
 
     **Raises:** ValueError as `generate` does.
     """
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    asked = _checked(
+    request = checked_request(
         "generate_stream",
         model,
         tokens,
-        lengths,
-        max_new_tokens,
-        sampling,
-        eos_id,
-        key,
-        speculative,
+        max_new_tokens=max_new_tokens,
+        lengths=lengths,
+        sampling=sampling,
+        key=key,
+        num_samples=num_samples,
+        eos_id=eos_id,
+        stop=stop,
+        decode=decode,
+        logits_fn=logits_fn,
+        capacity=capacity,
+        after=after,
+        speculative=speculative,
     )
-    read = functools.partial(_read, model, asked)
-    return TokenStream(model, read, len(asked.tokens), asked.key, asked.rules)
-
-
-def _checked(
-    call: str,
-    model: AbstractModel,
-    tokens: TokenIds,
-    lengths: Lengths | None,
-    max_new_tokens: int,
-    sampling: dict[str, Any],
-    eos_id: int | Sequence[int] | None,
-    key: PRNGKeyArray | None,
-    speculative: bool,
-) -> _Asked:
-    if not isinstance(model, AbstractModel):
-        allowed = "a DeepSeekV4 or a ShardedModel"
-        raise invalid_argument(call, "model", type(model).__name__, allowed)
-    if not is_concrete(tokens, lengths):
-        raise ValueError(
-            f"{call}: the prompts are traced, or lie over several processes; it "
-            "compiles its own loop: call it outside of jit, with arrays of numpy."
-        )
-    chosen_by = Sampling(call, **sampling, key=key)
-    vocab, most = model.config.vocab_size, model.config.max_position_embeddings
-    if not is_int(max_new_tokens) or max_new_tokens < 1:
-        allowed = "an integer of at least 1"
-        raise invalid_argument(call, "max_new_tokens", max_new_tokens, allowed)
-    validate_flag(call, "speculative", speculative)
-    if speculative and model.num_mtp != 1:
-        raise ValueError(
-            f"{call}: the model has {model.num_mtp} prediction blocks "
-            "(num_nextn_predict_layers); speculative=True needs one."
-        )
-    lengths = np.asarray(validate_lengths(call, lengths, tokens))
-    if lengths.min() < 1:
-        row = int(lengths.argmin())
-        raise ValueError(f"{call}: the prompt of row {row} has no token.")
-    tokens = np.asarray(validate_token_ids(call, tokens, vocab, lengths))
-    longest = int(lengths.max())
-    if longest + max_new_tokens > most:
-        raise ValueError(
-            f"{call}: a prompt of {longest} tokens and max_new_tokens="
-            f"{max_new_tokens} are beyond max_position_embeddings={most}; give fewer."
-        )
-    # Read in whole parts, but for what is beyond the last position.
-    capacity = min(sum(parts(longest)) + max_new_tokens, most)
-    rules = Rules(chosen_by, stop_ids(call, eos_id, vocab), max_new_tokens)
-    key = None if chosen_by.is_greedy else key
-    return _Asked(tokens[:, :longest], lengths, capacity, key, rules, speculative)
+    return _stream(model, request)
 
 
 def _read(
-    model: AbstractModel, asked: _Asked
-) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    return read_prompt(
-        model, asked.tokens, asked.lengths, asked.capacity, asked.speculative
+    model: AbstractModel, request: Request
+) -> tuple[Caches, Float[Array, "rows streams dim"]]:
+    """The caches after the prompts, a row for each sample."""
+    after, capacity, before = request.after, request.capacity, None
+    batch = len(request.lengths)
+    if after is not None:
+        mtp = after.mtp_cache if request.speculative else None
+        if mtp is not None and capacity > after.cache.capacity:
+            mtp = grown(mtp, model.init_mtp_cache(batch, capacity))
+        before = Caches(grow_cache(model, after.cache, capacity), mtp)
+    read = read_prompt(
+        model, request.tokens, request.lengths, capacity, request.speculative, before
     )
+    times = request.num_samples
+    return read if times == 1 else repeat_rows(*read, times)
 
 
-@functools.partial(jax.jit, static_argnames="new", donate_argnames="caches")
+def _stream(model: AbstractModel, request: Request) -> TokenStream:
+    read = functools.partial(_read, model, request)
+    rows, key, rules = request.rows(), request.key, request.rules
+    return TokenStream(model, read, rows, key, rules, request.texts)
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
 def _generate(
     model: AbstractModel,
     caches: Caches,
-    streams: Float[Array, "batch streams dim"],
+    streams: Float[Array, "rows streams dim"],
+    rows: Rows,
     key: PRNGKeyArray | None,
     rules: Rules,
-    new: int,
-) -> tuple[Generated, Draft | None]:
-    """All new tokens; with the drafts' cache, so that there is no copy of it."""
+) -> Generated:
+    """All new tokens."""
 
-    def note(noted: tuple[Array, Array], state: State, chosen: Chosen):
-        index = jnp.arange(chosen.tokens.shape[1])
-        place = (state.lengths - chosen.counts)[:, None] + index
-        place = jnp.where(index < chosen.counts[:, None], place, new)
-        put = jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop"))
-        return put(noted[0], place, chosen.tokens), put(
-            noted[1], place, chosen.log_probabilities
-        )
+    def goes_on(state: State) -> Array:
+        return ~jnp.all(state.rows.is_done)
 
-    def run(carry):
-        state, *noted = carry
-        state, chosen = step(model, state, rules)
-        return state, *note(tuple(noted), state, chosen)
+    def run(state: State) -> State:
+        state, _ = step(model, state, rules)
+        return state
 
-    batch = len(streams)
-    noted = jnp.zeros((batch, new), jnp.int32), jnp.zeros((batch, new), jnp.float32)
-    state, chosen = start(model, caches, streams, key, rules)
-    carry = state, *note(noted, state, chosen)
-    carry = lax.while_loop(lambda carry: ~jnp.all(carry[0].is_done), run, carry)
-    state, tokens, log_probabilities = carry
-    none, draft = jnp.zeros_like(state.lengths), state.draft
-    generated = Generated(
-        tokens,
-        state.lengths,
-        log_probabilities,
-        state.cache,
-        num_drafted=none if draft is None else draft.num_drafted,
-        num_accepted=none if draft is None else draft.num_accepted,
-    )
-    return generated, draft
+    state, chosen = begin(model, caches, streams, rows, key, rules)
+    rows, draft, key = state.rows, state.draft, state.key
+    state = settle(model, state.cache, rows, draft, key, chosen, rules)
+    return result_of(lax.while_loop(goes_on, run, state))
+
+
+_result_of = jax.jit(result_of)

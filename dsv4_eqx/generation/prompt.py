@@ -1,7 +1,7 @@
-"""A prompt through the cache, in parts of few sizes.
+"""Reading prompts into a cache, in parts of few sizes.
 
-So memory is bounded at any length, and another prompt compiles nothing again, unless
-it needs another size of part or, beyond the largest, one more of it.
+So memory is bounded at any length, and another prompt compiles nothing again unless it
+needs a part of another size.
 """
 
 import functools
@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_eqx.model.abstract import AbstractModel, Cache
 from dsv4_eqx.model.mtp import MTPCache
@@ -49,6 +49,7 @@ def read_prompt(
     lengths: Int[np.ndarray, " batch"],
     capacity: int,
     drafts: bool,
+    before: Caches | None = None,
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
     """The caches after the prompts, and the streams of each row's last token.
 
@@ -59,6 +60,8 @@ def read_prompt(
     - `lengths`: ids in each prompt, at least 1.
     - `capacity`: tokens that there will be room for.
     - `drafts`: whether the prediction block reads the prompt too.
+    - `before`: caches that the prompts go on from, with room for them; they stay as
+        they are.
     """
     after, first = None, 0
     for size in parts(tokens.shape[1]):
@@ -68,10 +71,13 @@ def read_prompt(
         part[:, : given.shape[1]] = given
         left = lengths - first
         counts = np.stack([np.clip(n, 0, size) for n in (left, left - 1)])
-        if after is None:
-            after = read_first(model, part, counts, capacity=capacity, drafts=drafts)
-        else:
+        part, counts = jax.device_put((part, counts.astype(np.int32)))
+        if after is not None:
             after = read_next(model, *after, part, counts)
+        elif before is not None:
+            after = read_after(model, before, part, counts)
+        else:
+            after = read_first(model, part, counts, capacity=capacity, drafts=drafts)
         first += size
     assert after is not None  # a prompt has a token
     return after
@@ -86,30 +92,28 @@ def read_first(
     capacity: int,
     drafts: bool,
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """The first part of the prompts.
+    """The first part of the prompts, into new caches.
 
     **Arguments:** as for `read_next` and `read_prompt`.
     """
     batch = len(part)
     mtp = model.init_mtp_cache(batch, capacity) if drafts else None
     caches = Caches(model.init_cache(batch, capacity), mtp)
-    return read_next(model, caches, None, part, counts)
+    return read_after(model, caches, part, counts)
 
 
-@functools.partial(jax.jit, donate_argnames=("caches", "last"))
-def read_next(
+@jax.jit
+def read_after(
     model: AbstractModel,
     caches: Caches,
-    last: Float[Array, "batch streams dim"] | None,
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """Another part of the prompts.
+    """The first part of the prompts, into a copy of the caches.
 
     **Arguments:**
 
     - `model`, `caches`: before the part.
-    - `last`: the streams of each row's last token so far; None before the first part.
     - `part`: the tokens, and one more.
     - `counts`: of each row's tokens here, how many the model reads and, of their
         successors, how many the prediction block.
@@ -121,15 +125,44 @@ def read_next(
             jnp.arange(part.shape[1] - 1) < counts[1][:, None], part[:, 1:], 0
         )
         _, mtp = model.extend_mtp(streams, following, mtp, counts[1])
-    new = last_of(streams, counts[0])
-    if last is not None:
-        new = jnp.where((counts[0] > 0)[:, None, None], new, last)
-    return Caches(cache, mtp), new
+    return Caches(cache, mtp), last_of(streams, counts[0])
+
+
+@functools.partial(jax.jit, donate_argnames=("caches", "last"))
+def read_next(
+    model: AbstractModel,
+    caches: Caches,
+    last: Float[Array, "batch streams dim"],
+    part: Int[Array, "batch tokens"],
+    counts: Int[Array, "2 batch"],
+) -> tuple[Caches, Float[Array, "batch streams dim"]]:
+    """Another part of the prompts, in the place of the caches.
+
+    **Arguments:** as for `read_after`.
+
+    - `last`: the streams of each row's last token so far.
+    """
+    caches, new = read_after(model, caches, part, counts)
+    return caches, jnp.where((counts[0] > 0)[:, None, None], new, last)
+
+
+@functools.partial(jax.jit, static_argnames="times")
+def repeat_rows(
+    caches: Caches, streams: Float[Array, "batch streams dim"], times: int
+) -> tuple[Caches, Float[Array, "rows streams dim"]]:
+    """Each row as often, one right after the other, for as many samples of a prompt.
+
+    **Arguments:**
+
+    - `caches`, `streams`: from `read_prompt`.
+    - `times`: how often.
+    """
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (caches, streams))
 
 
 def last_of(
-    x: Float[Array, "batch seq *channels"], lengths: Int[Array, " batch"]
-) -> Float[Array, "batch ..."]:
+    x: Shaped[Array, "batch seq *channels"], lengths: Int[Array, " batch"]
+) -> Shaped[Array, "batch ..."]:
     """Each row's last token.
 
     **Arguments:**

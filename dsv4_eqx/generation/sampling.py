@@ -5,24 +5,30 @@ likeliest token always stays.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from dsv4_eqx.generation.arguments import on_device
 from dsv4_eqx.numerics.validation import (
+    as_python,
     invalid_argument,
     is_int,
     is_number,
-    validate_key,
 )
+
+_KEEP_ALL: Final = 2**31 - 1
 
 
 class Sampling(eqx.Module):
-    """How tokens are chosen; numbers, so that another value compiles nothing again."""
+    """How the next token is drawn. `Sampling()` draws from the model's distribution.
+
+    The numbers are arrays: another value compiles nothing again.
+    """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -32,50 +38,42 @@ class Sampling(eqx.Module):
 
     def __init__(
         self,
-        call: str,
         *,
-        temperature: float,
-        top_k: int | None,
-        top_p: float,
-        min_p: float,
-        key: PRNGKeyArray | None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
     ):
         """**Arguments:**
 
-        - `call`: what the user called.
         - `temperature`: what logits are divided by; 0 takes the likeliest token.
         - `top_k`: how many of the likeliest tokens stay; all by default.
-        - `top_p`: the fewest tokens stay that together have at least this probability.
+        - `top_p`: the fewest tokens stay that together have at least this probability;
+            1 keeps all.
         - `min_p`: tokens stay that have at least this part of the likeliest one's
-            probability.
-        - `key`: randomness, which is needed unless the temperature is 0.
+            probability; 0 keeps all.
 
-        **Raises:** ValueError that names what is out of its range or missing.
+        **Raises:** ValueError that names what is out of its range.
         """
-        if not is_number(temperature) or temperature < 0:
-            raise invalid_argument(
-                call, "temperature", temperature, "a number of at least 0"
-            )
+        temperature, top_k, top_p, min_p = map(
+            as_python, (temperature, top_k, top_p, min_p)
+        )
+        for name, value, is_allowed, allowed in (
+            ("temperature", temperature, lambda x: x >= 0, "a number of at least 0"),
+            ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("min_p", min_p, lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ):
+            if not is_number(value) or not is_allowed(value):
+                raise invalid_argument("Sampling", name, value, allowed)
         if top_k is not None and not (is_int(top_k) and top_k >= 1):
-            raise invalid_argument(
-                call, "top_k", top_k, "an integer of at least 1, or None"
-            )
-        if not is_number(top_p) or not 0 < top_p <= 1:
-            raise invalid_argument(call, "top_p", top_p, "in (0, 1]")
-        if not is_number(min_p) or not 0 <= min_p <= 1:
-            raise invalid_argument(call, "min_p", min_p, "in [0, 1]")
-        if temperature > 0 and key is None:
-            allowed = "a key, as from jax.random.key(0), where the temperature is not 0"
-            raise invalid_argument(call, "key", key, allowed)
-        if key is not None:
-            validate_key(call, key)
-        most = 2**31 - 1
-        self.temperature = jnp.asarray(temperature, jnp.float32)
+            allowed = "an integer of at least 1, or None"
+            raise invalid_argument("Sampling", "top_k", top_k, allowed)
+        self.temperature = on_device(temperature, np.float32)
         # What is smaller, XLA may take for 0.
         self.is_greedy = temperature < float(jnp.finfo(jnp.float32).tiny)
-        self.top_k = jnp.asarray(min(top_k or most, most), jnp.int32)
-        self.top_p = jnp.asarray(top_p, jnp.float32)
-        self.min_p = jnp.asarray(min_p, jnp.float32)
+        self.top_k = on_device(min(top_k or _KEEP_ALL, _KEEP_ALL), np.int32)
+        self.top_p = on_device(top_p, np.float32)
+        self.min_p = on_device(min_p, np.float32)
 
     @jax.named_scope("Sampling")
     def __call__(
@@ -93,7 +91,9 @@ class Sampling(eqx.Module):
         return jax.random.categorical(key, self.cut(logits)).astype(jnp.int32)
 
     def cut(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Below the largest, over the temperature; minus infinity for tokens cut away.
+        """Logits to draw from; minus infinity for tokens that are cut away.
+
+        What cuts nothing away, and a temperature of 1, leave them to the bit.
 
         **Arguments:**
 
@@ -101,13 +101,14 @@ class Sampling(eqx.Module):
         """
         order = jnp.argsort(-logits, axis=-1, stable=True)
         # Below the largest, so that no temperature makes them overflow.
-        logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-        logits = logits / self.temperature
-        kept = self._kept(jnp.take_along_axis(logits, order, axis=-1))
+        below = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled = below / self.temperature
+        kept = self._kept(jnp.take_along_axis(scaled, order, axis=-1))
         kept = jax.vmap(lambda kept, order: jnp.zeros_like(kept).at[order].set(kept))(
             kept, order
         )
-        return jnp.where(kept, logits, -math.inf)
+        scaled = jnp.where(self.temperature == 1, logits, scaled)
+        return jnp.where(kept, scaled, -math.inf)
 
     @jax.named_scope("Sampling.verify")
     def verify(
@@ -119,9 +120,9 @@ class Sampling(eqx.Module):
     ) -> tuple[Bool[Array, " batch"], Int[Array, " batch"]]:
         """Speculative sampling (Leviathan et al. 2023, algorithm 1).
 
-        A draft stays with the probability of the model over that of the draft, at most
-        1; in the place of another comes one drawn from what the model's probabilities
-        exceed the draft's by. So what comes is distributed as without drafts.
+        A draft is accepted with the model's probability over the draft's, at most 1;
+        another token is drawn from what the model's probabilities exceed the draft's
+        by. So tokens have the model's distribution, as without drafts.
 
         **Arguments:**
 
@@ -131,54 +132,39 @@ class Sampling(eqx.Module):
             likeliest token is taken.
         - `key`: randomness.
 
-        **Returns:** whether the draft stays, and the token after it, or instead of it.
+        **Returns:** whether the draft is accepted, and the token after it, or instead
+        of it.
         """
         if self.is_greedy or key is None or draft_logits is None:
             likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            stays = likeliest[:, 0] == draft
-            return stays, jnp.where(stays, likeliest[:, 1], likeliest[:, 0])
+            is_accepted = likeliest[:, 0] == draft
+            return is_accepted, jnp.where(is_accepted, likeliest[:, 1], likeliest[:, 0])
         accept_key, next_key = jax.random.split(key)
-        now, after = (jax.nn.softmax(self.cut(logits[:, i])) for i in range(2))
+        cut = self.cut(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
+        now, after = jax.nn.softmax(cut[:, 0]), jax.nn.softmax(cut[:, 1])
         guessed = jax.nn.softmax(draft_logits)
         of_model, of_draft = (
             jnp.take_along_axis(x, draft[:, None], axis=-1)[:, 0]
             for x in (now, guessed)
         )
-        stays = jax.random.uniform(accept_key, draft.shape) * of_draft < of_model
+        uniform = jax.random.uniform(accept_key, draft.shape)
+        is_accepted = uniform * of_draft < of_model
         excess = jnp.maximum(now - guessed, 0)
         # Rounding may leave nothing of two that are the same.
         excess = jnp.where(jnp.any(excess > 0, axis=-1, keepdims=True), excess, now)
-        weights = jnp.where(stays[:, None], after, excess)
+        weights = jnp.where(is_accepted[:, None], after, excess)
         following = jax.random.categorical(next_key, jnp.log(weights))
-        return stays, following.astype(jnp.int32)
+        return is_accepted, following.astype(jnp.int32)
 
     def _kept(
         self, in_order: Float[Array, "batch vocab"]
     ) -> Bool[Array, "batch vocab"]:
         """Which of the tokens stay, the likeliest first."""
         rank = jnp.arange(in_order.shape[-1])
-        among = rank < self.top_k
-        weights = jax.nn.softmax(jnp.where(among, in_order, -math.inf), axis=-1)
+        in_top_k = rank < self.top_k
+        weights = jax.nn.softmax(jnp.where(in_top_k, in_order, -math.inf), axis=-1)
         before = jnp.cumsum(weights, axis=-1) - weights
-        kept = among & (before < self.top_p) & (weights >= self.min_p * weights[:, :1])
-        return kept | (rank == 0)
-
-
-def stop_ids(call: str, eos_id: Any, vocab: int) -> Int[Array, " ids"]:
-    """The ids after which a row ends; none by default.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `eos_id`: a token id, some of them, or None.
-    - `vocab`: how many token ids there are.
-
-    **Raises:** ValueError if one is no token id.
-    """
-    ids = [] if eos_id is None else eos_id
-    ids = list(ids) if isinstance(ids, Sequence) else [ids]
-    for one in ids:
-        if not is_int(one) or not 0 <= one < vocab:
-            allowed = f"a token id in [0, {vocab}), or a list of some"
-            raise invalid_argument(call, "eos_id", eos_id, allowed)
-    return jnp.asarray(ids, jnp.int32)
+        # A running sum in float32 reaches 1 before the last tokens.
+        in_top_p = (before < self.top_p) | (self.top_p >= 1)
+        in_min_p = weights >= self.min_p * weights[:, :1]
+        return (in_top_k & in_top_p & in_min_p) | (rank == 0)

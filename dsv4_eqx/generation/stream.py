@@ -1,15 +1,28 @@
 """New tokens as soon as they are there: a compiled step each, or for each draft."""
 
 import collections
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsv4_eqx.generation.prompt import Caches
-from dsv4_eqx.generation.steps import Rules, State, start, step
-from dsv4_eqx.model.abstract import AbstractModel
+from dsv4_eqx.generation.steps import (
+    Chosen,
+    Rows,
+    Rules,
+    State,
+    begin,
+    look,
+    settle,
+    step,
+)
+from dsv4_eqx.generation.stop_strings import Texts
+from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 
 
 class TokenStream(Iterator[np.ndarray]):
@@ -27,44 +40,90 @@ class TokenStream(Iterator[np.ndarray]):
         self,
         model: AbstractModel,
         read: Callable[[], tuple[Caches, Float[Array, "batch streams dim"]]],
-        batch: int,
+        rows: Rows,
         key: PRNGKeyArray | None,
         rules: Rules,
+        texts: Texts | None,
     ):
         """**Arguments:**
 
         - `model`: the model.
         - `read`: reads the prompts, when the first token is asked for.
-        - `batch`: rows.
+        - `rows`: the prompts.
         - `key`: randomness, if tokens are drawn.
         - `rules`: how tokens are chosen.
+        - `texts`: where texts are wanted, or stop strings end them.
         """
+        batch = len(rows.lengths)
         self.num_drafted = self.num_accepted = np.zeros(batch, np.int32)
-        self._model, self._read, self._key, self._rules = model, read, key, rules
-        self._state: State | None = None
+        self._model, self._read, self._rows = model, read, rows
+        self._key, self._rules, self._texts = key, rules, texts
         self._ready = collections.deque()
+        self.state: State | None = None  # after the last step
 
     def __next__(self) -> np.ndarray:
         if not self._ready:
-            if self._state is not None and np.asarray(self._state.is_done).all():
+            if self.state is not None and jax.device_get(self.state.rows.is_done).all():
                 raise StopIteration
             self._advance()
         return self._ready.popleft()
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each row so far, up to a stop string; of a call with `decode`.
+
+        **Raises:** ValueError without `decode`.
+        """
+        if self._texts is None:
+            raise ValueError("texts: give generate_stream decode= for texts.")
+        return self._texts.texts()
+
     def _advance(self) -> None:
         """A step, which gives at least one token."""
-        if self._state is None:
-            state, chosen = _start(self._model, *self._read(), self._key, self._rules)
+        model, rules, state = self._model, self._rules, self.state
+        if state is None:
+            read = self._read()
+            first, chosen = _begin(model, *read, self._rows, self._key, rules)
+            rest = first.rows, first.draft, first.key
+            chosen = self._end_at_stops(chosen)
+            state = _settle(model, first.cache, *rest, chosen, rules)
+        elif self._texts is None:
+            state, chosen = _step(model, state, rules)
         else:
-            state, chosen = _step(self._model, self._state, self._rules)
-        self._state, counts = state, np.asarray(chosen.counts)
-        for i, tokens in enumerate(np.asarray(chosen.tokens).T[: counts.max()]):
-            self._ready.append(np.where(i < counts, tokens, -1))
-        if state.draft is not None:
-            # Copies: the next step writes where these are.
-            self.num_drafted = np.array(state.draft.num_drafted)
-            self.num_accepted = np.array(state.draft.num_accepted)
+            rest = state.rows, state.draft, state.key
+            chosen, after = _look(model, state.cache, *rest, rules)
+            chosen = self._end_at_stops(chosen)
+            state = _settle(model, after, *rest, chosen, rules)
+        self.state = state
+        tokens, counts = jax.device_get((chosen.tokens, chosen.counts))
+        for i, column in enumerate(tokens.T[: counts.max()]):
+            self._ready.append(np.where(i < counts, column, -1))
+        # Copies: the next step writes where these are.
+        self.num_drafted = np.array(jax.device_get(state.rows.num_drafted))
+        self.num_accepted = np.array(jax.device_get(state.rows.num_accepted))
+
+    def _end_at_stops(self, chosen: Chosen) -> Chosen:
+        """Fewer tokens of a row that a stop string ends."""
+        if self._texts is None:
+            return chosen
+        tokens, counts = jax.device_get((chosen.tokens, chosen.counts))
+        taken, stops = self._texts.append(tokens, counts)
+        is_last = stops | jax.device_get(chosen.is_last)
+        return eqx.tree_at(
+            lambda chosen: (chosen.counts, chosen.is_last),
+            chosen,
+            jax.device_put((taken, is_last)),
+        )
 
 
-_start = jax.jit(start, donate_argnames="caches")
+def _look(*args: Any) -> tuple[Chosen, Cache | Lookahead]:
+    with warnings.catch_warnings():
+        # With drafts the windows become longer; the entries stay where they are.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return _look_once(*args)
+
+
+_begin = jax.jit(begin, donate_argnames="caches")
+_look_once = jax.jit(look, donate_argnames="cache")
+_settle = jax.jit(settle, donate_argnames="draft")
 _step = jax.jit(step, donate_argnames="state")

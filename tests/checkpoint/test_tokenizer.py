@@ -18,7 +18,7 @@ def test_bytes_are_tokens():
     assert ids.dtype == np.int32 and tokenizer.vocab_size == 256
     assert bytes(ids.astype(np.uint8)) == TEXT.encode()
     assert tokenizer.decode(ids) == TEXT
-    assert tokenizer.decode([72, 300, -1, 105]) == "H\ufffd\ufffdi"
+    assert tokenizer.decode([72, 300, 105, -1, -1]) == "H\ufffdi"  # a row that ended
     assert tokenizer.encode("").shape == (0,)
 
 
@@ -69,6 +69,7 @@ def test_a_tokenizer_of_its_own_is_read(tmp_path):
     ids = tokenizer.encode("five three nine <end>")
     assert ids.dtype == np.int32 and ids.tolist() == [2, 1, 0, 3]
     assert tokenizer.decode(ids) == "five three [?] <end>"
+    assert tokenizer.decode([*ids, -1, -1]) == "five three [?] <end>"
     assert tokenizer.vocab_size == 4
 
 

@@ -5,24 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx.generation.sampling import Sampling, stop_ids
+from dsv4_eqx import Sampling
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 NUM_DRAWS = 40_000
 
 
-def sampling(**changes):
-    fields = dict(
-        temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, key=jax.random.key(0)
-    )
-    return Sampling("call", **(fields | changes))
+draw = jax.jit(lambda sampling, logits, key: sampling(logits, key))
 
 
 def frequencies(**changes):
     logits = jnp.asarray(np.tile(LOGITS, (NUM_DRAWS, 1)))
-    drawn = jax.jit(lambda s, x, key: s(x, key))(
-        sampling(**changes), logits, jax.random.key(7)
-    )
+    drawn = draw(Sampling(**changes), logits, jax.random.key(7))
     return np.bincount(drawn, minlength=5) / NUM_DRAWS
 
 
@@ -53,9 +47,34 @@ def test_tokens_have_the_distribution_that_is_left(case):
     assert (np.abs(found - expected) <= bound).all(), found
 
 
+VOCAB = 129_280
+NEUTRAL = [
+    dict(top_p=1.0),
+    dict(top_k=VOCAB),
+    dict(min_p=0.0),
+    dict(temperature=1.0),
+]
+
+
+@pytest.mark.parametrize("changes", NEUTRAL, ids=str)
+def test_neutral_values_leave_logits_to_the_bit(changes):
+    normal = np.random.default_rng(0).normal(size=(1, VOCAB))
+    logits = jnp.asarray(np.array([[3], [6], [10]]) * normal, jnp.float32)
+    np.testing.assert_array_equal(cut(Sampling(**changes), logits), logits)
+
+
+cut = jax.jit(lambda sampling, logits: sampling.cut(logits))
+
+
+def test_top_p_just_below_1_cuts():
+    logits = jnp.asarray([[0.0, -1.0, -12.0]])
+    found = cut(Sampling(top_p=0.999), logits)
+    np.testing.assert_array_equal(found, [[0.0, -1.0, -np.inf]])
+
+
 @pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-46])
 def test_a_tiny_temperature_takes_the_likeliest(temperature):
-    rules = sampling(temperature=temperature)
+    rules = Sampling(temperature=temperature)
     logits = jnp.array([[-3.0, -1.0, -2.0], [5.0, -9.0, 4.0]])
     key = jax.random.key(1)
     np.testing.assert_array_equal(rules(logits, key), [1, 0])
@@ -67,31 +86,31 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature):
 
 
 def test_any_count_of_the_likeliest_may_be_asked_for():
-    assert sampling(top_k=2**40).top_k == sampling(top_k=None).top_k
+    assert Sampling(top_k=2**40).top_k == Sampling(top_k=None).top_k
 
 
 DRAFT_LOGITS = np.log(np.array([0.3, 0.1, 0.1, 0.45, 0.05], np.float32))
 NEXT_LOGITS = np.log(np.array([0.1, 0.1, 0.6, 0.1, 0.1], np.float32))
 
 
+@jax.jit
+def draw_and_verify(rules, now, after, guess, key):
+    draft_key, verify_key = jax.random.split(key)
+    draft = rules(guess, draft_key)
+    logits = jnp.stack([now, after], axis=1)
+    stays, following = rules.verify(logits, draft, rules.cut(guess), verify_key)
+    left = [jax.nn.softmax(rules.cut(x[:1]))[0] for x in (now, after, guess)]
+    return draft, stays, following, left
+
+
 @pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"temperature": 0.7}])
 def test_speculation_does_not_change_the_distribution(changes):
-    rules = sampling(**changes)
     rows = [
         jnp.asarray(np.tile(x, (NUM_DRAWS, 1)))
         for x in (LOGITS, NEXT_LOGITS, DRAFT_LOGITS)
     ]
-
-    @jax.jit
-    def draw(rules, now, after, guess, key):
-        draft_key, verify_key = jax.random.split(key)
-        draft = rules(guess, draft_key)
-        logits = jnp.stack([now, after], axis=1)
-        stays, following = rules.verify(logits, draft, rules.cut(guess), verify_key)
-        left = [jax.nn.softmax(rules.cut(x[:1]))[0] for x in (now, after, guess)]
-        return draft, stays, following, left
-
-    draft, stays, following, left = draw(rules, *rows, jax.random.key(3))
+    found = draw_and_verify(Sampling(**changes), *rows, jax.random.key(3))
+    draft, stays, following, left = found
     now, after, guess = np.asarray(left, "f8")
 
     def assert_drawn_from(tokens, expected):
@@ -107,7 +126,7 @@ def test_speculation_does_not_change_the_distribution(changes):
 
 
 def test_greedy_speculation_keeps_a_draft_that_is_the_likeliest():
-    greedy = sampling(temperature=0.0, key=None)
+    greedy = Sampling(temperature=0)
     logits = jnp.array([[[0.0, 2, 1], [5, 1, 3]], [[0.0, 2, 1], [5, 1, 3]]])
     stays, following = greedy.verify(logits, jnp.array([1, 2]), None, None)
     assert stays.tolist() == [True, False]
@@ -115,7 +134,7 @@ def test_greedy_speculation_keeps_a_draft_that_is_the_likeliest():
 
 
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equal_ones():
-    greedy = sampling(temperature=0.0, key=None)
+    greedy = Sampling(temperature=0)
     logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 1.0, 3.0]])
     assert greedy(logits, None).tolist() == [1, 0]
 
@@ -130,20 +149,12 @@ BAD = [
     ({"top_p": 1.1}, "top_p"),
     ({"min_p": -0.1}, "min_p"),
     ({"min_p": float("nan")}, "min_p"),
-    ({"key": None}, "key"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": jnp.ones(2)}, "temperature"),
 ]
 
 
 @pytest.mark.parametrize("changes, name", BAD)
 def test_values_out_of_range_are_refused(changes, name, without_shape_checks):
-    with pytest.raises(ValueError, match=rf"call\({name}="):
-        sampling(**changes)
-
-
-def test_stop_ids_are_one_several_or_none():
-    assert stop_ids("call", None, 5).shape == (0,)
-    assert stop_ids("call", 3, 5).tolist() == [3]
-    assert stop_ids("call", (3, 0), 5).tolist() == [3, 0]
-    for bad in (5, -1, [1, 7], 2.0, True):
-        with pytest.raises(ValueError, match=r"call\(eos_id="):
-            stop_ids("call", bad, 5)
+    with pytest.raises(ValueError, match=rf"^Sampling\({name}="):
+        Sampling(**changes)

@@ -1,0 +1,144 @@
+"""What a user gives `generate`, checked on the host and put on the device.
+
+Everything goes to the device by `jax.device_put`, so that generation works where
+`jax.transfer_guard` forbids transfers that nobody asked for.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+from dsv4_eqx.config.config import Config
+from dsv4_eqx.numerics.validation import as_python, invalid_argument, is_int
+
+# Rows of token ids; a single row; or rows of different lengths.
+Prompts = (
+    Int[Array | np.ndarray, "batch seq"] | Int[Array | np.ndarray, " seq"] | Sequence
+)
+
+
+def on_device(value: Any, dtype: DTypeLike) -> Array:
+    """A number, or an array of numpy's, on the device."""
+    return jax.device_put(np.asarray(value, dtype))
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether any value in the trees is a tracer of JAX."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+
+
+def read_prompts(
+    call: str, tokens: Any, lengths: Any, vocab: int
+) -> tuple[Int[np.ndarray, "batch seq"], Int[np.ndarray, " batch"]]:
+    """The prompts as rows that end in zeros, and the number of tokens in each.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `tokens`: rows of token ids, as an array or a list of rows; or a single row.
+    - `lengths`: tokens of each row; whole rows by default.
+    - `vocab`: how many token ids there are.
+
+    **Raises:** ValueError if the tokens are nothing of this, a row has no token, one of
+    them is outside the vocabulary, or the lengths do not fit.
+    """
+    rows = _rows(call, tokens)
+    most = np.array([len(row) for row in rows])
+    lengths = most if lengths is None else _lengths(call, lengths, most)
+    if not rows:
+        raise ValueError(f"{call}: there is no prompt.")
+    if lengths.min() < 1:
+        row = int(lengths.argmin())
+        raise ValueError(f"{call}: the prompt of row {row} has no token.")
+    padded = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, (row, length) in enumerate(zip(rows, lengths)):
+        outside = np.flatnonzero((row[:length] < 0) | (row[:length] >= vocab))
+        if len(outside) > 0:
+            place = int(outside[0])
+            raise ValueError(
+                f"{call}: token id {row[place]} at [{i}, {place}] is outside "
+                f"[0, {vocab})."
+            )
+        padded[i, :length] = row[:length]
+    return padded, lengths.astype(np.int32)
+
+
+def eos_ids(call: str, eos_id: Any, config: Config) -> Int[Array, " ids"]:
+    """The ids after which a row ends.
+
+    **Arguments:**
+
+    - `call`: what the user called.
+    - `eos_id`: a token id or several; None for those of the configuration.
+    - `config`: of the model.
+
+    **Raises:** ValueError if one is no token id.
+    """
+    given: Any = as_python(config.eos_token_id if eos_id is None else eos_id)
+    given = () if given is None else given
+    if isinstance(given, np.ndarray | jax.Array):
+        given = jax.device_get(given).reshape(-1)
+    is_several = isinstance(given, Iterable) and not isinstance(given, str)
+    ids: list[Any] = list(map(as_python, given)) if is_several else [given]
+    for one in ids:
+        if not is_int(one) or not 0 <= one < config.vocab_size:
+            allowed = f"token ids in [0, {config.vocab_size}), or () for none"
+            raise invalid_argument(call, "eos_id", eos_id, allowed)
+    return on_device(sorted(set(ids)), np.int32)
+
+
+def _rows(call: str, tokens: Any) -> list[np.ndarray]:
+    """Each row's token ids; a single row is one of one."""
+    if isinstance(tokens, Sequence) and not isinstance(tokens, str):
+        tokens = [as_python(row) for row in tokens]
+        if not tokens or not all(map(is_int, tokens)):
+            return [_row(call, row) for row in tokens]
+    ids = _integers(call, "token ids", tokens)
+    if ids.ndim not in (1, 2):
+        raise ValueError(
+            f"{call}: token ids must have the shape (batch, seq), or (seq,) for one "
+            f"prompt, not {ids.shape}."
+        )
+    return list(np.atleast_2d(ids))
+
+
+def _row(call: str, row: Any) -> np.ndarray:
+    if isinstance(row, Sequence) and len(row) == 0:
+        return np.zeros(0, np.int32)
+    ids = _integers(call, "token ids", row)
+    if ids.ndim != 1:
+        raise ValueError(f"{call}: a row of token ids has the shape {ids.shape}.")
+    return ids
+
+
+def _integers(call: str, name: str, values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(jax.device_get(values))
+    except ValueError:  # rows of different lengths, one level too deep
+        array = np.asarray(None)
+    if not np.issubdtype(array.dtype, np.integer):
+        found = array.dtype if array.dtype != object else type(values).__name__
+        raise ValueError(f"{call}: {name} must be integers, not {found}.")
+    return array
+
+
+def _lengths(call: str, lengths: Any, most: np.ndarray) -> np.ndarray:
+    lengths = _integers(call, "lengths", lengths)
+    if lengths.shape != most.shape:
+        raise ValueError(
+            f"{call}: lengths must be one for each of the {len(most)} rows, not of the "
+            f"shape {lengths.shape}."
+        )
+    outside = np.flatnonzero((lengths < 0) | (lengths > most))
+    if len(outside) > 0:
+        row = int(outside[0])
+        raise ValueError(
+            f"{call}: lengths[{row}] is {lengths[row]}: the row has 0 to {most[row]} "
+            "tokens."
+        )
+    return lengths

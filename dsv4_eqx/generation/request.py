@@ -1,0 +1,196 @@
+"""The arguments of `generate`, checked before anything is compiled."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from dsv4_eqx.generation.arguments import (
+    eos_ids,
+    is_traced,
+    on_device,
+    read_prompts,
+)
+from dsv4_eqx.generation.capacity import rounded_capacity
+from dsv4_eqx.generation.prompt import parts
+from dsv4_eqx.generation.result import Generated
+from dsv4_eqx.generation.sampling import Sampling
+from dsv4_eqx.generation.steps import LogitsFn, Rows, Rules
+from dsv4_eqx.generation.stop_strings import Texts, validate_stop
+from dsv4_eqx.model.abstract import AbstractModel
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_concrete,
+    validate_flag,
+    validate_int,
+    validate_key,
+)
+
+
+class Request(NamedTuple):
+    """What was asked for."""
+
+    tokens: Int[np.ndarray, "batch seq"]
+    lengths: Int[np.ndarray, " batch"]
+    max_new_tokens: int
+    num_samples: int
+    capacity: int
+    after: Generated | None
+    speculative: bool
+    rules: Rules
+    key: PRNGKeyArray | None
+    texts: Texts | None
+    has_stop: bool
+
+    def rows(self) -> Rows:
+        """The prompts, each as often as there are samples of it."""
+        tokens = np.repeat(self.tokens, self.num_samples, axis=0)
+        lengths = np.repeat(self.lengths, self.num_samples)
+        batch, seq = tokens.shape
+        room = np.zeros((batch, self.capacity), np.int32)
+        room[:, :seq] = tokens
+        zeros = np.zeros(batch, np.int32)
+        is_done, numbers = zeros > 0, np.zeros(room.shape, np.float32)
+        rows = (room, numbers, lengths, lengths.copy(), is_done, zeros, zeros.copy())
+        return Rows(*jax.device_put(rows))
+
+
+def checked_request(
+    call: str,
+    model: AbstractModel,
+    tokens: Any,
+    *,
+    max_new_tokens: Any,
+    lengths: Any,
+    sampling: Any,
+    key: Any,
+    num_samples: Any,
+    eos_id: Any,
+    stop: Any,
+    decode: Any,
+    logits_fn: LogitsFn | None,
+    capacity: Any,
+    after: Any,
+    speculative: Any,
+) -> Request:
+    """**Arguments:** those of `generate`, and the name of what was called.
+
+    **Raises:** ValueError as `generate` does.
+    """
+    _validate_model(call, model, speculative, (tokens, lengths, key, after))
+    sampling = _validate_sampling(call, sampling, key)
+    new = validate_int(call, "max_new_tokens", max_new_tokens)
+    num_samples = validate_int(call, "num_samples", num_samples)
+    if logits_fn is not None and not callable(logits_fn):
+        raise invalid_argument(call, "logits_fn", logits_fn, "a function, or None")
+    stop, decode = validate_stop(call, stop, decode)
+    eos = eos_ids(call, eos_id, model.config)
+    prompts, sizes = read_prompts(call, tokens, lengths, model.config.vocab_size)
+    before = np.zeros_like(sizes)
+    if after is not None:
+        prompts, sizes, before = _following(call, prompts, sizes, after, speculative)
+    capacity = _capacity(call, model, capacity, sizes, before, new, after)
+    ended = jax.device_get(eos).tolist()
+    texts = None if decode is None else Texts(decode, stop, ended)
+    return Request(
+        prompts,
+        sizes,
+        new,
+        num_samples,
+        capacity,
+        after,
+        bool(speculative),
+        Rules(sampling, eos, on_device(new, np.int32), logits_fn),
+        None if sampling.is_greedy else key,
+        texts,
+        bool(stop),
+    )
+
+
+def _validate_model(call: str, model: Any, speculative: Any, arrays: tuple) -> None:
+    if not isinstance(model, AbstractModel):
+        allowed = "a DeepSeekV4 or a ShardedModel"
+        raise invalid_argument(call, "model", type(model).__name__, allowed)
+    if is_traced(model, arrays) or not is_concrete(arrays[0]):
+        raise ValueError(
+            f"{call}: the model or the prompts are traced, or the prompts lie over "
+            "several processes; it compiles its own loop: call it outside of jit, with "
+            "prompts in lists or arrays of numpy."
+        )
+    validate_flag(call, "speculative", speculative)
+    if speculative and model.num_mtp != 1:
+        raise ValueError(
+            f"{call}: the model has {model.num_mtp} prediction blocks "
+            "(num_nextn_predict_layers); speculative=True needs one."
+        )
+
+
+def _validate_sampling(call: str, sampling: Any, key: Any) -> Sampling:
+    if sampling is None:
+        sampling = Sampling(temperature=0)
+    if not isinstance(sampling, Sampling):
+        raise invalid_argument(call, "sampling", sampling, "a Sampling, or None")
+    if key is not None:
+        validate_key(call, key)
+    elif not sampling.is_greedy:
+        allowed = "a key, as from jax.random.key(0), where tokens are drawn"
+        raise invalid_argument(call, "key", key, allowed)
+    return sampling
+
+
+def _following(
+    call: str,
+    prompts: Int[np.ndarray, "batch seq"],
+    lengths: Int[np.ndarray, " batch"],
+    after: Any,
+    speculative: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The prompts behind the tokens that the earlier result's cache does not have."""
+    if not isinstance(after, Generated):
+        allowed = "what generate gave, or None"
+        raise invalid_argument(call, "after", type(after).__name__, allowed)
+    if len(after.lengths) != len(lengths):
+        raise ValueError(
+            f"{call}: {len(lengths)} prompts cannot follow the {len(after.lengths)} "
+            "rows of the earlier result: give one for each."
+        )
+    if speculative and after.mtp_cache is None:
+        raise ValueError(
+            f"{call}: the earlier result is without speculative=True, and has no cache "
+            "of the prediction block."
+        )
+    ends, tokens, before = jax.device_get(
+        (after.lengths, after.tokens, after.cache.lengths)
+    )
+    last = np.take_along_axis(tokens, ends[:, None] - 1, axis=1)
+    return np.concatenate([last, prompts], axis=1), lengths + 1, before
+
+
+def _capacity(
+    call: str,
+    model: AbstractModel,
+    capacity: Any,
+    lengths: Int[np.ndarray, " batch"],
+    before: Int[np.ndarray, " batch"],
+    new: int,
+    after: Generated | None,
+) -> int:
+    """Tokens that the cache has room for: as asked, as it is, or enough."""
+    most = model.config.max_position_embeddings
+    least, longest = int((before + lengths).max()) + new, int(lengths.max())
+    if least > most:
+        turns = f"{int(before.max())} tokens before, " if after is not None else ""
+        raise ValueError(
+            f"{call}: {turns}a prompt of {longest} tokens and max_new_tokens={new} are "
+            f"beyond max_position_embeddings={most}; give fewer."
+        )
+    held = 0 if after is None else after.cache.capacity
+    if capacity is not None:
+        least = max(least, held)
+        return validate_int(call, "capacity", capacity, least=least, most=most)
+    if held >= least:
+        return held
+    # Parts of prompts are read whole.
+    needed = int(before.max()) + sum(parts(longest)) + new
+    return rounded_capacity(needed, most)
