@@ -8,8 +8,15 @@ import pytest
 
 from tests.commands import ROOT, run_python
 
+
+def blocks_of(page):
+    """The Python programs in a page."""
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+BLOCKS = blocks_of(ROOT / "README.md")
+PROGRAMS = blocks_of(ROOT / "docs" / "programs.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 
@@ -63,6 +70,17 @@ def test_readme_code_runs_as_it_stands_and_gives_what_it_says(first):
     sessions = [SESSION.replace("BLOCK", repr(block)) for block in BLOCKS[:-1]]
     output = run("\n".join([first, *sessions]))
     assert output.splitlines() == [x for block in BLOCKS[:-1] for x in said(block)]
+
+
+@pytest.mark.slow
+def test_short_programs_run_as_they_stand_and_give_what_they_say():
+    for program in PROGRAMS:
+        assert len([line for line in program.splitlines() if line.strip()]) <= 15
+    sessions = [SESSION.replace("BLOCK", repr(program)) for program in PROGRAMS]
+    output = run("\n".join(sessions))
+    expected = [x for program in PROGRAMS for x in said(program)]
+    assert len(expected) == len(PROGRAMS) >= 9
+    assert output.splitlines() == expected
 
 
 @pytest.mark.slow
