@@ -69,7 +69,7 @@ def test_a_tokenizer_of_its_own_is_read(tmp_path):
     ids = tokenizer.encode("five three nine <end>")
     assert ids.dtype == np.int32 and ids.tolist() == [2, 1, 0, 3]
     assert tokenizer.decode(ids) == "five three [?] <end>"
-    assert tokenizer.decode([*ids, -1, -1]) == "five three [?] <end>"
+    assert tokenizer.decode(np.append(ids, [-1, -1])) == "five three [?] <end>"
     assert tokenizer.vocab_size == 4
 
 

@@ -99,11 +99,10 @@ class Recurrent(AbstractModel):
         states = self._states(np.asarray(self.embedding)[tokens])
         return states @ np.asarray(self.unembedding)
 
-    def draft_logits_after(self, tokens):
-        """Of the token after each but the first, as the prediction block has it."""
+    def draft_states_after(self, tokens):
+        """Of the prediction block, after each token but the first."""
         states = self._states(np.asarray(self.embedding)[tokens])
-        inputs = states[:-1] + np.asarray(self.following)[tokens[1:]]
-        return self._states(inputs) @ np.asarray(self.unembedding)
+        return self._states(states[:-1] + np.asarray(self.following)[tokens[1:]])
 
     def _states(self, inputs):
         states = [np.zeros(inputs.shape[1])]
@@ -116,7 +115,8 @@ class Recurrent(AbstractModel):
         row = list(prompt)
         for _ in range(new):
             row.append(int(self.logits_after(row)[-1].argmax()))
-        drafts = self.draft_logits_after(row).argmax(-1)  # of row[2:], and one more
+        draft_logits = self.draft_states_after(row) @ np.asarray(self.unembedding)
+        drafts = draft_logits.argmax(-1)  # of row[2:], and one more
         drafted = accepted = 0
         at = len(prompt) + 1  # the first token is chosen from the prompt alone
         while at < len(row):
