@@ -1,8 +1,9 @@
 """Manifold-constrained hyper-connections: a residual path of several streams.
 
-Paper section 2.2. Each sublayer reads one mixture of the streams, and its output is
-written back to all of them while a doubly stochastic matrix mixes the streams among
-themselves. The coefficients depend on the token and are float32, as are their weights.
+Paper section 2.2. Each sublayer reads one weighted sum of the streams. Its output is
+added to all of them, after a doubly stochastic matrix has mixed the streams with each
+other. The coefficients depend on the token; they and the weights that give them are
+float32.
 """
 
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class StreamMixing(NamedTuple):
     """How a sublayer's output goes back to the streams, for each token."""
 
     post: Float[Array, "*batch streams"]  # weight of the output in each stream
-    combine: Float[Array, "*batch streams streams"]  # from stream (first) to stream
+    combine: Float[Array, "*batch streams streams"]  # [source, target]
 
 
 class HyperConnection(eqx.Module):
@@ -69,8 +70,8 @@ class HyperConnection(eqx.Module):
         - `std`: deviation of the initial weight, which is normal.
         - `key`: randomness of the initial weight.
 
-        **Raises:** ValueError if a size is no positive integer or a number is negative
-        or not finite.
+        **Raises:** ValueError if a size is not a positive integer, or a number is
+        negative or not finite.
         """
         self.dim, self.num_streams, self.sinkhorn_iters = validate_sizes(
             "HyperConnection",
@@ -92,7 +93,7 @@ class HyperConnection(eqx.Module):
     def read(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> tuple[Float[Array, "*batch dim"], StreamMixing]:
-        """The sublayer's input, and how its output is to be written.
+        """The sublayer's input, and the coefficients that `write` needs.
 
         **Arguments:**
 
@@ -103,7 +104,7 @@ class HyperConnection(eqx.Module):
         """
         _validate_streams("HyperConnection", streams, self.weight.shape[1:])
         num_streams = streams.shape[-2]
-        # Tokens last: the small matrices lie one element a row, all tokens in a vector.
+        # Tokens last: each element of a small matrix is a vector over all tokens.
         mixes = _project(streams, self.weight, self.norm_eps)
         scale = self.scale.astype(mixes.dtype)
         base = _before_tokens(self.base, mixes)
@@ -136,8 +137,8 @@ class HyperConnection(eqx.Module):
         - `output`: the sublayer's output.
         - `mixing`: what `read` returned.
 
-        **Raises:** ValueError if the three do not fit each other, or streams or output
-        are not floating point.
+        **Raises:** ValueError if the shapes of the three do not match, or streams or
+        output are not floating point.
         """
         _validate_streams("HyperConnection", streams, self.weight.shape[1:])
         _validate_floating("HyperConnection", "output", output)
@@ -151,7 +152,7 @@ class HyperConnection(eqx.Module):
                 "their leading dimensions must be the same, and the output's last one "
                 f"{dim}."
             )
-        # combine[source, target]: the transpose is another model.
+        # combine[source, target]: its transpose would be another model.
         mixed = mix(mixing.combine, streams)
         mixed += mix(mixing.post[..., None, :], output[..., None, :])
         return mixed.astype(streams.dtype)
@@ -182,7 +183,10 @@ class HyperHead(eqx.Module):
         std: float = 0.02,
         key: PRNGKeyArray,
     ):
-        """**Arguments, raises:** as `HyperConnection`."""
+        """**Arguments:** as for `HyperConnection`, without `sinkhorn_iters`.
+
+        **Raises:** ValueError as `HyperConnection` does.
+        """
         self.dim, self.num_streams = validate_sizes(
             "HyperHead", dim=dim, num_streams=num_streams
         )
@@ -216,16 +220,15 @@ def _project(
     weight: Float[Array, "mixes streams dim"],
     norm_eps: float,
 ) -> Float[Array, "mixes ..."]:
-    """The product with the normalised streams, without ever writing those down."""
+    """The product with the normalised streams, normalised after the product."""
     wide = at_least_float32(streams)
     mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1))
-    # Tokens first: XLA on CPU would transpose the streams to put them last.
     mixes = project(wide, weight.astype(wide.dtype), over=2, wide=True)
     return jnp.moveaxis(mixes, -1, 0) * lax.rsqrt(mean_square + norm_eps)
 
 
 def _before_tokens(base: Float[Array, " mixes"], mixes: Array) -> Array:
-    """`base` with a dimension of one for each that `mixes` has for tokens."""
+    """`base` with dimensions of size 1 for the tokens' dimensions of `mixes`."""
     return base.astype(mixes.dtype).reshape(-1, *[1] * (mixes.ndim - 1))
 
 

@@ -43,17 +43,18 @@ from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 
 class Attention(eqx.Module):
-    """Attention of one layer: a sliding window, and compressed entries if it has them.
+    """Attention of one layer: a sliding window and, if any, compressed entries.
 
-    A compressor makes it heavily compressed attention (every query sees all complete
-    windows), an indexer beside it compressed sparse attention (the best of them). Such
-    layers rotate everything with the longer base and YaRN.
+    With a compressor it is heavily compressed attention: every query also sees the
+    entries of all complete windows. With an indexer beside it, it is compressed sparse
+    attention: every query sees the entries that the indexer selects. DeepSeek-V4's
+    layers with a compressor use a longer rotary base and YaRN for every rotation.
 
     Each method is one step, so that a wrapper can put its own work between them.
     Gradients are reverse-mode only: the derivatives are custom.
     """
 
-    # Of some heads or groups, the output is a partial sum.
+    # With some of the heads or groups, the output is a partial sum.
     partial_over: ClassVar = ("heads", "groups")
 
     query_down: Float[Array, "q_rank dim"]
@@ -99,18 +100,18 @@ class Attention(eqx.Module):
         - `q_rank`: channels of the query latent.
         - `num_groups`: groups of heads in the output projection.
         - `out_per_group`: channels that come out of a group.
-        - `window`: tokens that a query sees as they are, itself included.
-        - `rope`: rotary embedding of queries, keys and, backwards, outputs.
+        - `window`: uncompressed tokens that a query sees, itself included.
+        - `rope`: rotary embedding of queries and keys; its inverse rotates outputs.
         - `compressor`: makes the compressed entries, of `head_dim` channels.
-        - `indexer`: selects the entries that a query sees; without it, all.
-        - `norm_eps`: of all norms.
+        - `indexer`: selects the entries that a query sees; without it, it sees all.
+        - `norm_eps`: added to the mean square in all norms.
         - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights; norms and sinks are float32.
 
-        **Raises:** ValueError if a size is no positive integer, a number is negative or
-        not finite, the groups do not divide the heads, or the parts do not fit each
-        other.
+        **Raises:** ValueError if a size is not a positive integer, a number is negative
+        or not finite, the groups do not divide the heads, or compressor, indexer and
+        attention have sizes that do not match.
         """
         call = "Attention"
         self.dim, self.num_heads, self.head_dim, self.window = validate_sizes(
@@ -154,12 +155,12 @@ class Attention(eqx.Module):
         - `x`: normalised activations.
         - `positions`: 0, 1, 2, ... in each row, or in each document of a row.
         - `segment_ids`: document of each token, where a row has several: any integers,
-            the same throughout a document. An id that comes back is another document.
+            the same throughout a document. An id that comes back after another one
+            begins a new document.
 
-        **Raises:** ValueError if `x` has other channels or another dtype than the
-        weights or no tokens, or positions or ids are not one integer for each token;
-        and if positions do not start at 0 in each document, which is not checked under
-        `jit`.
+        **Raises:** ValueError if `x` has no tokens, or other channels or another dtype
+        than the weights; if `positions` or `segment_ids` are not one integer for each
+        token; and, except under `jit`, if positions do not start at 0 in each document.
         """
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
         validate_ids("Attention", "positions", positions, x.shape[:2])
@@ -181,8 +182,8 @@ class Attention(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> Float[Array, "batch seq dim"]:
-        positions = positions.astype(jnp.int32)  # as those of compressed entries
-        # An id of its own for each document, one that comes back too.
+        positions = positions.astype(jnp.int32)  # like those of compressed entries
+        # Starts are unique ids, even where a segment id comes back.
         documents = () if segment_ids is None else (document_starts(segment_ids),)
         self = dequantize(self)
         latent = self.project_latent(x)
@@ -191,7 +192,7 @@ class Attention(eqx.Module):
         selection = None
         if self.indexer is not None:
             selection = self.indexer(x, latent, positions, *documents)
-        # No more than the sequence: a window that it does not fill costs nothing.
+        # A window longer than the sequence costs nothing more.
         num_before = min(self.window, x.shape[1]) - 1
         before = jnp.zeros_like(keys, shape=(len(keys), num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
@@ -203,7 +204,7 @@ class Attention(eqx.Module):
         **Arguments:**
 
         - `batch`: rows.
-        - `capacity`: tokens that there will be room for.
+        - `capacity`: the most tokens that a row can have.
         - `dtype`: of the activations.
         """
 
@@ -228,20 +229,20 @@ class Attention(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], Extended]:
-        """Attention of new tokens over themselves and all before them.
+        """Attention of new tokens over themselves and all tokens before them.
 
         **Arguments:**
 
-        - `x`: normalised activations of the new tokens, then padding, whose output
-            means nothing.
+        - `x`: normalised activations of the new tokens, then padding, whose output is
+            meaningless.
         - `cache`: after `start` tokens.
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
 
-        **Returns:** the output, and what gives the cache after the tokens that stay.
+        **Returns:** the output, and an `Extended`, whose `keep` gives the next cache.
 
-        **Raises:** ValueError as calling does, and if the cache is none, or was
-        extended and not settled.
+        **Raises:** ValueError as calling does, and if `cache` is not an
+        `AttentionCache`, such as an `Extended` whose `keep` was not called.
         """
         validate_state("Attention.extend", cache, AttentionCache)
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
@@ -278,7 +279,7 @@ class Attention(eqx.Module):
     def project_keys(
         self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
     ) -> Float[Array, "batch seq head_dim"]:
-        """Rotated keys, which are the values too.
+        """Rotated keys, which are also the values.
 
         **Arguments:**
 
@@ -297,10 +298,10 @@ class Attention(eqx.Module):
         selection: Selection,
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
-        """From latents to the layer's output, a block of queries at a time.
+        """From latents to the layer's output, one block of queries at a time.
 
-        Queries and heads' outputs are many times wider than the model; none of them
-        exists for the whole sequence.
+        Queries and the heads' outputs are many times wider than the model, so they
+        never exist for the whole sequence.
 
         **Arguments:**
 
@@ -341,11 +342,11 @@ class Attention(eqx.Module):
         out: Float[Array, "batch seq heads head_dim"],
         positions: Int[Array, "batch seq"],
     ) -> Float[Array, "batch seq dim"]:
-        """Rotates back at the queries' positions and mixes the heads, by groups.
+        """Rotates the heads' outputs back and projects them group by group.
 
         **Arguments:**
 
-        - `out`: what `attend` gave.
+        - `out`: outputs of the heads, from the function `attend`.
         - `positions`: of the queries.
         """
         out = self.rope(out, positions[..., None], inverse=True)
@@ -360,7 +361,7 @@ def _validate_parts(
     compressor: Compressor | None,
     indexer: Indexer | None,
 ) -> None:
-    """Whether the entries have the heads' channels and the indexer's windows."""
+    """Refuses a compressor or an indexer whose sizes are not the attention's."""
     if compressor is not None and compressor.head_dim != attention.head_dim:
         raise ValueError(
             f"Attention: the compressor's head_dim is {compressor.head_dim}, it must "

@@ -1,14 +1,15 @@
-"""What attention keeps of the tokens before: a window of keys, entries, and leftovers.
+"""The state of attention: keys of the window, entries, and tokens not yet compressed.
 
-A state is a value: extending it gives another one and leaves the first as it was. Its
-shapes are fixed by a capacity in tokens; each row of a batch is as far as it is. What
-has not been written yet has the weight 0, whatever finite numbers it holds. Rows come
-first in every array, so that `jax.tree.map(lambda x: x[order], state)` reorders them;
-layers that are stacked have a dimension for the repetitions behind it.
+A state is a value: extending it returns a new state and leaves the old one unchanged.
+Its shapes are fixed by a capacity in tokens; rows of a batch may have different
+lengths. Places that have not been written yet have weight 0, whatever finite numbers
+they hold. Rows come first in every array, so that
+`jax.tree.map(lambda x: x[order], state)` reorders them; where layers are stacked, the
+dimension of the repetitions follows.
 
-Extending first gives an `Extended`, with the keys and leftovers of all new tokens, of
-which `keep` takes those that stay. Entries need no going back: one that a token too
-many completed is written again before any token can see it.
+Extending returns an `Extended`, which has all new tokens; its `keep` returns the state
+with those that are kept. Entries need no rollback: an entry that was completed by a
+token that is not kept is written again before any query can see it.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,11 @@ from dsv4_eqx.numerics.validation import validate_counts
 
 
 class CompressorState(eqx.Module):
-    """A compressor's entries so far, and the tokens whose window is not complete.
+    """A compressor's entries, and the last tokens, which later entries may need.
 
-    Entry w covers the tokens from w x ratio on; the last `pending` tokens are in order,
-    the latest one last. With overlapping windows that includes the window before.
+    Entry w covers `ratio` tokens from w x ratio on. Values and gates are those of the
+    last `pending` tokens, the latest one last; with overlapping windows they include
+    the window before.
     """
 
     values: Float[Array, "batch *repeats pending series head_dim"]
@@ -50,29 +52,29 @@ States = CompressorState | AttentionCache | tuple[AttentionCache, ...]
 
 
 class Extended(eqx.Module):
-    """A state with new tokens, before it is settled how many of them stay.
+    """A state with new tokens, before it is decided how many of them are kept.
 
-    It cannot be extended again: `keep` gives the state that can.
+    It cannot be extended again; the state that `keep` returns can.
     """
 
     longer: States  # `seq` more tokens in its windows than the state that `keep` gives
     seq: int = eqx.field(static=True)
 
     def keep(self, lengths: Int[Array | np.ndarray, " batch"]) -> Any:
-        """The state after the first of the new tokens.
+        """The state after the first `lengths` of the new tokens.
 
         **Arguments:**
 
-        - `lengths`: of each row's new tokens, those that stay.
+        - `lengths`: how many of each row's new tokens are kept.
 
         **Returns:** a state of the kind that was extended.
 
-        **Raises:** ValueError if there is not an integer for each row, or one of them
-        is outside `[0, seq]`, which is not checked under `jit`.
+        **Raises:** ValueError if `lengths` are not one integer for each row or, except
+        under `jit`, one of them is outside `[0, seq]`.
         """
         batch = jax.tree.leaves(self.longer)[0].shape[0]
-        whole = np.full(batch, self.seq, np.int32)
-        lengths = jnp.asarray(validate_counts("Extended.keep", lengths, whole))
+        num_new = np.full(batch, self.seq, np.int32)
+        lengths = jnp.asarray(validate_counts("Extended.keep", lengths, num_new))
 
         def kept(x: Array, tokens: int) -> Array:
             return rows_from(x, lengths, x.shape[tokens] - self.seq, tokens)
@@ -81,15 +83,15 @@ class Extended(eqx.Module):
 
 
 def validate_state(call: str, state: Any, kind: type) -> None:
-    """Refuses what is no state of this kind, above all one that is not settled.
+    """Refuses anything but a state of this kind, such as an `Extended`.
 
     **Arguments:**
 
     - `call`: what the user called.
-    - `state`: what was given.
-    - `kind`: what it must be.
+    - `state`: the argument.
+    - `kind`: the class that it must have.
 
-    **Raises:** ValueError if it is something else.
+    **Raises:** ValueError if it has another class.
     """
     if isinstance(state, Extended):
         raise ValueError(
@@ -106,34 +108,35 @@ def map_states(
     entries: Callable[[Any], Any],
     states: States,
 ) -> Any:
-    """The same states with other arrays.
+    """States of the same structure, with a function applied to each array.
 
     **Arguments:**
 
-    - `windows`: takes an array of tokens, and its dimension of tokens from the end.
-    - `entries`: takes entries.
-    - `states`: one, or any tree of them.
+    - `windows`: applied to arrays of tokens, with the dimension of the tokens, counted
+        from the end.
+    - `entries`: applied to compressed entries.
+    - `states`: a state, or any tree of states.
     """
 
-    def of_compressor(state: CompressorState | None) -> CompressorState | None:
+    def map_compressor(state: CompressorState | None) -> CompressorState | None:
         if state is None:
             return None
         values, gates = windows(state.values, -3), windows(state.gates, -3)
         return CompressorState(values, gates, entries(state.entries))
 
-    def other(state: Any) -> Any:
+    def map_state(state: Any) -> Any:
         if isinstance(state, CompressorState):
-            return of_compressor(state)
+            return map_compressor(state)
         return AttentionCache(
             windows(state.window_keys, -2),
-            of_compressor(state.compressor),
-            of_compressor(state.indexer),
+            map_compressor(state.compressor),
+            map_compressor(state.indexer),
         )
 
     def is_state(node: Any) -> bool:
         return isinstance(node, CompressorState | AttentionCache)
 
-    return jax.tree.map(other, states, is_leaf=is_state)
+    return jax.tree.map(map_state, states, is_leaf=is_state)
 
 
 def positions_after(
@@ -145,7 +148,7 @@ def positions_after(
 
     - `start`: tokens that each row has already.
     - `lengths`: new tokens of each row.
-    - `seq`: room for new tokens.
+    - `seq`: new tokens and padding of a row together.
     """
     index = jnp.arange(seq, dtype=jnp.int32)
     return jnp.where(index < lengths[:, None], start[:, None] + index, -1)
@@ -162,12 +165,12 @@ def rows_from(
     **Arguments:**
 
     - `x`: rows of tokens.
-    - `begin`: where each row's begin.
-    - `size`: how many.
-    - `tokens`: the dimension of tokens, from the end.
+    - `begin`: index of the first token to take, for each row.
+    - `size`: how many tokens to take.
+    - `tokens`: the dimension of the tokens, counted from the end.
     """
 
-    def of_row(row: Array, begin: Array) -> Array:
+    def slice_row(row: Array, begin: Array) -> Array:
         return lax.dynamic_slice_in_dim(row, begin, size, row.ndim + tokens)
 
-    return jax.vmap(of_row)(x, begin)
+    return jax.vmap(slice_row)(x, begin)

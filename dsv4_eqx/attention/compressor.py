@@ -35,7 +35,7 @@ from dsv4_eqx.numerics.validation import (
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
-# Finite, so that a window of nothing else has no NaN.
+# Finite, so that a softmax over nothing but such gates is not NaN.
 _NO_WEIGHT: Final = -1e30
 
 
@@ -44,9 +44,9 @@ class Compressor(eqx.Module):
 
     $C_w = \sum_j \mathrm{softmax}_j(Z_j + B_j) \odot V_j$ over the window's tokens $j$
     (paper eq. 20 to 23), float32, then normalised and rotated to the position of the
-    window's first token. With two series, the first one of the *previous* window's
-    tokens joins the same softmax (eq. 9 to 12): that series comes first in the weights,
-    though the paper names it b.
+    window's first token. With two series, the same softmax also includes the tokens of
+    the *previous* window, with their first series (eq. 9 to 12). The paper calls this
+    series b; in the weights it comes first.
     """
 
     value: Float[Array, "series head_dim dim"]
@@ -77,15 +77,15 @@ class Compressor(eqx.Module):
         - `dim`: channels of a token.
         - `head_dim`: channels of an entry.
         - `ratio`: tokens in a window.
-        - `overlap`: whether an entry also pools the window before its own.
+        - `overlap`: whether an entry also pools the window before, by a second series.
         - `rope`: the layer's rotary embedding.
-        - `norm_eps`: of the norm of the entries.
+        - `norm_eps`: added to the mean square in the entries' norm.
         - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights; the position bias is float32.
 
-        **Raises:** ValueError if a size is no positive integer, a number is negative or
-        not finite, or the embedding rotates more channels than an entry has.
+        **Raises:** ValueError if a size is not a positive integer, a number is negative
+        or not finite, or the embedding rotates more channels than an entry has.
         """
         self.dim, self.head_dim, self.ratio = validate_sizes(
             "Compressor", dim=dim, head_dim=head_dim, ratio=ratio
@@ -114,11 +114,11 @@ class Compressor(eqx.Module):
 
         **Arguments:**
 
-        - `x`: normalised activations, in `x.dtype` of the entries.
-        - `segment_ids`: document of each token, where a row has several; each is
-            compressed alone. An id that comes back is another document.
+        - `x`: normalised activations; the entries have the same dtype.
+        - `segment_ids`: document of each token, where a row has several; each document
+            is compressed alone. An id that comes back begins a new document.
 
-        **Raises:** ValueError if `segment_ids` are not an integer for each token.
+        **Raises:** ValueError if `segment_ids` are not one integer for each token.
         """
         ratio = self.ratio
         windows = x.shape[1] // ratio
@@ -155,15 +155,15 @@ class Compressor(eqx.Module):
         values: Float[Array, "batch windows ratio series head_dim"],
         gates: Float[Array, "batch windows ratio series head_dim"],
     ) -> Float[Array, "batch windows head_dim"]:
-        """One entry of each window, float32.
+        """The weighted sum of each window's values, float32.
 
         **Arguments:**
 
-        - `values`, `gates`: from `project`, of consecutive windows; before the first
-            of them there is nothing.
+        - `values`, `gates`: from `project`, of consecutive windows. The first one has
+            no window before it.
         """
         gates = gates + self.position_bias.astype(gates.dtype)
-        return pool_windows(values, gates)
+        return pool_windows(values, gates)  # eq. 20 to 23; with overlap, eq. 9 to 12
 
     def compress_documents(
         self,
@@ -174,11 +174,11 @@ class Compressor(eqx.Module):
         windows: int,
         dtype: DTypeLike,
     ) -> Entries:
-        """Entries of the windows that end among some tokens, wherever these begin.
+        """Entries of all windows whose last token is among the given tokens.
 
-        With two series, an entry pools the first one of the window before and the
-        second one of its own: of a document's first window, its own alone. Windows of
-        4 tokens:
+        With two series, an entry pools the first series of the window before and the
+        second series of its own window. A document's first entry pools its own window
+        only. For windows of 4 tokens:
 
             position        0  1  2  3  4  5  6  7  8  9
             first entry    [   own    ]
@@ -187,11 +187,12 @@ class Compressor(eqx.Module):
 
         **Arguments:**
 
-        - `values`, `gates`: from `project`, of the tokens, and of any before them that
-            their windows need.
+        - `values`, `gates`: from `project`, of the tokens, and of the tokens before
+            them that their windows need.
         - `positions`: of the tokens, each in its document.
-        - `segment_ids`: document of each, never negative.
-        - `windows`: room for so many; what is left over has the document -1.
+        - `segment_ids`: document of each token, never negative.
+        - `windows`: how many entries to return, at least as many as there are; the
+            surplus ones have the segment id -1.
         - `dtype`: of the entries.
         """
         ratio, series, _ = self.position_bias.shape
@@ -201,22 +202,22 @@ class Compressor(eqx.Module):
         first_positions = jnp.take_along_axis(positions, last, axis=1) - (ratio - 1)
         first = last - (ratio - 1) + (values.shape[1] - seq)
 
-        def pooled_tokens(x: Array, nothing: float) -> Array:
-            """Of each window the tokens that it pools, one series after another."""
+        def pooled_tokens(x: Array, fill: float) -> Array:
+            """The tokens that each window pools, one series after another."""
             parts = []
             for n in range(series):
-                back = ratio * (series - 1 - n)  # to the window before, or to none
+                back = ratio * (series - 1 - n)  # tokens back to this series' window
                 part = tokens_from(x[:, :, n], first - back, ratio)
                 if back > 0:
                     exists = (first_positions >= back)[..., None, None]
-                    part = jnp.where(exists, part, nothing)
+                    part = jnp.where(exists, part, fill)
                 parts.append(part)
             return jnp.concatenate(parts, axis=2)
 
         bias = jnp.concatenate([self.position_bias[:, n] for n in range(series)])
         gates = pooled_tokens(gates, _NO_WEIGHT) + bias.astype(gates.dtype)
         values = pooled_tokens(values, 0)
-        pooled = pool_windows(values[:, :, :, None], gates[:, :, :, None])
+        pooled = pool_windows(values[:, :, :, None], gates[:, :, :, None])  # as `pool`
         document = jnp.take_along_axis(segment_ids, last, axis=1)
         return self.finish(
             pooled.astype(dtype),
@@ -232,7 +233,7 @@ class Compressor(eqx.Module):
         **Arguments:**
 
         - `batch`: rows.
-        - `capacity`: tokens that there will be room for.
+        - `capacity`: the most tokens that a row can have.
         - `dtype`: of the entries.
         """
         ratio, series, head_dim = self.position_bias.shape
@@ -252,7 +253,7 @@ class Compressor(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Entries, Extended]:
-        """All entries so far, with those of the windows that new tokens complete.
+        """All entries, including those of the windows that new tokens complete.
 
         **Arguments:**
 
@@ -261,17 +262,18 @@ class Compressor(eqx.Module):
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
 
-        **Returns:** the entries, and what gives the state after the tokens that stay.
+        **Returns:** the entries, and an `Extended`, whose `keep` gives the next state.
 
-        **Raises:** ValueError if the state is none, or was extended and not settled.
+        **Raises:** ValueError if `state` is not a `CompressorState`, such as an
+        `Extended` whose `keep` was not called.
         """
         validate_state("Compressor.extend", state, CompressorState)
         ratio = self.ratio
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
         gates = jnp.concatenate([state.gates, gates], axis=1)
-        most = -(-x.shape[1] // ratio)  # windows that may become complete
-        window = start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)
+        num_windows = -(-x.shape[1] // ratio)  # that may become complete
+        window = start[:, None] // ratio + jnp.arange(num_windows, dtype=start.dtype)
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
         def write(entries: Values, start: Int[Array, " batch"]) -> Values:
@@ -288,7 +290,7 @@ class Compressor(eqx.Module):
 
     @property
     def num_pending(self) -> int:
-        """Tokens that a window may need beside the last one."""
+        """How many tokens before its last one an entry may need."""
         ratio, series, _ = self.position_bias.shape
         return ratio * series - 1
 
@@ -298,19 +300,19 @@ class Compressor(eqx.Module):
         gates: Float[Array, "batch seq series head_dim"],
         start: Int[Array, " batch"],
     ) -> Float[Array, "batch windows head_dim"]:
-        """What new tokens make of windows, from the one that the first of them is in.
+        """Pools windows of new tokens, beginning with the first new token's window.
 
-        As many windows as the tokens can complete at most; those that they do not
-        complete mean nothing. Tokens before position 0 weigh nothing. Ratio 4, two
-        series and five tokens from position 10 on, so that seven are pending:
+        As many windows are returned as the new tokens can complete at most. Those that
+        remain incomplete are meaningless. Tokens before position 0 have weight 0. With
+        ratio 4, two series and five new tokens from position 10 on, seven are pending:
 
-            position     3   4 5 6 7   8 9 10 11   12 13 14 -- (room)
-            given        pending: 3 .. 9     new: 10 .. 14
+            position     3   4 5 6 7   8 9 10 11   12 13 14 -- (padding)
+            input        pending: 3 .. 9     new: 10 .. 14
             window           ---1---   ----2----   -----3-----
                              ^ begin       ^ start
 
-        Window 2 becomes complete: its own tokens and those of window 1, which is read
-        for that alone. Window 3 may become so at another start; here it does not.
+        Window 2 becomes complete; window 1 is read because window 2's entry pools its
+        tokens too. Window 3 stays incomplete here, but not for every `start`.
 
         **Arguments:**
 
@@ -321,15 +323,15 @@ class Compressor(eqx.Module):
         ratio, series, _ = self.position_bias.shape
         num_new = values.shape[1] - self.num_pending
         windows = -(-num_new // ratio)
-        num_before = series - 1  # windows that are read for the first one alone
+        num_before = series - 1  # windows that only the first entry needs
         size = (num_before + windows) * ratio
-        first = (start // ratio - num_before) * ratio  # position of the first one read
-        begin = first - (start - self.num_pending)  # where that is in what is given
+        first = (start // ratio - num_before) * ratio  # position of the first token
+        begin = first - (start - self.num_pending)  # its index in `values`
         position = first[:, None] + jnp.arange(size, dtype=start.dtype)
         is_token = (position >= 0)[..., None, None]
-        room = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
-        values = rows_from(jnp.pad(values, room), begin, size, -3)
-        gates = rows_from(jnp.pad(gates, room), begin, size, -3)
+        padding = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
+        values = rows_from(jnp.pad(values, padding), begin, size, -3)
+        gates = rows_from(jnp.pad(gates, padding), begin, size, -3)
         pooled = self.pool(
             _windows(jnp.where(is_token, values, 0), ratio),
             _windows(jnp.where(is_token, gates, _NO_WEIGHT), ratio),
@@ -370,7 +372,7 @@ def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
 
 
 def validate_rotary(call: str, rope: RotaryEmbedding, head_dim: int) -> None:
-    """Refuses an embedding that rotates more channels than there are.
+    """Refuses a rotary embedding with more channels than what it rotates.
 
     **Arguments:**
 
@@ -378,7 +380,7 @@ def validate_rotary(call: str, rope: RotaryEmbedding, head_dim: int) -> None:
     - `rope`: the rotary embedding.
     - `head_dim`: channels of what it rotates.
 
-    **Raises:** ValueError if there are fewer channels.
+    **Raises:** ValueError if `rope.rotary_dim` is above `head_dim`.
     """
     if rope.rotary_dim > head_dim:
         raise ValueError(

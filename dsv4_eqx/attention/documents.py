@@ -1,8 +1,9 @@
-"""Packed rows: several documents one after another, each as if it were alone.
+"""Packed rows: several documents one after another, each computed as if it were alone.
 
-Paper section 3.4.3. A document is a run of equal `segment_ids`, known inside by the
-index of its first token. Positions count from there, and so do a compressor's windows;
-tokens after a document's last complete window are in none. With windows of 2 tokens:
+Paper section 3.4.3. A document is a run of equal `segment_ids`, and is identified by
+the index of its first token. Positions count from there, and so do a compressor's
+windows; tokens after a document's last complete window are in no entry. With windows of
+2 tokens:
 
     index            0   1   2   3   4   5   6   7   8   9
     segment_ids      7   7   7   7   7   2   5   5   5   5
@@ -11,8 +12,8 @@ tokens after a document's last complete window are in none. With windows of 2 to
     window          [0   0] [1   1]  .   .  [0   0] [1   1]
     entry                0       1               2       3     last tokens 1, 3, 7, 9
 
-There are at most `seq // ratio` entries: room for as many is fixed, whatever the
-documents.
+There are at most `seq // ratio` entries; arrays of entries have this fixed size,
+whatever the documents.
 """
 
 from typing import Any
@@ -31,14 +32,14 @@ def document_starts(
 ) -> Int32[Array, "batch seq"]:
     """For each token the index of its document's first token.
 
-    A document is a run of equal ids: one that comes back is another document. The
-    starts are segment ids themselves, with the same starts.
+    A document is a run of equal ids; an id that comes back begins a new document. The
+    result may be used as segment ids, with the same documents.
 
     **Arguments:**
 
     - `segment_ids`: document of each token; any integers.
     """
-    if isinstance(segment_ids, np.ndarray):  # of 64 bits: JAX would cut them off
+    if isinstance(segment_ids, np.ndarray):  # JAX would truncate 64 bits
         segment_ids = np.cumsum(_is_first(segment_ids), axis=1, dtype=np.int32)
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     return lax.cummax(jnp.where(_is_first(segment_ids), index, 0), axis=1)
@@ -60,13 +61,13 @@ def local_positions(
 def last_tokens(
     positions: Int32[Array, "batch seq"], ratio: int, num_windows: int
 ) -> Int32[Array, "batch windows"]:
-    """Index of the last token of each complete window, in order; `seq` for none.
+    """Index of the last token of each complete window, in order, then `seq`.
 
     **Arguments:**
 
     - `positions`: of consecutive tokens, each in its document.
     - `ratio`: tokens in a window.
-    - `num_windows`: room for so many.
+    - `num_windows`: length of the result, at least the number of windows.
     """
     seq = positions.shape[1]
     is_last = (positions + 1) % ratio == 0
@@ -87,8 +88,8 @@ def tokens_from(
     **Arguments:**
 
     - `x`: of the tokens.
-    - `first`: index of each window's first token; of a window that begins before the
-        row, any tokens are given.
+    - `first`: index of each window's first token. For a window that begins before the
+        row, the result is arbitrary.
     - `ratio`: tokens in a window.
     """
     index = first[..., None] + jnp.arange(ratio, dtype=first.dtype)
@@ -108,7 +109,7 @@ def validate_positions(
     - `positions`: of the tokens.
     - `segment_ids`: their documents.
 
-    **Raises:** ValueError if they do not, unless one of them is traced.
+    **Raises:** ValueError if they do not, unless positions or ids are traced.
     """
     if is_concrete(positions, segment_ids):
         known = np.asarray(positions)
@@ -131,14 +132,14 @@ def validate_segment_ids(call: str, segment_ids: Any, shape: tuple[int, ...]) ->
     - `segment_ids`: document of each token.
     - `shape`: of the tokens, `(batch, seq)`.
 
-    **Raises:** ValueError if the ids are no array of integers of this shape or, unless
-    traced, an id comes back after another one.
+    **Raises:** ValueError if the ids are not an array of integers of this shape or,
+    unless traced, an id comes back after another one.
     """
     is_array = isinstance(segment_ids, jax.Array | np.ndarray)
     if not is_array or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        found = segment_ids.dtype if is_array else type(segment_ids).__name__
+        got = segment_ids.dtype if is_array else type(segment_ids).__name__
         raise ValueError(
-            f"{call}: segment_ids must be an array of integers, not {found}: give each "
+            f"{call}: segment_ids must be an array of integers, not {got}: give each "
             "token the number of its document."
         )
     if segment_ids.shape != shape:
@@ -161,7 +162,7 @@ def validate_segment_ids(call: str, segment_ids: Any, shape: tuple[int, ...]) ->
 
 
 def _is_first(segment_ids: Any) -> Any:
-    """Whether a token is its document's first; of numpy or JAX as the ids are."""
+    """Whether a token is its document's first; a numpy or JAX array, as the ids are."""
     xp = np if isinstance(segment_ids, np.ndarray) else jnp
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return xp.concatenate([xp.ones_like(changes, shape=(len(changes), 1)), changes], 1)

@@ -1,8 +1,9 @@
 """The lightning indexer: which compressed entries each query attends to.
 
 Paper section 2.3.1, eq. 13 to 17. Small heads score every visible entry; the best
-`topk` are selected. Scores are computed for a block of queries at a time, and only over
-the entries that the block can see. Selecting gives the indexer no gradient.
+`topk` are selected. Scores are computed for one block of queries at a time, and only
+for the entries that the block can see. The selection has no gradient, so that a loss
+over tokens does not train the indexer.
 
 The released code multiplies queries and keys by an orthonormal Hadamard matrix before
 quantising them; without quantisation it cancels in the product and is left out.
@@ -33,8 +34,8 @@ class Indexer(eqx.Module):
 
     $I_{t,w} = \sum_h \omega_{t,h}\,\mathrm{ReLU}(q_{t,h} \cdot k_w)$ (eq. 16).
 
-    Of the entries that a query sees, the `topk` highest scores are selected; equal
-    scores: the earlier entry.
+    Of the entries that a query sees, the `topk` with the highest scores are selected;
+    among equal scores, the earlier ones.
     """
 
     query_up: Float[Array, "index_heads index_dim q_rank"]
@@ -69,8 +70,8 @@ class Indexer(eqx.Module):
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights.
 
-        **Raises:** ValueError if a size is no positive integer or `std` is negative or
-        not finite.
+        **Raises:** ValueError if a size is not a positive integer, or `std` is negative
+        or not finite.
         """
         self.dim, self.q_rank, self.num_heads, self.topk = validate_sizes(
             "Indexer", dim=dim, q_rank=q_rank, num_heads=num_heads, topk=topk
@@ -94,6 +95,8 @@ class Indexer(eqx.Module):
     ) -> Selection:
         """The selection of every query of sequences that start at position 0.
 
+        None means that all visible entries are selected.
+
         **Arguments:**
 
         - `x`: normalised activations.
@@ -102,11 +105,11 @@ class Indexer(eqx.Module):
         - `segment_ids`: as for `Compressor`.
         """
         if x.shape[1] // self.compressor.ratio <= self.topk:
-            return None  # everything visible is selected: no score is needed
+            return None  # all visible entries are selected: no score is needed
         weights = self.project_weights(x)
         if segment_ids is None:
             return self.select(latent, weights, positions, self.compressor(x))
-        starts = document_starts(segment_ids)  # those of the compressor's entries
+        starts = document_starts(segment_ids)  # the ids that the entries have
         keys = self.compressor(x, starts)
         return self.select(latent, weights, positions, keys, starts)
 
@@ -119,7 +122,7 @@ class Indexer(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Selection, Extended]:
-        """The selection of new tokens.
+        """The selection of the queries of new tokens.
 
         **Arguments:**
 
@@ -129,9 +132,10 @@ class Indexer(eqx.Module):
         - `start`: tokens that each row has already.
         - `lengths`: new tokens of each row.
 
-        **Returns:** the selection, and what gives the state after the tokens that stay.
+        **Returns:** the selection, and an `Extended`; its `keep` gives the next state.
 
-        **Raises:** ValueError if the state is none, or was extended and not settled.
+        **Raises:** ValueError if `state` is not a `CompressorState`, such as an
+        `Extended` whose `keep` was not called.
         """
         keys, extended = self.compressor.extend(x, state, start, lengths)
         if keys.values.shape[1] <= self.topk:
@@ -161,7 +165,7 @@ class Indexer(eqx.Module):
         keys: Entries,
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Selection:
-        """The highest scores among what each query sees.
+        """Selects the entries with the highest scores among those that a query sees.
 
         **Arguments:**
 
@@ -169,7 +173,7 @@ class Indexer(eqx.Module):
         - `weights`: from `project_weights`.
         - `positions`: of the queries.
         - `keys`: the indexer's own entries.
-        - `segment_ids`: document of each query, if the entries have segment_ids.
+        - `segment_ids`: document of each query, if the entries have segment ids.
         """
         operands = lax.stop_gradient((latent, weights, keys, self.query_up))
         latent, weights, keys, query_up = operands
@@ -180,7 +184,7 @@ class Indexer(eqx.Module):
             queries = project(latent, query_up)
             queries = self.compressor.rope(queries, positions[..., None])
             seen = visible(keys, positions, segment_ids)
-            return select(queries, weights, seen, keys, self.topk)
+            return select(queries, weights, seen, keys, self.topk)  # eq. 16
 
         operands = (latent, weights, positions, segment_ids)
         block = query_block(keys)

@@ -34,12 +34,12 @@ class Experts(eqx.Module):
 
     $E(x) = W_d(\mathrm{silu}(g) \odot u)$ where $g = \min(W_g x, c)$,
     $u = \mathrm{clip}(W_u x, -c, c)$ and $c$ is the SwiGLU limit. Rows are sorted by
-    expert and multiplied group by group: none is dropped, whatever the routing.
+    expert and multiplied group by group: no token is dropped, whatever the routing.
 
     Gradients are reverse-mode only: the derivatives are custom.
     """
 
-    # Of some inner channels, the output is a partial sum.
+    # With some of the inner channels, the output is a partial sum.
     partial_over: ClassVar = ("expert_hidden",)
 
     gate_up: Float[Array, "experts 2 expert_hidden dim"]
@@ -64,14 +64,14 @@ class Experts(eqx.Module):
 
         - `dim`: channels of a token.
         - `hidden_dim`: inner channels of an expert.
-        - `num_experts`: how many there are.
-        - `limit`: where the SwiGLU is clamped, $c$.
+        - `num_experts`: how many experts there are.
+        - `limit`: the value $c$ at which the SwiGLU is clamped.
         - `std`: deviation of the initial weights, which are normal.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights.
 
-        **Raises:** ValueError if a size is no positive integer or a number is negative
-        or not finite.
+        **Raises:** ValueError if a size is not a positive integer, or a number is
+        negative or not finite.
         """
         self.dim, self.hidden_dim, self.num_experts = validate_sizes(
             "Experts", dim=dim, hidden_dim=hidden_dim, num_experts=num_experts
@@ -95,8 +95,8 @@ class Experts(eqx.Module):
         """**Arguments:**
 
         - `x`: the tokens' activations.
-        - `chosen`: the experts of each token; `experts` itself stands for none, and
-            then the weight must be 0.
+        - `chosen`: the experts of each token, from 0; the number of experts itself
+            stands for no expert, and its weight must be 0.
         - `weights`: their weights.
 
         **Returns:** the weighted sum, at least float32.
@@ -115,8 +115,8 @@ class Experts(eqx.Module):
         out = grouped_swiglu(
             dispatch(x, order, inverse, slots),
             weights.reshape(-1)[order],
-            _of_all(self.gate_up, 2 * hidden),  # gate and up in one matrix
-            _of_all(self.down, dim),
+            _all_matrices(self.gate_up, 2 * hidden),  # gate and up in one matrix
+            _all_matrices(self.down, dim),
             group_sizes.astype(jnp.int32),
             self.limit,
             first=as_slice(self.down).index * self.num_local,
@@ -125,25 +125,25 @@ class Experts(eqx.Module):
 
     @property
     def num_local(self) -> int:
-        """How many are here: fewer than `num_experts` where a mesh splits them."""
+        """Experts on this device: fewer than `num_experts` where a mesh splits them."""
         return self.down.shape[0]
 
 
-def _of_all(weight: Any, size: int) -> Any:
-    """A weight's matrices of `size` rows, those of all layers if it is a slice."""
+def _all_matrices(weight: Any, size: int) -> Any:
+    """The experts' matrices of `size` rows, of all layers where layers are stacked."""
     stack = as_slice(weight).stack
     return jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), stack)
 
 
 def validate_routing(x: Array, chosen: Array, weights: Array) -> None:
-    """Refuses experts and weights that are not some for each token.
+    """Refuses chosen experts and weights that are not given for each token.
 
     **Arguments:** as for `Experts`.
 
-    **Raises:** ValueError if `chosen` and `weights` differ in shape or have not as many
-    tokens as `x`.
+    **Raises:** ValueError if `chosen` and `weights` differ in shape, or have another
+    number of tokens than `x`.
     """
-    # Indexing would clamp and broadcasting repeat what is not there.
+    # Indexing would clamp silently, and broadcasting would repeat.
     if chosen.ndim != 2 or chosen.shape != weights.shape or len(chosen) != len(x):
         raise ValueError(
             f"Experts was called with chosen of shape {chosen.shape} and weights of "
@@ -155,7 +155,7 @@ def validate_routing(x: Array, chosen: Array, weights: Array) -> None:
 class SharedExpert(eqx.Module):
     """The expert that every token runs, clamped like the others."""
 
-    # Of some inner channels, the output is a partial sum.
+    # With some of the inner channels, the output is a partial sum.
     partial_over: ClassVar = ("shared_hidden",)
 
     gate_up: Float[Array, "2 shared_hidden dim"]
@@ -174,7 +174,10 @@ class SharedExpert(eqx.Module):
         key: PRNGKeyArray,
         dtype: DTypeLike = jnp.float32,
     ):
-        """**Arguments, raises:** as `Experts`."""
+        """**Arguments:** as for `Experts`, without `num_experts`.
+
+        **Raises:** ValueError as `Experts` does.
+        """
         self.dim, self.hidden_dim = validate_sizes(
             "SharedExpert", dim=dim, hidden_dim=hidden_dim
         )

@@ -18,7 +18,7 @@ class MoE(eqx.Module):
     **Arguments:**
 
     - `router`: chooses the experts of each token.
-    - `experts`: of which each token runs some; as many as the router knows.
+    - `experts`: the routed experts, as many as the router scores.
     - `shared`: the expert that every token runs.
     """
 
@@ -34,11 +34,11 @@ class MoE(eqx.Module):
         """**Arguments:**
 
         - `x`: normalised activations.
-        - `token_ids`: the tokens they belong to; hash routing reads them.
+        - `token_ids`: the tokens' ids, which hash routing reads.
 
         **Raises:** ValueError if `x` has other channels or another dtype than the
-        weights, the token ids are not one integer for each token, or the experts are
-        not as many as the router knows.
+        weights, the token ids are not one integer for each token, or there are not as
+        many experts as the router scores.
         """
         validate_activations("MoE", x, self.router.weight, ("batch", "seq", "dim"))
         validate_ids("MoE", "token_ids", token_ids, x.shape[:2])
@@ -49,14 +49,14 @@ class MoE(eqx.Module):
         return (routed + self.shared(rows)).astype(x.dtype).reshape(x.shape)
 
     def _validate_experts(self) -> None:
-        # Wrapped experts send the tokens to where their expert is; bare ones would
-        # silently leave out what is on other devices.
+        # Wrapped experts send tokens to the experts' devices; without the wrapper, the
+        # experts on other devices would be left out silently.
         if not isinstance(self.experts, Experts):
             return
-        routes, own = self.router.weight.shape[0], self.experts.num_local
-        if own != routes:
+        routes, num_local = self.router.weight.shape[0], self.experts.num_local
+        if num_local != routes:
             raise ValueError(
-                f"MoE has {own} experts and its router {routes}: where shard_map "
+                f"MoE has {num_local} experts and its router {routes}: where shard_map "
                 "splits the experts, give it the module from "
                 "dsv4_eqx.sharding.parallelize.parallelize."
             )

@@ -1,8 +1,8 @@
 """Which experts a token goes to, and with what weight.
 
-Paper section 2.1. Scores are the square root of softplus, in float32. Most layers take
-the highest scores plus a balancing bias; the first ones look the experts up by the
-token's id, and the scores only weigh them.
+Paper section 2.1. Scores are the square root of softplus, in float32. Most layers
+choose the experts with the highest scores plus a balancing bias. The first layers look
+the experts up by the token's id; there the scores only give the weights.
 """
 
 from typing import NamedTuple
@@ -33,8 +33,9 @@ class Routing(NamedTuple):
 class TopKRouter(eqx.Module):
     r"""Takes the experts with the highest $\sqrt{\mathrm{softplus}(W x)} + b$.
 
-    The bias only selects; the weights are the scores, normalised over the chosen
-    experts and multiplied by the routed scaling factor. Equal scores: the lower index.
+    The bias affects the choice alone. The weights are the scores without it, normalised
+    over the chosen experts and multiplied by the scaling factor. Among equal scores,
+    the lower index is chosen.
     """
 
     weight: Float[Array, "routes dim"]
@@ -58,15 +59,15 @@ class TopKRouter(eqx.Module):
         """**Arguments:**
 
         - `dim`: channels of a token.
-        - `num_experts`: experts that there are.
+        - `num_experts`: how many experts there are.
         - `num_slots`: experts that a token is sent to.
-        - `scaling_factor`: what a token's weights add up to.
+        - `scaling_factor`: the sum of a token's weights.
         - `std`: deviation of the initial weight, which is normal.
         - `key`: randomness of the initial weight.
         - `dtype`: dtype of the weight; the bias is float32.
 
-        **Raises:** ValueError if a size is no positive integer, a number is negative or
-        not finite, or there are more slots than experts.
+        **Raises:** ValueError if a size is not a positive integer, a number is negative
+        or not finite, or there are more slots than experts.
         """
         self.dim, self.num_experts, self.num_slots = _validate_router(
             "TopKRouter", dim, num_experts, num_slots
@@ -86,7 +87,7 @@ class TopKRouter(eqx.Module):
         """**Arguments:**
 
         - `x`: the tokens' activations.
-        - `token_ids`: not used here; the other router needs them.
+        - `token_ids`: not used; `HashRouter` has the same arguments and needs them.
         """
         logits = _logits(x, self.weight)
         scores = jnp.sqrt(jax.nn.softplus(lax.stop_gradient(logits)))
@@ -97,7 +98,7 @@ class TopKRouter(eqx.Module):
 class HashRouter(eqx.Module):
     """Looks the experts up by token id; the learned scores give their weights.
 
-    The table is data: it is not trained. A row may name an expert more than once.
+    The table is not trained. A row may name an expert more than once.
     """
 
     weight: Float[Array, "routes dim"]
@@ -125,7 +126,7 @@ class HashRouter(eqx.Module):
         - `vocab_size`: token ids in the table.
         - `key`: randomness of the initial weight and of the table, which spreads
             the token ids evenly over the experts, each row without repetition. The
-            release's own hash is not published; its table comes with the checkpoint.
+            hash of the release is not published; its table is in the checkpoint.
 
         **Raises:** ValueError as `TopKRouter` does.
         """
@@ -150,7 +151,7 @@ class HashRouter(eqx.Module):
         """**Arguments:**
 
         - `x`: the tokens' activations.
-        - `token_ids`: the tokens, each in `[0, vocab)`.
+        - `token_ids`: the tokens' ids, each in `[0, vocab_size)`.
         """
         return _weigh(
             _logits(x, self.weight), self.table[token_ids], self.scaling_factor
@@ -160,7 +161,7 @@ class HashRouter(eqx.Module):
 def _validate_router(
     call: str, dim: int, num_experts: int, num_slots: int
 ) -> tuple[int, ...]:
-    """The sizes, of which the last is at most the one before."""
+    """The sizes as integers, with at most as many slots as experts."""
     dim, num_experts, num_slots = validate_sizes(
         call, dim=dim, num_experts=num_experts, num_slots=num_slots
     )
