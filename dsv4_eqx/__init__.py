@@ -1,8 +1,8 @@
 """DeepSeek-V4 in JAX: plain Equinox modules with checked, shardable shapes.
 
 Every array field carries an annotation such as `Float[Array, "heads head_dim q_rank"]`.
-The names in it are the model's dimensions, listed in `DIMENSIONS` and used nowhere with
-another meaning; `partition_specs` turns them into shardings.
+The names in it are the model's dimensions. `DIMENSIONS` lists them, each with a single
+meaning; `partition_specs` turns them into shardings.
 """
 
 from dsv4_eqx.attention.attention import Attention as Attention

@@ -1,6 +1,6 @@
-"""What DeepSeek-V4 can do, whether on one device or over a mesh.
+"""The methods of a DeepSeek-V4, on one device or over a mesh.
 
-The methods that differ are abstract; what follows from them is here.
+Methods that differ between the two are abstract; those that follow from them are here.
 """
 
 import abc
@@ -30,26 +30,26 @@ class Cache(eqx.Module):
 
 
 class Lookahead(eqx.Module):
-    """The state of the model with new tokens, before it is settled how many stay.
+    """The state of the model with new tokens, before it is decided how many are kept.
 
-    It cannot be extended again: `keep` gives the cache that can.
+    It cannot be extended again; the cache that `keep` returns can.
     """
 
-    before: Int32[Array, " batch"]  # tokens of each row without the new ones
+    before: Int32[Array, " batch"]  # tokens of each row before the new tokens
     lengths: Int32[Array, " batch"]  # new tokens of each row
     layers: Extended
     capacity: int = eqx.field(static=True)
 
     def keep(self, lengths: Lengths) -> Cache:
-        """The cache after the tokens that stay: no copy of more than their windows.
+        """The cache after the tokens that are kept; entries are not copied.
 
         **Arguments:**
 
-        - `lengths`: of each row's new tokens, those that stay: 0 to as many as
-            `lookahead` was told of.
+        - `lengths`: how many of each row's new tokens are kept, from 0 to the number
+            that `lookahead` was given.
 
-        **Raises:** ValueError if there is not an integer for each row, or one of them
-        is out of its range, which is not checked under `jit`.
+        **Raises:** ValueError if `lengths` are not one integer for each row or, except
+        under `jit`, one of them is out of its range.
         """
         lengths = validate_counts("Lookahead.keep", lengths, self.lengths)
         lengths = jnp.asarray(lengths, jnp.int32)
@@ -65,39 +65,41 @@ class AbstractModel(eqx.Module):
     @property
     @abc.abstractmethod
     def num_mtp(self) -> int:
-        """Prediction blocks."""
+        """Number of prediction (MTP) blocks."""
 
     def __call__(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
-        Rows are the batch: `jax.vmap` over calls works outside of `jit` alone.
+        Give several sequences as rows of a batch, not by `jax.vmap`, which works only
+        outside of `jit`.
 
         A row may hold several documents, of any lengths, one after another: with
-        `segment_ids`, each is computed as if it were alone. At a document's last token
-        the logits are of a token that would continue it. Padding is one more document:
-        give it an id of its own, and leave its output unread.
+        `segment_ids`, each is computed as if it were alone. At a document's last token,
+        the logits are those of a token that would continue this document. Padding is
+        one more document: give it another id, and ignore its output.
 
         **Arguments:**
 
         - `tokens`: token ids, each in `[0, vocab)`.
         - `segment_ids`: document of each token, where rows hold several: any integers,
-            the same throughout a document, each in one document of a row.
+            the same throughout a document, and different for a row's documents.
         - `remat`: keep only each layer's input for the backward pass.
 
-        **Raises:** ValueError if the tokens are no array of integers of two dimensions,
-        are empty, or longer than `max_position_embeddings`; if the segment ids are no
-        integers of the same shape; and if a token is outside the vocabulary or a
-        segment id comes back after another one. These two are not checked under `jit`,
-        where an id that comes back is another document.
+        **Raises:** ValueError if `tokens` is not an array of integers of two
+        dimensions, is empty, or is longer than `max_position_embeddings`; if
+        `segment_ids` is not an array of integers of the same shape; and if a token is
+        outside the vocabulary, or a segment id comes back after another one. The last
+        two are not checked under `jit`, where an id that comes back begins a new
+        document.
         """
         return self.unembed(self.hidden(tokens, segment_ids, remat=remat))
 
     def hidden(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq dim"]:
-        """What the unembedding turns into logits.
+        """The final hidden activations, from which `unembed` computes logits.
 
         **Arguments:** as for calling.
         """
@@ -116,7 +118,7 @@ class AbstractModel(eqx.Module):
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """What the unembedding turns into logits.
+        """Collapses residual streams into the final hidden activations.
 
         **Arguments:**
 
@@ -127,7 +129,7 @@ class AbstractModel(eqx.Module):
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """Logits, at least float32.
+        """Logits of the next token, at least float32.
 
         **Arguments:**
 
@@ -146,27 +148,26 @@ class AbstractModel(eqx.Module):
         **Arguments:**
 
         - `hidden`: from `hidden` or `collapse`.
-        - `targets`: the tokens that followed.
-        - `mask`: which targets count; all by default. The others cost 0, whatever they
-            are: the mean over those that count is `nats.sum() / mask.sum()`.
+        - `targets`: the next token at each position.
+        - `mask`: which targets count; all by default. The cross-entropy of the others
+            is 0, whatever they are: the mean is `nats.sum() / mask.sum()`.
 
-        **Raises:** ValueError if the targets, or the mask, are not one for each
-        position, or a target that counts is outside the vocabulary; under `jit`, which
-        does not know them, the cross-entropy of such a one is NaN.
+        **Raises:** ValueError if targets or mask do not have one value for each
+        position, or a target that counts is outside the vocabulary. Under `jit`, where
+        values are unknown, the cross-entropy of such a target is NaN.
         """
 
     @abc.abstractmethod
     def multi_token_logits(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """Logits of the next token, and of the one after it.
+        """Logits of the next token, and of the token after next.
 
-        The second has one position less: it needs the next token itself.
+        The second array has one position less, since it needs the next token itself.
 
-        With `segment_ids`, both predict within documents. In a document's last position
-        p, token p+1 is another document's: no target for the first, and the second
-        means nothing. In the last but one, p+2 is another document's: no target for the
-        second. Leave these out of the loss.
+        With `segment_ids`, both predict within documents. Leave out of the loss what
+        has no target there: at a document's last position, both logits (the second
+        array is meaningless there); at its last position but one, the second.
 
         **Arguments:** as for calling; at least two tokens.
 
@@ -180,10 +181,10 @@ class AbstractModel(eqx.Module):
 
         **Arguments:**
 
-        - `batch`: rows.
-        - `capacity`: tokens that each row will have room for.
+        - `batch`: number of rows.
+        - `capacity`: the most tokens that a row can have.
 
-        **Raises:** ValueError if either is no positive integer, or the capacity is
+        **Raises:** ValueError if either is not a positive integer, or the capacity is
         above `max_position_embeddings`.
         """
 
@@ -193,27 +194,27 @@ class AbstractModel(eqx.Module):
         cache: Cache,
         lengths: Lengths | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Cache]:
-        """What the unembedding turns into logits, for tokens after those in the cache.
+        """The final hidden activations of tokens that follow those in the cache.
 
-        One function for a prompt, a part of one, a single new token, or several to
-        verify. Rows may be of different lengths, new and old. The given cache stays as
-        it was: to go back, go on from there. Under `jit` it has no derivative in
-        reverse, for entries are written in a loop of unknown length: train by calling
-        the model.
+        One function for a prompt, a part of a prompt, a single new token, or several
+        tokens to verify. Rows may have different numbers of old and new tokens. The
+        given cache is not changed: to go back, continue from it. Under `jit` this
+        function has no reverse-mode derivative, since entries are written in a loop of
+        unknown length: train by calling the model.
 
         **Arguments:**
 
-        - `tokens`: the new token ids of each row, then anything as padding.
+        - `tokens`: the new token ids of each row, then padding of any values.
         - `cache`: from `init_cache` or another call.
         - `lengths`: new tokens of each row, 0 to `seq`; all of them by default.
 
-        **Returns:** the hidden activations, which mean nothing at the padding, and the
-        cache after the new tokens.
+        **Returns:** the hidden activations, which are meaningless at the padding, and
+        the cache after the new tokens.
 
-        **Raises:** ValueError if the tokens are not as for calling, the cache has
-        another shape than this model's for this batch, or `lengths` do not fit the
-        tokens; and if a row would have more tokens than the capacity, which is not
-        checked under `jit`.
+        **Raises:** ValueError if the tokens are not as for calling, the cache does not
+        have the shapes of this model's caches for this batch, or `lengths` do not match
+        the tokens; and, except under `jit`, if a row would have more tokens than the
+        capacity.
         """
         streams, cache = self.extend_streams(tokens, cache, lengths)
         return self.collapse(streams), cache
@@ -222,7 +223,7 @@ class AbstractModel(eqx.Module):
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
-        """The residual streams after the last layer, and the cache.
+        """The residual streams of new tokens after the last layer, and the cache.
 
         **Arguments:** as for `extend`.
 
@@ -233,12 +234,12 @@ class AbstractModel(eqx.Module):
     def lookahead(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
-        """As `extend_streams`, where what is seen decides which tokens stay.
+        """Runs new tokens like `extend_streams`; how many are kept is decided later.
 
         **Arguments:** as for `extend`.
 
-        **Returns:** the streams, and what gives the cache after as many of each row's
-        new tokens as its method `keep` is told.
+        **Returns:** the streams, and a `Lookahead`: its method `keep` returns the cache
+        after the tokens that are kept.
 
         **Raises:** ValueError as `extend` does.
         """
@@ -249,7 +250,7 @@ class AbstractModel(eqx.Module):
 
         **Arguments:** as for `init_cache`.
 
-        **Raises:** ValueError as `init_cache` does, and if there is no such block.
+        **Raises:** ValueError as `init_cache` does, and without a prediction block.
         """
 
     @abc.abstractmethod
@@ -260,15 +261,15 @@ class AbstractModel(eqx.Module):
         cache: MTPCache,
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
-        """What the unembedding turns into logits of the token after next.
+        """The prediction block's hidden activations, as `unembed` takes them.
 
         **Arguments:**
 
-        - `streams`: of the main model at new tokens, then anything as padding.
-        - `following`: the token after each of them.
+        - `streams`: of the main model at new tokens, then padding of any values.
+        - `following`: the token after each new token.
         - `cache`: from `init_mtp_cache` or another call.
         - `lengths`: new tokens of each row.
 
         **Raises:** ValueError if there is no prediction block, or ids, cache and
-        lengths do not fit each other, as for `extend`.
+        lengths do not match, as for `extend`.
         """

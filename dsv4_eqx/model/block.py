@@ -19,8 +19,8 @@ from dsv4_eqx.primitives.norm import RMSNorm
 class Block(eqx.Module):
     """A DeepSeek-V4 layer (paper section 2).
 
-    The residual is a stack of streams; hyper-connections read each sublayer's input
-    from it and write its output back.
+    The residual path consists of several streams; hyper-connections read each
+    sublayer's input from them and write its output back.
     """
 
     attention_connection: HyperConnection
@@ -41,9 +41,9 @@ class Block(eqx.Module):
         """**Arguments:**
 
         - `config`: sizes and schedule.
-        - `layer`: which layer, from 0; the prediction (MTP) blocks come last.
+        - `layer`: number of the layer, from 0; prediction (MTP) blocks come last.
         - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights, but for those that stay float32.
+        - `dtype`: dtype of the weights, except those that are always float32.
 
         **Raises:** ValueError if there is no such layer.
         """
@@ -65,10 +65,12 @@ class Block(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq streams dim"]:
-        """**Arguments:**
+        """The residual streams after the layer.
 
-        - `streams`: the residual streams.
-        - `token_ids`: the tokens; hash routing reads them.
+        **Arguments:**
+
+        - `streams`: the residual streams before it.
+        - `token_ids`: the tokens' ids, which hash routing reads.
         - `positions`, `segment_ids`: as for `Attention`.
         """
         documents = () if segment_ids is None else (segment_ids,)
@@ -87,13 +89,15 @@ class Block(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
-        """**Arguments:**
+        """The same for new tokens, after those in the cache.
+
+        **Arguments:**
 
         - `streams`: the residual streams of new tokens, then of padding.
-        - `token_ids`: those tokens; hash routing reads them.
+        - `token_ids`: the new tokens' ids, which hash routing reads.
         - `cache`, `start`, `lengths`: as for `Attention.extend`.
 
-        **Returns:** the streams, and what gives the cache after the tokens that stay.
+        **Returns:** the streams, and an `Extended`, whose `keep` gives the next cache.
 
         **Raises:** ValueError as `Attention.extend` does.
         """

@@ -1,7 +1,7 @@
-"""Judging what a user gives a model: token ids, and how many of them are meant.
+"""Validation of a model's inputs: token ids, segment ids, targets and lengths.
 
-What is known is judged on the host, before anything is compiled; under `jit` values are
-not known, only shapes and dtypes.
+It happens on the host, before anything is compiled. Under `jit`, values are unknown and
+only shapes and dtypes are checked.
 """
 
 from typing import Any
@@ -27,25 +27,25 @@ Lengths = Int[Array | np.ndarray, " batch"]
 def validate_token_ids(
     call: str, tokens: TokenIds, vocab: int, lengths: Lengths | None = None
 ) -> Int[Array, "batch seq"]:
-    """`tokens` as an int32 array, checked as far as they are known.
+    """Validated token ids as an int32 array.
 
     **Arguments:**
 
     - `call`: what the user called.
     - `tokens`: token ids.
-    - `vocab`: how many there are.
-    - `lengths`: ids of each row that are meant, from the first one on; the others,
-        which may be anything, become 0.
+    - `vocab`: size of the vocabulary.
+    - `lengths`: tokens of each row; what follows them is padding of any values, and
+        becomes 0.
 
-    **Raises:** ValueError if the tokens are no array of integers of two dimensions, are
-    empty, or, unless traced, one of them is outside `[0, vocab)`.
+    **Raises:** ValueError if `tokens` is not an array of integers of two dimensions, is
+    empty or, unless traced, has a value outside `[0, vocab)`.
     """
     _validate_array(call, tokens)
     if lengths is not None:
-        # Not even how experts are grouped may depend on the padding.
+        # Nothing may depend on the padding, not even how tokens are grouped by expert.
         where = np.where if is_concrete(tokens, lengths) else jnp.where
-        is_meant = np.arange(tokens.shape[1]) < lengths[:, None]
-        tokens = where(is_meant, tokens, tokens.dtype.type(0))
+        is_token = np.arange(tokens.shape[1]) < lengths[:, None]
+        tokens = where(is_token, tokens, tokens.dtype.type(0))
     _check_range(call, "token id", tokens, vocab)
     return jnp.asarray(tokens, jnp.int32)
 
@@ -53,13 +53,14 @@ def validate_token_ids(
 def token_places(
     call: str, token_ids: Int[Array, "batch seq"], segment_ids: SegmentIds
 ) -> tuple[Int32[Array, "batch seq"], Int32[Array, "batch seq"] | None]:
-    """Each token's position in its document, and where in the row that starts.
+    """Each token's position in its document, and the index of the document's start.
 
     **Arguments:**
 
     - `call`: what the user called.
     - `token_ids`: the tokens.
-    - `segment_ids`: document of each; without, rows are documents and start nowhere.
+    - `segment_ids`: document of each token; if None, each row is one document, and None
+        is returned instead of starts.
 
     **Raises:** ValueError if the segment ids do not give each token a document.
     """
@@ -78,19 +79,19 @@ def validate_targets(
     vocab: int,
     mask: Bool[Array | np.ndarray, "*batch"] | None = None,
 ) -> Int[Array, "*batch"]:
-    """`targets`, checked as far as they are known; 0 where the mask is false.
+    """Validated targets, 0 where the mask is false.
 
     **Arguments:**
 
     - `call`: what the user called.
     - `targets`: token ids.
     - `shape`: of the positions.
-    - `vocab`: how many token ids there are.
+    - `vocab`: size of the vocabulary.
     - `mask`: which targets count; all by default.
 
-    **Raises:** ValueError if the targets are no array of integers of this shape, the
-    mask is no array of booleans of this shape, or, unless traced, one of the targets
-    that count is outside `[0, vocab)`.
+    **Raises:** ValueError if `targets` is not an array of integers of this shape,
+    `mask` is not an array of booleans of this shape or, unless traced, a target that
+    counts is outside `[0, vocab)`.
     """
     validate_integers(call, "targets", targets)
     if targets.shape != shape:
@@ -110,21 +111,21 @@ def validate_targets(
 def _validate_mask(call: str, mask: Any, shape: tuple[int, ...]) -> None:
     is_array = isinstance(mask, jax.Array | np.ndarray)
     if not is_array or mask.dtype != bool or mask.shape != shape:
-        found = f"{mask.dtype}{list(mask.shape)}" if is_array else type(mask).__name__
+        got = f"{mask.dtype}{list(mask.shape)}" if is_array else type(mask).__name__
         raise ValueError(
             f"{call}: the mask must be an array of booleans of the targets' shape "
-            f"{shape}, true where a target counts, not {found}."
+            f"{shape}, true where a target counts, not {got}."
         )
 
 
 def _check_range(call: str, name: str, ids: Any, vocab: int) -> None:
     if not is_concrete(ids):
         return
-    known = np.asarray(ids)
-    outside = (known < 0) | (known >= vocab)
+    values = np.asarray(ids)
+    outside = (values < 0) | (values >= vocab)
     if outside.any():
         place = [int(i) for i in np.argwhere(outside)[0]]
-        value = known[tuple(place)]
+        value = values[tuple(place)]
         raise ValueError(f"{call}: {name} {value} at {place} is outside [0, {vocab}).")
 
 
@@ -151,16 +152,16 @@ def _validate_array(call: str, tokens: Any) -> None:
 
 
 def validate_lengths(call: str, lengths: Lengths | None, tokens: TokenIds) -> Lengths:
-    """`lengths` as int32, checked as far as they are known; whole rows for None.
+    """Validated numbers of tokens as int32; those of whole rows for None.
 
     **Arguments:**
 
     - `call`: what the user called.
-    - `lengths`: tokens of each row that are meant.
+    - `lengths`: tokens of each row.
     - `tokens`: token ids, and padding after them.
 
-    **Raises:** ValueError if the tokens are no such array, there is not an integer for
-    each row, or, unless traced, one of them is outside `[0, seq]`.
+    **Raises:** ValueError if `tokens` is not an array of token ids, `lengths` are not
+    one integer for each row or, unless traced, one of them is outside `[0, seq]`.
     """
     _validate_array(call, tokens)
     batch, seq = tokens.shape

@@ -1,8 +1,9 @@
 """The stack of layers, compiled once for each kind rather than once for each layer.
 
-A schedule is a few layers of its own, then a unit that repeats, then perhaps a rest.
-The unit's layers are stacked and scanned, so that compile time does not grow with
-depth. Flash: three layers, then (heavily compressed, compressed sparse) twenty times.
+A schedule has a few single layers, then a unit of layers that repeats, then perhaps a
+remainder. The unit's layers are stacked and scanned, so that compile time does not grow
+with depth. Flash has three single layers, then the unit (heavily compressed, compressed
+sparse) twenty times.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class Layers(eqx.Module):
 
         - `config`: sizes and schedule.
         - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights, but for those that stay float32.
+        - `dtype`: dtype of the weights, except those that are always float32.
         """
         num_layers = config.num_hidden_layers
         keys = jax.random.split(key, num_layers)
@@ -85,10 +86,12 @@ class Layers(eqx.Module):
         *,
         remat: bool = False,
     ) -> Float[Array, "batch seq streams dim"]:
-        """**Arguments:**
+        """The residual streams after all layers.
 
-        - `streams`: the residual streams.
-        - `token_ids`: the tokens; hash routing reads them.
+        **Arguments:**
+
+        - `streams`: the residual streams before the first layer.
+        - `token_ids`: the tokens' ids, which hash routing reads.
         - `positions`, `segment_ids`: as for `Attention`.
         - `remat`: keep only each layer's input for the backward pass.
         """
@@ -125,14 +128,14 @@ class Layers(eqx.Module):
             return block.attention.init_cache(batch, capacity, dtype)
 
         def stacked(block: Block) -> AttentionCache:
-            one = eqx.filter_eval_shape(
+            shapes = eqx.filter_eval_shape(
                 lambda part: state(jax.tree.map(lambda x: x[0], part)), block
             )
 
             def zeros(x: jax.ShapeDtypeStruct) -> Array:
                 return jnp.zeros((batch, self.num_repeats, *x.shape[1:]), x.dtype)
 
-            return jax.tree.map(zeros, one)
+            return jax.tree.map(zeros, shapes)
 
         return (
             *map(state, self.first),
@@ -149,7 +152,7 @@ class Layers(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[AttentionCache, ...]]:
-        """Runs new tokens, which all stay.
+        """Runs new tokens, all of which are kept.
 
         **Arguments:** as for `Block.extend`, with the state of all layers.
 
@@ -172,11 +175,11 @@ class Layers(eqx.Module):
         start: Int[Array, " batch"],
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
-        """Runs new tokens; what is seen decides which of them stay.
+        """Runs new tokens; how many of them are kept is decided later.
 
         **Arguments:** as for `extend`.
 
-        **Returns:** the streams, and what gives the state after the tokens that stay.
+        **Returns:** the streams, and an `Extended`, whose `keep` gives the next state.
 
         **Raises:** ValueError as `Block.extend` does.
         """
@@ -200,14 +203,14 @@ class Layers(eqx.Module):
         settle: Callable[[Extended], Any],
         room: int,
     ) -> tuple[Float[Array, "batch seq streams dim"], Any]:
-        """One block after another; those of the unit are scanned.
+        """Runs one block after another; the unit's blocks are scanned.
 
             carry      streams, states of all repetitions --> the same, after the unit
                          | read_states           ^ write_states
             repeat r   windows, entries  -->  windows with the new tokens, entries
                        (a copy) (in place)     (cut by `settle`)
 
-        `room` is how many more tokens a settled state has in its windows.
+        `room` is how many tokens longer `settle` makes the windows of a state.
         """
 
         def run(
@@ -246,7 +249,7 @@ class Layers(eqx.Module):
         """One layer's block, unstacked.
 
         **Raises:** IndexError if there is no such layer; ValueError if it is stacked
-        with others, and its leaves are neither arrays nor labels, as in `eqx.tree_at`.
+        with others and a leaf is neither an array nor a label, as inside `eqx.tree_at`.
         """
         section, index, repeat = self.place(layer)
         block = getattr(self, section)[index]
@@ -259,7 +262,7 @@ class Layers(eqx.Module):
             if isinstance(x, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
             if isinstance(x, bool | int | float | str):
-                return x  # a label, of all layers in the stack
+                return x  # a label, which all layers in the stack share
             raise ValueError(
                 f"layer {layer} lies in a stack with others, and cannot be reached "
                 f"through layers[{layer}] here: edit the block model.layers[{layer}], "
@@ -269,7 +272,7 @@ class Layers(eqx.Module):
         return jax.tree.map(part, block)
 
     def place(self, layer: int) -> tuple[str, int, int | None]:
-        """Where a layer is: field, index in it, and which repetition if it is stacked.
+        """Where a layer is: field, index in the field, and repetition if it is stacked.
 
         **Arguments:**
 
@@ -289,32 +292,33 @@ class Layers(eqx.Module):
 
 
 def replace_layer(model: Any, layer: int, block: Block) -> Any:
-    """The model with another block in the place of one layer's.
+    """The model with one layer replaced by another block.
 
-    `replace_layer(model, 2, edit(model.layers[2]))` edits a layer, whether it is one of
-    its own or stacked with others; gradients flow through it.
+    `replace_layer(model, 2, edit(model.layers[2]))` edits a layer, whether it is single
+    or stacked with others; gradients flow through it.
 
     **Arguments:**
 
     - `model`: a model, or its `layers`.
     - `layer`: number of the layer, from 0.
-    - `block`: of any kind where the layer is one of its own. In a stack, of the same
-        structure, shapes and dtypes as the layers that it is stacked with.
+    - `block`: any block for a single layer; for a stacked one, a block of the same
+        structure, shapes and dtypes as the others in the stack.
 
-    **Raises:** ValueError if there is no such layer, or the block does not fit.
+    **Raises:** ValueError if there is no such layer, or the block cannot be stacked
+    with the others.
     """
 
     def is_layers(node: Any) -> bool:
         return isinstance(node, Layers)
 
-    found = [x for x in jax.tree.leaves(model, is_leaf=is_layers) if is_layers(x)]
-    if len(found) != 1 or not is_int(layer) or not 0 <= layer < len(found[0]):
-        num_layers = sum(map(len, found))
+    stacks = [x for x in jax.tree.leaves(model, is_leaf=is_layers) if is_layers(x)]
+    if len(stacks) != 1 or not is_int(layer) or not 0 <= layer < len(stacks[0]):
+        num_layers = sum(map(len, stacks))
         allowed = f"the number of one of the model's {num_layers} layers"
         raise invalid_argument("replace_layer", "layer", layer, allowed)
-    section, index, repeat = found[0].place(layer)
+    section, index, repeat = stacks[0].place(layer)
     if repeat is not None:
-        block = _put(getattr(found[0], section)[index], block, layer, repeat)
+        block = _put(getattr(stacks[0], section)[index], block, layer, repeat)
 
     def replaced(node: Any) -> Any:
         if not is_layers(node):

@@ -41,7 +41,7 @@ from dsv4_eqx.numerics.validation import (
 )
 from dsv4_eqx.primitives.norm import RMSNorm
 
-_MOST_ROWS: Final = 2**31 - 1
+_MAX_ROWS: Final = 2**31 - 1
 
 
 class DeepSeekV4(AbstractModel):
@@ -64,9 +64,10 @@ class DeepSeekV4(AbstractModel):
         - `key`: randomness of the initial weights, normal with deviation
             `config.initializer_range`; norms and mixing scales are 1, biases and sinks
             0.
-        - `dtype`: dtype of the weights, but for those that stay float32.
+        - `dtype`: dtype of the weights, except those that are always float32.
 
-        **Raises:** ValueError if an argument is something else.
+        **Raises:** ValueError if `config` is not a `Config`, `key` not a key, or
+        `dtype` not a dtype for weights.
         """
         if not isinstance(config, Config):
             raise invalid_argument("DeepSeekV4", "config", config, "a Config")
@@ -89,7 +90,10 @@ class DeepSeekV4(AbstractModel):
     def streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
-        """As `AbstractModel.streams`."""
+        """The residual streams after the last layer.
+
+        **Arguments, raises:** as for `AbstractModel.streams`.
+        """
         token_ids = self.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         return self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
@@ -97,7 +101,10 @@ class DeepSeekV4(AbstractModel):
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """As `AbstractModel.collapse`."""
+        """Collapses residual streams into the final hidden activations.
+
+        **Arguments:** as for `AbstractModel.collapse`.
+        """
         return self.norm(self.head(streams))
 
     def embed(
@@ -113,7 +120,10 @@ class DeepSeekV4(AbstractModel):
         return jnp.repeat(embedded[:, :, None], self.head.base.shape[0], axis=2)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """As `AbstractModel.init_cache`."""
+        """The state before any token, for `extend`.
+
+        **Arguments, raises:** as for `AbstractModel.init_cache`.
+        """
         self._validate_sizes("init_cache", batch, capacity)
         layers = self.layers.init_cache(batch, capacity, self.embedding.dtype)
         return Cache(jnp.zeros(batch, jnp.int32), layers, capacity)
@@ -121,7 +131,10 @@ class DeepSeekV4(AbstractModel):
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
-        """As `AbstractModel.extend_streams`."""
+        """The residual streams of new tokens after the last layer, and the cache.
+
+        **Arguments, raises:** as for `AbstractModel.extend`.
+        """
         token_ids, lengths = self.validate_new(tokens, cache, lengths)
         streams, layers = self.layers.extend(
             self.embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
@@ -131,7 +144,10 @@ class DeepSeekV4(AbstractModel):
     def lookahead(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
-        """As `AbstractModel.lookahead`."""
+        """Runs new tokens like `extend_streams`; how many are kept is decided later.
+
+        **Arguments, returns, raises:** as for `AbstractModel.lookahead`.
+        """
         token_ids, lengths = self.validate_new(tokens, cache, lengths)
         streams, layers = self.layers.lookahead(
             self.embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
@@ -144,7 +160,10 @@ class DeepSeekV4(AbstractModel):
         targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """As `AbstractModel.cross_entropy`."""
+        """Cross-entropy of each target in nats, at least float32.
+
+        **Arguments, raises:** as for `AbstractModel.cross_entropy`.
+        """
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
         nats = cross_entropy_from_logits(self.unembed(hidden), targets)
@@ -154,7 +173,10 @@ class DeepSeekV4(AbstractModel):
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """As `AbstractModel.unembed`."""
+        """Logits of the next token, at least float32.
+
+        **Arguments:** as for `AbstractModel.unembed`.
+        """
         return jnp.einsum(
             "...d,vd->...v",
             hidden,
@@ -165,7 +187,10 @@ class DeepSeekV4(AbstractModel):
     def multi_token_logits(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """As `AbstractModel.multi_token_logits`."""
+        """Logits of the next token, and of the token after next.
+
+        **Arguments, raises:** as for `AbstractModel.multi_token_logits`.
+        """
         token_ids = self.validate_ahead(tokens)
         places = token_places("multi_token_logits", token_ids, segment_ids)
         streams = self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
@@ -178,11 +203,14 @@ class DeepSeekV4(AbstractModel):
 
     @property
     def num_mtp(self) -> int:
-        """As `AbstractModel.num_mtp`."""
+        """Number of prediction (MTP) blocks."""
         return len(self.mtp)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
-        """As `AbstractModel.init_mtp_cache`."""
+        """The state of the prediction block before any token.
+
+        **Arguments, raises:** as for `AbstractModel.init_mtp_cache`.
+        """
         self._validate_prediction_block("init_mtp_cache")
         self._validate_sizes("init_mtp_cache", batch, capacity)
         return self.mtp[0].init_cache(batch, capacity, self.embedding.dtype)
@@ -194,13 +222,16 @@ class DeepSeekV4(AbstractModel):
         cache: MTPCache,
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
-        """As `AbstractModel.extend_mtp`."""
+        """The prediction block's hidden activations, as `unembed` takes them.
+
+        **Arguments, raises:** as for `AbstractModel.extend_mtp`.
+        """
         following, lengths = self.validate_following(following, cache, lengths)
         embedded = self.embedding[following]
         return self.mtp[0].extend(streams, embedded, following, cache, lengths)
 
     def num_params(self) -> int:
-        """Parameters of the main model: without prediction blocks and hash tables."""
+        """Parameters of the main model, without prediction blocks and hash tables."""
         main = (self.embedding, self.layers, self.head, self.norm, self.unembedding)
         return count_params(main)
 
@@ -213,8 +244,8 @@ class DeepSeekV4(AbstractModel):
         if not isinstance(cache, Cache):
             raise ValueError(f"extend: the cache is a {type(cache).__name__}.")
         batch = lengths.shape[0]
-        wanted = eqx.filter_eval_shape(self.init_cache, batch, cache.capacity)
-        if not eqx.tree_equal(wanted, eqx.filter_eval_shape(lambda: cache)):
+        expected = eqx.filter_eval_shape(self.init_cache, batch, cache.capacity)
+        if not eqx.tree_equal(expected, eqx.filter_eval_shape(lambda: cache)):
             raise ValueError(
                 f"extend: the cache is for {cache.lengths.shape[0]} rows of its model; "
                 f"this model with {batch} rows needs another, from init_cache({batch}, "
@@ -230,23 +261,23 @@ class DeepSeekV4(AbstractModel):
                 )
 
     def validate_tokens(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
-        """Token ids, judged as for calling.
+        """Token ids, validated as for calling.
 
         **Arguments:** as for calling.
 
         **Raises:** ValueError as calling does.
         """
         token_ids = validate_token_ids("DeepSeekV4", tokens, self.config.vocab_size)
-        most = self.config.max_position_embeddings
-        if token_ids.shape[1] > most:
+        max_positions = self.config.max_position_embeddings
+        if token_ids.shape[1] > max_positions:
             raise ValueError(
                 f"{token_ids.shape[1]} tokens a row are beyond max_position_embeddings="
-                f"{most}: give fewer, or raise it in the configuration."
+                f"{max_positions}: give fewer, or raise it in the configuration."
             )
         return token_ids
 
     def validate_ahead(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
-        """Token ids, judged as for `multi_token_logits`.
+        """Token ids, validated as for `multi_token_logits`.
 
         **Arguments:** as for calling.
 
@@ -261,7 +292,7 @@ class DeepSeekV4(AbstractModel):
     def validate_new(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
-        """New token ids and their number in each row, judged as for `extend`.
+        """New token ids and their number in each row, validated as for `extend`.
 
         **Arguments:** as for `extend`.
 
@@ -276,7 +307,7 @@ class DeepSeekV4(AbstractModel):
     def validate_following(
         self, following: TokenIds, cache: MTPCache, lengths: Lengths
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
-        """Following token ids and their number, judged as for `extend_mtp`.
+        """Following token ids and their number, validated as for `extend_mtp`.
 
         **Arguments:** as for `extend_mtp`.
 
@@ -303,22 +334,22 @@ class DeepSeekV4(AbstractModel):
             )
 
     def _validate_sizes(self, call: str, batch: int, capacity: int) -> None:
-        for name, value, most in (
-            ("batch", batch, _MOST_ROWS),
+        for name, value, limit in (
+            ("batch", batch, _MAX_ROWS),
             ("capacity", capacity, self.config.max_position_embeddings),
         ):
-            if not is_int(value) or not 1 <= value <= most:
-                raise invalid_argument(call, name, value, f"an integer in [1, {most}]")
+            if not is_int(value) or not 1 <= value <= limit:
+                raise invalid_argument(call, name, value, f"an integer in [1, {limit}]")
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
-    """A model of shapes and dtypes, without a number in it or a device behind it.
+    """A model of shapes and dtypes alone, without arrays.
 
     **Arguments:**
 
     - `config`: of the model.
-    - `dtype`: of the weights that need not stay float32.
+    - `dtype`: of the weights, except those that are always float32.
     """
 
     def make() -> DeepSeekV4:
@@ -330,12 +361,12 @@ def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
 def cross_entropy_from_logits(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """Cross-entropy in nats of each target; NaN for what is no token.
+    """Cross-entropy in nats of each target; NaN for a target outside the vocabulary.
 
     **Arguments:**
 
-    - `logits`: of all tokens.
-    - `targets`: the tokens that followed.
+    - `logits`: of the whole vocabulary.
+    - `targets`: token ids.
     """
     is_token = (targets >= 0) & (targets < logits.shape[-1])
     index = jnp.where(is_token, targets, 0)[..., None]
@@ -344,7 +375,7 @@ def cross_entropy_from_logits(
 
 
 def count_params(tree: object) -> int:
-    """Elements of all floating-point arrays in `tree`, packed and abstract ones too."""
-    found = jax.tree.leaves(tree, is_leaf=is_quantized)
-    leaves = (x for x in found if hasattr(x, "dtype"))
-    return sum(x.size for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
+    """Elements of all floating-point arrays, quantised and abstract ones included."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+    arrays = (x for x in leaves if hasattr(x, "dtype"))
+    return sum(x.size for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))

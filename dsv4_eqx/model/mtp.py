@@ -1,7 +1,7 @@
-"""Multi-token prediction: a block after the main model's that looks a token further.
+"""Multi-token prediction (MTP): one more block, which predicts the token after next.
 
-Paper section 2 and the released code. It trains the model to plan ahead, and drafts
-tokens for speculative decoding.
+Paper section 2 and the released code. It is an additional training objective, and it
+drafts tokens for speculative decoding.
 """
 
 import equinox as eqx
@@ -31,7 +31,7 @@ class MTPCache(eqx.Module):
 
 
 class MTP(eqx.Module):
-    r"""Multi-token prediction: one more block that looks one token further ahead.
+    r"""A prediction block: a layer after the main model, for the token after next.
 
     From the streams at position $i$ and the embedding of token $i+1$ it predicts token
     $i+2$: $X' = \mathrm{Block}(W_e\,\mathrm{norm}(e_{i+1}) + W_h\,\mathrm{norm}(X_i))$,
@@ -57,9 +57,9 @@ class MTP(eqx.Module):
         """**Arguments:**
 
         - `config`: the sizes.
-        - `layer`: the block's number, counted on from the main layers.
+        - `layer`: the block's number, where counting continues from the main layers.
         - `key`: randomness of the initial weights.
-        - `dtype`: dtype of the weights, but for those that stay float32.
+        - `dtype`: dtype of the weights, except those that are always float32.
         """
         keys = jax.random.split(key, 4)
         dim, eps = config.hidden_size, config.rms_norm_eps
@@ -81,15 +81,15 @@ class MTP(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
-        """What the unembedding turns into logits of the token after next.
+        """Hidden activations, as the model's `unembed` takes them.
 
         **Arguments:**
 
         - `streams`: of the main model after its last layer.
-        - `embedded`: embedding of the token after each position.
-        - `token_ids`: those tokens.
-        - `positions`, `segment_ids`: of the streams, as for `Attention`. Where the
-            token after is another document's, the output means nothing.
+        - `embedded`: embedding of the next token at each position.
+        - `token_ids`: ids of these next tokens.
+        - `positions`, `segment_ids`: of the streams, as for `Attention`. Where the next
+            token belongs to another document, the output is meaningless.
         """
         joined = self._join(streams, embedded)
         streams = self.block(joined, token_ids, positions, segment_ids)
@@ -120,12 +120,12 @@ class MTP(eqx.Module):
         - `cache`: from `init_cache` or another call.
         - `lengths`: new tokens of each row.
 
-        **Raises:** ValueError if there is not an integer for each row, or one of them
-        is outside `[0, seq]`, which is not checked under `jit`.
+        **Raises:** ValueError if `lengths` are not one integer for each row or, except
+        under `jit`, one of them is outside `[0, seq]`.
         """
         batch, seq = token_ids.shape
-        whole = np.full(batch, seq, np.int32)
-        lengths = jnp.asarray(validate_counts("MTP.extend", lengths, whole))
+        num_new = np.full(batch, seq, np.int32)
+        lengths = jnp.asarray(validate_counts("MTP.extend", lengths, num_new))
         streams, extended = self.block.extend(
             self._join(streams, embedded),
             token_ids,

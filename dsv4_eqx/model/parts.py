@@ -1,7 +1,7 @@
-"""Config unpacked: the parts of a layer, made from a configuration's sizes.
+"""The parts of a layer, made from a `Config`.
 
-The parts themselves take sizes; what a DeepSeek-V4 calls them, and which layer has
-which, is here alone.
+The parts themselves take sizes. Only this file knows the configuration's names for the
+sizes, and which parts each kind of layer has.
 """
 
 import jax
@@ -22,7 +22,7 @@ from dsv4_eqx.primitives.rotary import RotaryEmbedding
 
 
 def make_hyper_connection(config: Config, *, key: PRNGKeyArray) -> HyperConnection:
-    """What joins a sublayer to the streams."""
+    """A sublayer's connection to the residual streams."""
     return HyperConnection(
         config.hidden_size,
         config.hc_mult,
@@ -35,7 +35,7 @@ def make_hyper_connection(config: Config, *, key: PRNGKeyArray) -> HyperConnecti
 
 
 def make_hyper_head(config: Config, *, key: PRNGKeyArray) -> HyperHead:
-    """What collapses the streams after the last block."""
+    """The head that collapses the streams after the last block."""
     return HyperHead(
         config.hidden_size,
         config.hc_mult,
@@ -99,7 +99,7 @@ def make_compressor(
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
 ) -> Compressor:
-    """A compressor to entries of `head_dim` channels; CSA's windows overlap."""
+    """A compressor that makes entries of `head_dim` channels; CSA's windows overlap."""
     return Compressor(
         config.hidden_size,
         head_dim,
@@ -137,7 +137,7 @@ def make_indexer(
 
 
 def make_rotary(config: Config, kind: str) -> RotaryEmbedding:
-    """Layers that compress rotate everything with the longer base and YaRN."""
+    """A layer's rotary embedding: a longer base and YaRN where the layer compresses."""
     if kind == SLIDING:
         return RotaryEmbedding(config.qk_rope_head_dim, base=config.rope_theta)
     return RotaryEmbedding(

@@ -1,8 +1,8 @@
-"""What layers that are stacked share: which repeat, and what a scan leaves in place.
+"""Support for stacked layers: which ones repeat, and what a scan must not copy.
 
-A scan copies what it hands to each repetition, and what it collects. Of experts and
-compressed entries a token needs few, and the copy of all would cost more than the layer
-itself: those two are read and written where they lie, through a `Slice`.
+A scan copies what it gives each repetition, and what it collects. A token needs only a
+few of the experts and compressed entries, and copying all of them would cost more than
+the layer itself. These two are read and written in place, through a `Slice`.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ def experts_in_place(blocks: tuple, stacked: tuple, repeat: Int[Array, ""]) -> t
             return node
         return jax.tree.map(lambda x: Slice(x, repeat), stack, is_leaf=is_quantized)
 
-    def one(block: Any, stack: Any) -> Any:
-        # What is a block only while it runs, as with split weights, is handed out.
+    def block_in_place(block: Any, stack: Any) -> Any:
+        # Wrappers, as around split weights, become blocks only while they run.
         if not isinstance(block, Block):
             return block
         return jax.tree.map(in_place, block, stack, is_leaf=is_experts)
 
-    return tuple(map(one, blocks, stacked))
+    return tuple(map(block_in_place, blocks, stacked))
 
 
 def with_room(states: tuple, room: int) -> tuple:
-    """Stacked states with room for more tokens in their windows."""
+    """Stacked states with `room` more tokens in their windows."""
 
     def longer(x: Array, tokens: int) -> Array:
         widths = [(0, 0)] * x.ndim
@@ -53,7 +53,7 @@ def with_room(states: tuple, room: int) -> tuple:
 
 
 def read_states(states: tuple, repeat: Int[Array, ""], room: int) -> tuple:
-    """One repetition's states, without the room; their entries stay where they are."""
+    """One repetition's states, without `room`; their entries are read in place."""
 
     def window(x: Array, tokens: int) -> Array:
         x = lax.dynamic_index_in_dim(x, repeat, LAYERS, keepdims=False)
@@ -63,7 +63,7 @@ def read_states(states: tuple, repeat: Int[Array, ""], room: int) -> tuple:
 
 
 def write_states(after: tuple, states: tuple, repeat: Int[Array, ""]) -> tuple:
-    """Stacked states with those of one repetition, whose entries are there already."""
+    """Stacked states with one repetition's windows written; entries are already."""
 
     def put(new: Any, stack: Array) -> Array:
         if is_slice(new):
@@ -74,13 +74,13 @@ def write_states(after: tuple, states: tuple, repeat: Int[Array, ""]) -> tuple:
 
 
 def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:
-    """Start, period and count of the repetition that leaves least to compile.
+    """Start, period and count of the repetition with the fewest blocks to compile.
 
     **Arguments:**
 
-    - `kinds`: what must be equal for two layers to share their program.
+    - `kinds`: a value for each layer, equal where two layers can share a program.
 
-    **Returns:** `(len(kinds), 0, 0)` where nothing repeats.
+    **Returns:** the three numbers; `(len(kinds), 0, 0)` where nothing repeats.
     """
     num_layers = len(kinds)
     best = (num_layers, num_layers, 0, 0)  # blocks to compile, start, period, repeats
