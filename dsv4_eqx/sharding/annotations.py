@@ -1,9 +1,9 @@
-"""What an array's field says of its shape: the names of its dimensions.
+"""The names of an array's dimensions, from the annotation of its field.
 
 `weight: Float[Array, "groups out_per_group in_per_group"]` names the weight's
 dimensions. Arrays in a tuple, list or dict have the annotation of the field that holds
-it; what is annotated `...` belongs to a module that stands for an array
-(`QuantizedWeight`), and has the dimensions of the field that holds that module.
+the container. A field annotated `...` belongs to a module that stands for an array
+(`QuantizedWeight`); its dimensions are those of the field that holds this module.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 
 
 class AnnotatedLeaf(typing.NamedTuple):
-    """An array of a module and what its field's annotation says."""
+    """An array of a module, and the dimensions in its field's annotation."""
 
     name: str  # path in the module
     array: Any
@@ -46,9 +46,9 @@ def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
     node, annotation = module, None
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            own = _field_types(node).get(key.name)
-            stands_for_outer = getattr(own, "dim_str", None) == "..."
-            annotation = annotation if stands_for_outer else own
+            inner = _field_types(node).get(key.name)
+            stands_for_outer = getattr(inner, "dim_str", None) == "..."
+            annotation = annotation if stands_for_outer else inner
             node = getattr(node, key.name)
         else:
             node = node[getattr(key, "idx", getattr(key, "key", None))]
@@ -79,6 +79,6 @@ def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
 
 def _shapes(annotation: Any) -> set[str]:
     """Dimension strings in an annotation, also inside `X | None` or `tuple[X, ...]`."""
-    own = getattr(annotation, "dim_str", None)
+    shape = getattr(annotation, "dim_str", None)
     inner = [_shapes(part) for part in typing.get_args(annotation)]
-    return set().union(*inner) if own is None else {own}
+    return set().union(*inner) if shape is None else {shape}

@@ -1,12 +1,12 @@
-"""Sequences that lie split over a mesh: context parallelism, exact.
+"""Context parallelism: attention of sequences that are split over a mesh, exactly.
 
-Every device has consecutive tokens. It projects and compresses its own; what a window
-needs of the tokens before comes from the device before. Entries are few, so that all
-devices gather all of them; each then selects and attends for its own queries.
+Every device has consecutive tokens, which it projects and compresses. The tokens before
+them that its windows need come from the device before. Entries are few, so every device
+gathers all of them; it then selects and attends for its own queries.
 
-The devices that split the heads split the tokens too, wherever each token goes its own
-way. They gather latents and keys, which are narrow, before the heads attend, and add up
-what the heads give in the same step that splits the tokens again.
+The devices of `tensor`, which split the heads, may split the tokens too, outside of
+attention. They then gather latents and keys, which are narrow, before the heads attend;
+a reduce-scatter adds up the heads' outputs and splits the tokens again.
 """
 
 import itertools
@@ -27,7 +27,7 @@ _SEQ = 1  # the dimension of tokens
 
 
 class SplitSequence(eqx.Module):
-    """Attention of a sequence that lies split over mesh axes, called like `Attention`.
+    """Attention of a sequence that is split over mesh axes, called like `Attention`.
 
     Where another axis splits the heads, the output is the sum over its devices.
     """
@@ -46,8 +46,8 @@ class SplitSequence(eqx.Module):
 
         - `x`: normalised activations of this device's tokens.
         - `positions`: of these tokens, in the whole sequence or in their documents.
-        - `segment_ids`: their documents, where a row has several: of the whole rows'
-            `document_starts`.
+        - `segment_ids`: their documents, where a row has several, as
+            `document_starts` of the whole rows gives them.
         """
         attention = dequantize(self.attention)
         latent = attention.project_latent(x)
@@ -55,29 +55,31 @@ class SplitSequence(eqx.Module):
         compressors = _compressors(attention, x.shape[1], self.axes)
         tokens, counts = _projected(compressors, x)
         num_before = _num_before(attention, x.shape[1], self.axes)
-        # All in one message.
+        # One message for everything.
         *tokens, keys = with_tokens_before(
             [*tokens, keys], [*counts, num_before], self.axes
         )
         entries = _entries(compressors, tokens, positions, segment_ids, self.axes, x)
         selection = _selection(attention, entries, x, latent, positions, segment_ids)
-        own = entries[0] if entries else None
-        out = attention.attend(latent, positions, keys, own, selection, segment_ids)
+        attended = entries[0] if entries else None  # not those of the indexer
+        out = attention.attend(
+            latent, positions, keys, attended, selection, segment_ids
+        )
         return out if self.heads_axis is None else lax.psum(out, self.heads_axis)
 
 
 class SplitSequenceAndHeads(eqx.Module):
     """`SplitSequence` where the axis that splits the heads splits the tokens too.
 
-    Each device compresses and selects for its own tokens; then those that split the
-    heads gather latents and keys, attend for the tokens of all of them, each with its
-    own heads, and split the tokens again where they add up the outputs. Of 8 tokens
-    over context=2, tensor=2:
+    Each device compresses and selects for its own tokens. Then the devices that split
+    the heads gather each other's latents and keys, and each attends with its heads for
+    all of these tokens. A reduce-scatter adds up the outputs and splits the tokens
+    again. 8 tokens over context=2, tensor=2:
 
         device                     (0, 0)     (0, 1)     (1, 0)     (1, 1)
         compresses, selects        0 1        2 3        4 5        6 7
         attends, half the heads    0 1 2 3    0 1 2 3    4 5 6 7    4 5 6 7
-        gives, of all heads        0 1        2 3        4 5        6 7
+        returns, of all heads      0 1        2 3        4 5        6 7
     """
 
     attention: Attention
@@ -106,8 +108,10 @@ class SplitSequenceAndHeads(eqx.Module):
         num_before = _num_before(attention, x.shape[1], self.axes)
         context = tuple(axis for axis in self.axes if axis != self.heads_axis)
         (keys,) = with_tokens_before([keys], [num_before], context)
-        own = entries[0] if entries else None
-        out = attention.attend(latent, positions, keys, own, selection, segment_ids)
+        attended = entries[0] if entries else None  # not those of the indexer
+        out = attention.attend(
+            latent, positions, keys, attended, selection, segment_ids
+        )
         return summed_and_split(out, self.heads_axis)
 
     def _of_all_heads(
@@ -129,13 +133,14 @@ class SplitSequenceAndHeads(eqx.Module):
 def split_sequence(
     attention: Attention, axes: tuple[str, ...], heads_axis: str | None
 ) -> SplitSequence | SplitSequenceAndHeads:
-    """Attention of a sequence that lies split over mesh axes.
+    """Attention of a sequence that is split over mesh axes.
 
     **Arguments:**
 
-    - `attention`: of one device.
-    - `axes`: that split the tokens, major first.
-    - `heads_axis`: that splits the heads, if one does; it may be the last of `axes`.
+    - `attention`: one device's part of the weights.
+    - `axes`: the mesh axes that split the tokens, major first.
+    - `heads_axis`: the mesh axis that splits the heads, if any; it may be the last of
+        `axes`.
     """
     if heads_axis is not None and heads_axis in axes:
         return SplitSequenceAndHeads(attention, axes, heads_axis)
@@ -143,13 +148,13 @@ def split_sequence(
 
 
 def _num_before(attention: Attention, local: int, axes: tuple[str, ...]) -> int:
-    """Window keys before a device's tokens; no more than the sequence has."""
+    """Window keys before a device's tokens, at most as many as the sequence has."""
     return min(attention.window, local * size_of(axes)) - 1
 
 
-# Lists of no kind: a name has one size, and the two compressors' heads differ.
+# Unannotated lists: a dimension name has one size, and the two compressors' differ.
 def _compressors(attention: Attention, local: int, axes: tuple[str, ...]) -> list:
-    """The layer's compressor, then the indexer's, as far as they are needed."""
+    """The layer's compressor, then the indexer's, where they are needed."""
     if attention.compressor is None:
         return []
     ratio = attention.compressor.ratio
@@ -164,9 +169,10 @@ def _compressors(attention: Attention, local: int, axes: tuple[str, ...]) -> lis
 def _projected(
     compressors: list, x: Float[Array, "batch local_seq dim"]
 ) -> tuple[list, list[int]]:
-    """Values and gates of each compressor, and how many tokens before they need."""
-    tokens = [part for one in compressors for part in one.project(x)]
-    return tokens, [one.num_pending for one in compressors for _ in range(2)]
+    """Values and gates of each compressor, and how many earlier tokens each needs."""
+    tokens = [part for compressor in compressors for part in compressor.project(x)]
+    counts = [compressor.num_pending for compressor in compressors for _ in range(2)]
+    return tokens, counts
 
 
 def _entries(
@@ -177,48 +183,53 @@ def _entries(
     axes: tuple[str, ...],
     x: Float[Array, "batch local_seq dim"],
 ) -> list:
-    """The whole sequence's `Entries` of compressors with the same windows.
+    """The whole sequence's `Entries`, for compressors with the same windows.
 
     **Arguments:**
 
     - `compressors`: of the layer.
-    - `tokens`: values and gates of each, with those of the tokens before.
+    - `tokens`: values and gates of each compressor, with those of the tokens before.
     - `positions`, `segment_ids`: of this device's tokens.
-    - `axes`: that split the sequence, major first.
-    - `x`: gives the entries' dtype.
+    - `axes`: the mesh axes that split the sequence, major first.
+    - `x`: activations, whose dtype the entries have.
     """
     if not compressors:
         return []
     ratio, local = compressors[0].ratio, positions.shape[1]
-    most = -(-local // ratio)  # windows that may end among these tokens
+    num_windows = -(-local // ratio)  # that may end among these tokens
     pairs = list(zip(compressors, tokens[::2], tokens[1::2], strict=True))
     if segment_ids is not None:
-        own = positions, segment_ids, most, x.dtype
-        made = [one.compress_documents(*pair, *own) for one, *pair in pairs]
-        joined = _gathered_values([entries.values for entries in made], axes)
-        of_entries = jnp.stack([made[0].last_positions, made[0].segment_ids], axis=2)
-        of_entries = gathered_tokens(of_entries, axes)
-        last, segment_ids = of_entries[..., 0], of_entries[..., 1]
+        arguments = positions, segment_ids, num_windows, x.dtype
+        local_entries = [
+            compressor.compress_documents(*pair, *arguments)
+            for compressor, *pair in pairs
+        ]
+        joined = _gathered_values([entries.values for entries in local_entries], axes)
+        first = local_entries[0]
+        places = jnp.stack([first.last_positions, first.segment_ids], axis=2)
+        places = gathered_tokens(places, axes)
+        last, segment_ids = places[..., 0], places[..., 1]
         return [Entries(values, last, segment_ids) for values in joined]
     start = positions[:, 0]
-    first = (start[:, None] // ratio + jnp.arange(most, dtype=start.dtype)) * ratio
-    made = []
-    for one, values, gates in pairs:
-        pooled = one.pool_after(values, gates, start).astype(x.dtype)
-        made.append(one.finish(pooled, first).values)
+    windows = start[:, None] // ratio + jnp.arange(num_windows, dtype=start.dtype)
+    first_positions = windows * ratio
+    local_values = []
+    for compressor, values, gates in pairs:
+        pooled = compressor.pool_after(values, gates, start).astype(x.dtype)
+        local_values.append(compressor.finish(pooled, first_positions).values)
     place = _places_of_windows(size_of(axes), local, ratio)
-    joined = _gathered_values(made, axes, place)
+    joined = _gathered_values(local_values, axes, place)
     last = (jnp.arange(len(place), dtype=jnp.int32) + 1) * ratio - 1
     last = jnp.broadcast_to(last, joined[0].shape[:2])
     return [Entries(values, last) for values in joined]
 
 
 def _gathered_values(
-    made: list, axes: tuple[str, ...], place: np.ndarray | slice = slice(None)
+    parts: list, axes: tuple[str, ...], place: np.ndarray | slice = slice(None)
 ) -> list:
-    """Entries of all devices, of several compressors in one message."""
-    joined = gathered_tokens(jnp.concatenate(made, axis=2), axes)[:, place]
-    ends = itertools.accumulate(part.shape[2] for part in made)
+    """Entries of all devices; one message for all compressors."""
+    joined = gathered_tokens(jnp.concatenate(parts, axis=2), axes)[:, place]
+    ends = itertools.accumulate(part.shape[2] for part in parts)
     return jnp.split(joined, list(ends)[:-1], axis=2)
 
 
@@ -230,7 +241,7 @@ def _selection(
     positions: Int[Array, "batch local_seq"],
     segment_ids: Int[Array, "batch local_seq"] | None,
 ) -> Selection:
-    """Which of all entries this device's tokens attend to, if they do not to all."""
+    """The entries that this device's tokens attend to; None where they see all."""
     if attention.indexer is None or len(entries) < 2:
         return None
     weights = attention.indexer.project_weights(x)
@@ -242,7 +253,7 @@ def with_tokens_before(
     counts: Sequence[int],
     axes: tuple[str, ...],
 ) -> list[Float[Array, "batch longer_seq ..."]]:
-    """This device's tokens, and those before them from the devices before.
+    """This device's tokens, with the tokens before them in front.
 
     **Arguments:** as for `tokens_before`.
     """
@@ -255,46 +266,47 @@ def tokens_before(
     counts: Sequence[int],
     axes: tuple[str, ...],
 ) -> list[Float[Array, "batch count ..."]]:
-    """The tokens before this device's own; zeros before the sequence begins.
+    """The tokens before this device's tokens; zeros before the sequence begins.
 
     **Arguments:**
 
-    - `arrays`: of this device's tokens.
-    - `counts`: how many tokens of each array.
-    - `axes`: mesh axes that split the sequence, major first.
+    - `arrays`: arrays of this device's tokens.
+    - `counts`: how many earlier tokens are wanted of each array.
+    - `axes`: the mesh axes that split the sequence, major first.
     """
     if not arrays:
         return []
     batch, local = arrays[0].shape[:2]
     wide = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
     parts = [[x[:, :0]] for x in arrays]
-    # From as many devices back as it takes; one, unless they have few tokens each.
+    # One device back is enough, unless devices have very few tokens each.
     for distance in range(1, -(-max(counts) // local) + 1):
         sizes = [min(max(n - (distance - 1) * local, 0), local) for n in counts]
         tails = [x[:, local - size :] for x, size in zip(arrays, sizes, strict=True)]
-        # All in one message; the wider dtype keeps every bit.
+        # One message for all arrays; the widest dtype keeps every bit.
         message = [tail.astype(wide).reshape(batch, -1) for tail in tails]
         moved = _from_before(jnp.concatenate(message, axis=1), distance, axes)
         ends = itertools.accumulate(part.shape[1] for part in message)
         moved = jnp.split(moved, list(ends)[:-1], axis=1)
-        for own, new, tail in zip(parts, moved, tails):
-            own.insert(0, new.astype(tail.dtype).reshape(tail.shape))
-    return [jnp.concatenate(own, _SEQ) for own in parts]
+        for pieces, new, tail in zip(parts, moved, tails):
+            pieces.insert(0, new.astype(tail.dtype).reshape(tail.shape))
+    return [jnp.concatenate(pieces, _SEQ) for pieces in parts]
 
 
 def _from_before(
     x: Shaped[Array, "..."], distance: int, axes: tuple[str, ...]
 ) -> Shaped[Array, "..."]:
-    """What the device so many places before this one has; zeros if there is none."""
+    """The array of the device `distance` places before; zeros if there is none."""
     pairs = [(i, i + distance) for i in range(size_of(axes) - distance)]
     return lax.ppermute(x, axes, pairs) if pairs else jnp.zeros_like(x)
 
 
 def _places_of_windows(devices: int, local: int, ratio: int) -> np.ndarray:
-    """Where each window is among those that all devices made, some of them in part.
+    """The index of each complete window among the gathered windows of all devices.
 
-    A device completes the windows whose last token it has, and makes as many windows
-    as it could complete at most, from the one that its first token is in.
+    A device completes the windows whose last token it has. It returns as many windows
+    as it can complete at most, beginning with the window of its first token; some of
+    these are incomplete.
     """
     windows = np.arange(devices * local // ratio)
     device = ((windows + 1) * ratio - 1) // local
@@ -308,8 +320,8 @@ def gathered_tokens(
 
     **Arguments:**
 
-    - `x`: this device's.
-    - `axes`: that split the sequence, major first.
+    - `x`: this device's tokens.
+    - `axes`: the mesh axes that split the sequence, major first.
     """
     return gather(x, axes, _SEQ)
 
@@ -321,7 +333,7 @@ def summed_and_split(
 
     **Arguments:**
 
-    - `x`: partial sums of all tokens.
+    - `x`: partial sums for all tokens.
     - `axis`: the mesh axis.
     """
     return sum_and_split(x, axis, _SEQ)

@@ -15,8 +15,8 @@ With a capacity of two rows from one device to another in a round, there are two
     0 sends      rows 0 1 to 0, row 3 to 1    row 2 to 0
     1 sends      row 0 to 0, rows 1 2 to 1    row 3 to 1
 
-What device 0 gets in round 0 has two places for each sender, `0.0 0.1 1.0 ---`, of its
-own experts 0 0 0 and, in the place that stays empty, none.
+In round 0, device 0 receives two places from each sender: rows 0 and 1 of device 0, row
+0 of device 1, and an empty place. The three rows are all for its expert 0.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ class ExchangePlan:
 
     outgoing: Int[Array, "devices experts"]  # of this device's rows, to each device's
     incoming: Int[Array, "devices experts"]  # of each device's rows, to this device's
-    num_rounds: Int[Array, ""]  # that are needed; the same on all devices
+    num_rounds: Int[Array, ""]  # needed for all rows; the same on all devices
     capacity: int  # rows from one device to another, a round
     axis: str  # of the mesh
     is_ragged: bool
 
     def sent(self, number: Int[Array, ""]) -> Int[Array, " devices"]:
-        """Rows that this device sends to each.
+        """How many rows this device sends to each device in a round.
 
         **Arguments:**
 
@@ -48,7 +48,7 @@ class ExchangePlan:
         return self._sizes(self.outgoing, number)
 
     def received(self, number: Int[Array, ""]) -> Int[Array, " devices"]:
-        """Rows that this device gets from each.
+        """How many rows this device receives from each device in a round.
 
         **Arguments:**
 
@@ -57,7 +57,7 @@ class ExchangePlan:
         return self._sizes(self.incoming, number)
 
     def rows(self, number: Int[Array, ""]) -> Int[Array, " places"]:
-        """The sorted row in each place of what is sent; past the last where none is.
+        """The sorted row in each place that is sent; the number of rows if empty.
 
         **Arguments:**
 
@@ -71,7 +71,7 @@ class ExchangePlan:
         return jnp.where(is_row, index, jnp.sum(totals)).reshape(-1)
 
     def experts(self, number: Int[Array, ""]) -> Int[Array, " places"]:
-        """This device's expert of each place received; past the last where none is.
+        """The local expert of each place received; the number of experts if empty.
 
         **Arguments:**
 
@@ -83,7 +83,7 @@ class ExchangePlan:
         return find(ends).reshape(-1).astype(self.incoming.dtype)
 
     def _places(self, number: Int[Array, ""]) -> Int[Array, " capacity"]:
-        """Which of a pair's rows a round carries."""
+        """Which of the rows from one device to another a round carries."""
         return number * self.capacity + jnp.arange(self.capacity, dtype=jnp.int32)
 
     def _sizes(
@@ -100,22 +100,22 @@ def plan_exchange(
     *,
     is_ragged: bool = False,
 ) -> ExchangePlan:
-    """Tells all devices what each has for the others.
+    """Gathers how many rows every device has for every expert.
 
     **Arguments:**
 
     - `counts`: this device's rows for each expert of each device.
     - `capacity`: rows that a round carries from one device to another.
     - `axis`: of the mesh.
-    - `is_ragged`: whether rows are sent without filling up to the capacity.
+    - `is_ragged`: whether rows are sent without padding up to the capacity.
     """
-    everyones = lax.all_gather(counts, axis)
-    # Rounds until the fullest pair of devices is done.
-    num_rounds = -(-jnp.max(jnp.sum(everyones, axis=2)) // capacity)
-    # Other axes' devices take part in each other's collectives: as many for all.
+    all_counts = lax.all_gather(counts, axis)
+    # As many as the pair of devices with the most rows needs.
+    num_rounds = -(-jnp.max(jnp.sum(all_counts, axis=2)) // capacity)
+    # The number must be equal on other axes too: their collectives are in the rounds.
     others = jax.typeof(num_rounds).manual_axis_type.varying - {axis}
     num_rounds = lax.pmax(num_rounds, tuple(sorted(others))) if others else num_rounds
-    incoming = everyones[:, lax.axis_index(axis)]
+    incoming = all_counts[:, lax.axis_index(axis)]
     return ExchangePlan(counts, incoming, num_rounds, capacity, axis, is_ragged)
 
 
@@ -135,17 +135,17 @@ def exchange(
     - `number`: of the round.
     - `back`: whether they return to where the rows came from.
 
-    **Returns:** what the devices have for this one, in the same places.
+    **Returns:** the rows that the devices sent to this one, in the same places.
     """
     if not plan.is_ragged:
         return lax.all_to_all(values, plan.axis, 0, 0, tiled=True)
     sizes = plan.sent(number), plan.received(number)
     sent, received = reversed(sizes) if back else sizes
     starts = jnp.arange(len(sent), dtype=sent.dtype) * plan.capacity
-    there = jnp.full_like(starts, plan.capacity) * lax.axis_index(plan.axis)
+    output_starts = jnp.full_like(starts, plan.capacity) * lax.axis_index(plan.axis)
     return lax.ragged_all_to_all(
         values,
         jnp.zeros_like(values),
-        *(starts, sent, there, received),
+        *(starts, sent, output_starts, received),
         axis_name=plan.axis,
     )

@@ -1,9 +1,9 @@
-"""Expert parallelism: experts stay, tokens travel to them and back.
+"""Expert parallelism: experts stay where they are, tokens travel to them and back.
 
 Each device sorts its tokens' slots by expert, sends them to the experts' devices, and
-gets the outputs back (`exchange.py` has a picture). A round carries half as many rows
-again as perfectly balanced routing needs. Rounds go on until the fullest pair of
-devices is done: no token is dropped, whatever the routing, and balanced routing needs
+receives the outputs (`exchange.py` has a picture). A round carries 1.5 times the rows
+of perfectly balanced routing. There are as many rounds as the pair of devices with the
+most rows needs: no token is dropped, whatever the routing, and balanced routing needs
 one round.
 """
 
@@ -32,12 +32,12 @@ class ExpertParallel(eqx.Module):
     Each device of the axis calls it with its own tokens.
     """
 
-    experts: Any  # `Experts`, or what is called like them and has `num_local`
+    experts: Any  # `Experts`, or a module called like them that has `num_local`
     axis: str = eqx.field(static=True)
-    # Whether the platform sends rows as they are, without filling up.
+    # Whether rows are sent without padding, where the platform can.
     is_ragged: bool = eqx.field(static=True, default=False)
-    # Whether the experts' outputs are whole on the devices of other axes, although
-    # their weights are split over those.
+    # Whether the experts' outputs are whole on the devices of other axes although
+    # their weights are split over these axes.
     are_whole: bool = eqx.field(static=True, default=False)
 
     def __call__(
@@ -55,15 +55,15 @@ class ExpertParallel(eqx.Module):
         validate_routing(x, chosen, weights)
         experts = self.experts
         if not self.are_whole:
-            # Gradients are summed over other axes here, once for all rounds.
+            # So that gradients are summed over other axes once, not in every round.
             leaves, structure = jax.tree.flatten((experts, x, weights))
             experts, x, weights = jax.tree.unflatten(structure, match_varying(*leaves))
         num_tokens, slots = chosen.shape
         num_rows, num_devices = chosen.size, lax.axis_size(self.axis)
-        # 1. A row is a token's slot; those for one device's experts follow each other.
+        # 1. A row is a slot of a token. Sorting makes each device's rows consecutive.
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sorted_weights = weights.reshape(-1)[order]
-        # 2. All devices are told how many rows each has for each expert.
+        # 2. All devices learn how many rows each has for each expert.
         num_experts = num_devices * experts.num_local
         counts = jnp.bincount(chosen.reshape(-1), length=num_experts)
         plan = plan_exchange(
@@ -73,7 +73,7 @@ class ExpertParallel(eqx.Module):
             is_ragged=self.is_ragged,
         )
 
-        # 3. In each round, rows and weights travel there and outputs back.
+        # 3. In each round, rows and weights are sent out, and outputs come back.
         def run(number: Array) -> Array:
             row = plan.rows(number)
             slot = order.at[row].get(mode="fill", fill_value=0)
@@ -87,7 +87,7 @@ class ExpertParallel(eqx.Module):
 
         nothing = jnp.zeros_like(x, shape=(num_rows, x.shape[1]))
         out = _run_rounds(plan, run, nothing)
-        # 4. In the order of the slots again, those of a token are added up.
+        # 4. Back in the order of the slots, the outputs of a token are added up.
         out = at_least_float32(out)[jnp.argsort(order)].reshape(num_tokens, slots, -1)
         return sum((out[:, slot] for slot in range(1, slots)), out[:, 0])
 
@@ -97,11 +97,11 @@ def _run_rounds(
     run: Callable[[Array], Array],
     out: Float[Array, "rows dim"],
 ) -> Float[Array, "rows dim"]:
-    """The sorted rows' outputs, put where they belong round by round.
+    """The sorted rows' outputs, filled in round by round.
 
-    The first round is always needed, and kept for the backward pass. Further ones are
-    in the program as many as the worst routing needs, and run where they are needed;
-    the backward pass runs each of them again.
+    The first round always runs, and its residuals are kept for the backward pass. The
+    program has as many further rounds as the worst routing needs. They run only where
+    they are needed, and the backward pass runs them again.
     """
 
     def put(out: Array, number: Array, outputs: Array) -> Array:
@@ -110,13 +110,13 @@ def _run_rounds(
     first = jnp.zeros((), jnp.int32)
     outputs = run(first)
     num_rows, out = len(out), put(out, first, outputs)
-    most_rounds = -(-num_rows // plan.capacity)
-    if most_rounds == 1:
+    max_rounds = -(-num_rows // plan.capacity)
+    if max_rounds == 1:
         return out
     nothing, _ = match_varying(jnp.zeros_like(outputs), outputs)
 
-    # The checkpoint is around the condition. Inside of it, what a branch keeps for the
-    # backward pass, the experts' weights too, would be kept for every round.
+    # The checkpoint is around the condition. Inside of it, the residuals of a branch,
+    # the experts' weights among them, would be kept for every round.
     @jax.checkpoint
     def run_if_needed(number: Array) -> Array:
         return lax.cond(number < plan.num_rounds, run, lambda _: nothing, number)
@@ -126,5 +126,5 @@ def _run_rounds(
         is_needed = number < plan.num_rounds
         return lax.cond(is_needed, put, lambda out, *_: out, *operands), None
 
-    out, _ = lax.scan(one_round, out, jnp.arange(1, most_rounds))
+    out, _ = lax.scan(one_round, out, jnp.arange(1, max_rounds))
     return out

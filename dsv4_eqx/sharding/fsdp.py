@@ -1,14 +1,15 @@
-"""Fully sharded data parallelism: weights split over `data` as well, gathered in use.
+"""Fully sharded data parallelism: `data` splits weights too; use gathers them.
 
-A layer's weights are whole only while it runs: gathered before, and gathered again in
-its backward pass, which leaves each device the sum of its own part of the gradients.
+A layer's weights are whole only while it runs. They are gathered before it runs, and
+again for its backward pass, which leaves each device with the summed gradients of its
+part.
 
-The rule for the backward pass: what is kept for it is everything but whole weights. For
-`y = gather(w) * x` these are `x` and this device's part of `w`, and `w` is gathered
-again for the gradient of `x`. The exception: with `remat=True` a checkpoint around the
-whole block keeps its input alone, and recomputes the block, gathering included. The
-rule must not be applied inside of that one. It would reach the checkpoints inside of a
-block, as around attention's blocks of queries, and keep what they are there to drop.
+The backward pass keeps all residuals but whole weights. For `y = gather(w) * x` these
+are `x` and this device's part of `w`; `w` is gathered again for the gradient of `x`.
+With `remat=True` this rule must not be applied: a checkpoint around the whole block
+keeps only the block's input and recomputes the block, gathering included. There the
+rule would also reach the checkpoints inside of a block, such as those around
+attention's blocks of queries, and keep what they are meant to drop.
 """
 
 import math
@@ -36,17 +37,23 @@ class Gathered(eqx.Module):
 
     module: Any
     axis: str = eqx.field(static=True)
-    # Of each array the dimension that is split, from the last one back, or None.
+    # The dimension of each array that is split, counted from the end, or None.
     dims: tuple[int | None, ...] = eqx.field(static=True)
-    # Whether what calls it is recomputed in the backward pass as a whole.
+    # Whether a checkpoint around the module recomputes it in the backward pass.
     recomputed: bool = eqx.field(static=True, default=False)
 
     def __call__(self, *args: Any) -> Any:
-        """**Arguments:** the module's own."""
+        """The module's output.
+
+        **Arguments:** those of the module.
+        """
         return self._run(lambda module, *args: module(*args), *args)
 
     def extend(self, *args: Any) -> Any:
-        """**Arguments:** those of the module's `extend`."""
+        """What the module's `extend` returns.
+
+        **Arguments:** those of the module's `extend`.
+        """
         return self._run(lambda module, *args: module.extend(*args), *args)
 
     def _run(self, function: Any, *args: Any) -> Any:
@@ -66,7 +73,7 @@ def gathered(module: Any, axis: str, dims: tuple[int | None, ...]) -> Any:
 
     - `module`: with weights split over the axis.
     - `axis`: of the mesh.
-    - `dims`: of each array the dimension that is split, from the last one back.
+    - `dims`: the dimension of each array that is split, counted from the end, or None.
     """
 
     def whole(x: Array, dim: int | None) -> Array:
@@ -81,17 +88,18 @@ def gathered(module: Any, axis: str, dims: tuple[int | None, ...]) -> Any:
 
 
 def split_further(module: Any, specs: Any, mesh: Mesh | AbstractMesh, axis: str) -> Any:
-    """Specs that split every array over one more axis, as far as its sizes allow.
+    """Specs that split every array over one more axis, where its sizes allow it.
 
-    The largest dimension that the axis divides is split; leading dimensions without a
-    name, as of stacked layers, never, nor integers, which are not trained.
+    A dimension that the axis divides is split: preferably one that is not split yet,
+    then the largest. Leading dimensions without a name, as of stacked layers, are not
+    split, nor are arrays of integers, which are not trained.
 
     **Arguments:**
 
-    - `module`: what the specs are of.
-    - `specs`: from `partition_specs`.
+    - `module`: a module.
+    - `specs`: its specs, from `partition_specs`.
     - `mesh`: the mesh.
-    - `axis`: one that the specs do not use.
+    - `axis`: a mesh axis that the specs do not use.
     """
     structure = jax.tree.structure(module)
     pairs = zip(annotated_leaves(module), structure.flatten_up_to(specs), strict=True)
@@ -110,16 +118,16 @@ def _split_leaf(
     entries = [axes_of(entry) for entry in spec]
     entries += [()] * (len(shape) - len(entries))
     parts = [math.prod(mesh.shape[name] for name in entry) for entry in entries]
-    named = range(len(shape) - len(leaf.dims or ()), len(shape))
-    # Rather a dimension that nothing splits, then the largest, then the first.
-    able = [
+    named_dims = range(len(shape) - len(leaf.dims or ()), len(shape))
+    # First a dimension that is not split, then the largest, then the first one.
+    candidates = [
         (not entries[dim], shape[dim], -dim)
-        for dim in named
+        for dim in named_dims
         if shape[dim] % (parts[dim] * size) == 0
     ]
-    if not able:
+    if not candidates:
         return spec
-    dim = -max(able)[2]
+    dim = -max(candidates)[2]
     entries[dim] += (axis,)
     return P(*(entry_of(axes) for axes in entries))
 
@@ -129,13 +137,13 @@ def gather_in_use(
 ) -> Any:
     """The model with wrappers that gather each block's weights while it runs.
 
-    What is outside of blocks is gathered at once.
+    Weights outside of blocks are gathered at once.
 
     **Arguments:**
 
-    - `model`: on one device, inside `shard_map`.
+    - `model`: one device's part of the model, inside `shard_map`.
     - `specs`: from `split_further`, in the model's tree.
-    - `axis`: that splits the weights further.
+    - `axis`: the mesh axis that splits the weights further.
     - `recomputed`: whether the backward pass recomputes whole blocks.
     """
 
@@ -154,7 +162,7 @@ def gather_in_use(
 
 
 def _split_dim(leaf: Array, spec: P, axis: str) -> int | None:
-    """The dimension that the axis splits, from the last one back."""
+    """The dimension that the axis splits, counted from the end."""
     for dim, entry in enumerate(spec):
         if axis in axes_of(entry):
             return dim - leaf.ndim

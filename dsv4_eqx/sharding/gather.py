@@ -1,8 +1,8 @@
 """Gathering over mesh axes, and its transpose: a sum of which each device keeps a part.
 
-On CPU devices of several processes the sum is an all-reduce. XLA's reduce-scatter gives
-wrong numbers there now and then, and fails where one process comes half a minute after
-another (jax-ml/jax issues 40830 and 40831).
+On CPU devices of several processes, the sum is an all-reduce. XLA's reduce-scatter
+sometimes returns wrong numbers there, and fails where one process reaches it half a
+minute after another (jax-ml/jax issues 40830 and 40831).
 """
 
 import functools
@@ -24,7 +24,7 @@ def gather(
     **Arguments:**
 
     - `x`: this device's part.
-    - `axes`: that split the array, major first.
+    - `axes`: the mesh axes that split the array, major first.
     - `dim`: the dimension that is split.
     """
     if _sums_whole() and jnp.issubdtype(x.dtype, jnp.inexact):
@@ -39,8 +39,8 @@ def sum_and_split(
 
     **Arguments:**
 
-    - `x`: what is summed.
-    - `axes`: over which, and which split the sum, major first.
+    - `x`: this device's summand.
+    - `axes`: the mesh axes to sum over, which then split the sum, major first.
     - `dim`: the dimension that is split.
     """
     if not _sums_whole():
@@ -51,12 +51,12 @@ def sum_and_split(
 def own_part(
     x: Shaped[Array, "*whole"], axes: Axes | None, dim: int
 ) -> Shaped[Array, "*part"]:
-    """This device's part of what is the same on all devices of some mesh axes.
+    """This device's part of an array that is equal on all devices of some mesh axes.
 
     **Arguments:**
 
-    - `x`: the whole.
-    - `axes`: that split it, major first.
+    - `x`: the whole array.
+    - `axes`: the mesh axes that are to split it, major first.
     - `dim`: the dimension that is split.
     """
     part = x.shape[dim] // size_of(axes)
@@ -64,7 +64,7 @@ def own_part(
 
 
 def size_of(axes: Axes | None) -> int:
-    """Devices along some mesh axes together.
+    """The product of the sizes of some mesh axes.
 
     **Arguments:**
 
@@ -75,11 +75,11 @@ def size_of(axes: Axes | None) -> int:
 
 
 def _sums_whole() -> bool:
-    """Whether XLA would leave reduce-scatter to Gloo."""
+    """Whether sums are all-reduces, since XLA would leave reduce-scatter to Gloo."""
     return jax.distributed.is_initialized() and jax.default_backend() == "cpu"
 
 
-# The transpose of JAX's own is a reduce-scatter.
+# The transpose of `lax.all_gather` is a reduce-scatter.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, axes, dim):
     return lax.all_gather(x, axes, axis=dim, tiled=True)

@@ -1,4 +1,4 @@
-"""The mesh: four axes, always all there, any of them of size 1."""
+"""The mesh: always the same four axes, any of which may have size 1."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes `data`, `expert`, `context` and `tensor`.
 
-    Devices that follow each other are those of `tensor`, which sends most.
+    Consecutive devices are those of `tensor`, the axis with the most communication.
 
     **Arguments:**
 
@@ -34,10 +34,11 @@ def make_mesh(
     - `devices`: all devices by default.
 
     **Raises:** ValueError if a size is not a positive integer, the sizes do not
-    multiply to the number of devices, or those are no devices or repeat one.
+    multiply to the number of devices, or `devices` is not a sequence of different
+    devices.
     """
-    given = zip(AXES, (data, expert, context, tensor))
-    sizes = [validate_size("make_mesh", axis, size) for axis, size in given]
+    named_sizes = zip(AXES, (data, expert, context, tensor))
+    sizes = [validate_size("make_mesh", axis, size) for axis, size in named_sizes]
     devices = jax.devices() if devices is None else devices
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
     are_listed = isinstance(devices, Sequence | np.ndarray) and len(devices) > 0
@@ -64,14 +65,15 @@ def validate_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
     **Arguments:**
 
     - `call`: what the user called.
-    - `mesh`: what was given.
+    - `mesh`: the argument.
 
-    **Raises:** ValueError if it is no mesh, lacks an axis, has them in another order,
-    or has axes that are not `Auto`, as those of `jax.make_mesh` are not by default.
+    **Raises:** ValueError if it is not a mesh, lacks an axis, has the axes in another
+    order, or has axes that are not `Auto` (those of `jax.make_mesh` are `Explicit` by
+    default).
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise invalid_argument(call, "mesh", mesh, "from make_mesh")
-    # In this order: `lax.ppermute` counts along the mesh's axes, whatever it is given.
+    # In this order: `lax.ppermute` counts devices in the order of the mesh's axes.
     if tuple(axis for axis in mesh.shape if axis in AXES) != AXES:
         raise ValueError(
             f"{call}: the mesh has the axes {tuple(mesh.shape)} and needs "
@@ -87,14 +89,14 @@ def validate_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The size of every axis, from text like `data=8,expert=64`; 1 where none is given.
+    """The size of every axis, from text like `data=8,expert=64`; 1 by default.
 
     **Arguments:**
 
     - `text`: axes and sizes.
 
-    **Raises:** ValueError if it has another form, there is no such axis, or it is given
-    twice.
+    **Raises:** ValueError if the text has another form, or an axis in it does not exist
+    or is given twice.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):

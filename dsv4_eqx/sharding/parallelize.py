@@ -1,12 +1,14 @@
-"""Putting collectives between the parts: the same mathematics, for a mesh.
+"""Collectives between the parts: the same mathematics, for a mesh.
 
-Where a part is split, `parallelize` puts a wrapper around it with the same methods:
+Where a part is split, `parallelize` puts a wrapper with the same methods around it:
 
-    tensor   a part that says `partial_over` of a split dimension is summed: attention,
-             and a mixture of experts once where routed and shared experts both are
-    expert   the experts get tokens from all devices and send the outputs back
-    tokens   where devices have other tokens of a sequence each, attention gets those
-             before its own, and what sums over `tensor` those of all that it sums over
+    tensor   sums the output of a part whose `partial_over` names a split dimension:
+             attention, and a mixture of experts as a whole where both its routed and
+             its shared experts are partial sums
+    expert   sends tokens from all devices to the experts, and their outputs back
+    tokens   where tokens of a sequence are split, gives attention the tokens before a
+             device's tokens, and gives a part that is summed over `tensor` the tokens
+             of all devices that it is summed over
 """
 
 import dataclasses
@@ -46,7 +48,7 @@ _WRAPPERS: Final = (
     *(ExpertParallel, SummedOver, WithAllTokens),
     *(SplitSequence, SplitSequenceAndHeads),
 )
-# The dimension of tokens: in what parts of a mixture take, and in what a mixture does.
+# The dimension of the tokens in arguments of a mixture's parts, and of a mixture.
 _ROWS, _SEQ = 0, 1
 
 
@@ -57,15 +59,15 @@ def parallelize(
     *,
     dimensions: Mapping[str, str | None] | None = None,
 ) -> Any:
-    """The module with the wrappers that `jax.shard_map` over the mesh needs inside.
+    """The module with the wrappers that it needs inside `jax.shard_map` over the mesh.
 
-    Axes of size 1 add nothing. The arrays are the same; give `shard_map` their
+    Axes of size 1 add no wrapper. The arrays are the same; give `shard_map` their
     `partition_specs`.
 
-    A part of your own is taken as it is where nothing of it is split. If something is,
-    it must say in the class what its output then is: `partial_over = ("my_heads",)` if
-    that is a partial sum over some dimensions, `partial_over = ()` if it is the whole.
-    In the place of a block's attention or mixture it is called with whole sequences.
+    A part of your own needs nothing as long as none of its arrays is split. Otherwise
+    its class must declare what its output is: `partial_over = ("my_heads",)` for a
+    partial sum over some dimensions, `partial_over = ()` for the whole output. In the
+    place of a block's attention or mixture, it is called with whole sequences.
 
     **Arguments:**
 
@@ -75,14 +77,14 @@ def parallelize(
         both, each of more than one device.
     - `dimensions`: of your own modules, as for `shard`.
 
-    **Raises:** ValueError if the module has such wrappers already, or a part that is
-    split and says nothing; if the mesh lacks an axis; or if `sequence` or `dimensions`
-    are something else.
+    **Raises:** ValueError if the module has such wrappers already, or a split part
+    without `partial_over`; if the mesh lacks an axis; or if `sequence` or `dimensions`
+    are not as described.
     """
     validate_mesh("parallelize", mesh)
-    able = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] > 1)
-    if sequence not in ((), able, *((axis,) for axis in able)):
-        allowed = f"a tuple of axes of {able}, in this order"
+    possible = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] > 1)
+    if sequence not in ((), possible, *((axis,) for axis in possible)):
+        allowed = f"a tuple of axes of {possible}, in this order"
         raise invalid_argument("parallelize", "sequence", sequence, allowed)
     rules = rules_with("parallelize", dimensions)
 
@@ -97,24 +99,24 @@ def parallelize(
 def _has_ragged_exchange(mesh: Mesh | AbstractMesh) -> bool:
     """Whether XLA has a ragged all-to-all for these devices.
 
-    It has none for CPUs. An abstract mesh has no devices, so that a plan counts filled
-    rows: the most that is sent.
+    It has none for CPUs. An abstract mesh has no devices; without ragged exchanges, a
+    plan counts padded rows, the most that can be sent.
     """
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform in ("gpu", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Here:
-    """What is split where a module stands."""
+    """A module's surroundings: what is split, and what the modules around it do."""
 
-    over_tensor: frozenset[str]  # dimensions
-    over_expert: frozenset[str]
+    over_tensor: frozenset[str]  # dimensions that `tensor` splits
+    over_expert: frozenset[str]  # dimensions that `expert` splits
     sequence: tuple[str, ...]  # mesh axes that split tokens
     mesh: Mesh | AbstractMesh
-    summed: frozenset[str] = frozenset()  # dimensions that are summed further outside
+    summed: frozenset[str] = frozenset()  # dimensions that a module around it sums over
     place: str = ""  # the field: a mixture's, or `.attention` or `.moe` of a block
-    is_inside: bool = False  # a module of the library holds it
-    is_said: bool = False  # by a module further outside, what of all this is a sum
+    is_inside: bool = False  # whether a module of the library holds it
+    is_said: bool = False  # whether a module around it has `partial_over`
 
 
 def _wrap(node: Any, path: str, here: _Here) -> Any:
@@ -129,7 +131,7 @@ def _wrap(node: Any, path: str, here: _Here) -> Any:
     _validate(node, path, here)
     partial, inner = _partial(node, here), here
     if partial:
-        # Its own devices have the same tokens: those of all of them.
+        # Inside, the devices of `tensor` have the same tokens.
         others = tuple(axis for axis in here.sequence if axis != "tensor")
         summed = here.summed | partial
         inner = dataclasses.replace(inner, sequence=others, summed=summed)
@@ -147,7 +149,7 @@ def _wrap(node: Any, path: str, here: _Here) -> Any:
 
 
 def _wrap_children(node: Any, path: str, here: _Here) -> Any:
-    """The node with what it holds wrapped."""
+    """The node with its children wrapped."""
     if isinstance(node, eqx.Module):
         is_said = here.is_said or says(node)
         here = dataclasses.replace(here, is_inside=is_ours(node), is_said=is_said)
@@ -166,7 +168,7 @@ def _wrap_children(node: Any, path: str, here: _Here) -> Any:
 
 
 def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Here) -> Any:
-    """The node, wrapped inside, with what it needs around."""
+    """The node with wrapped children, in the wrappers that it needs itself."""
     splits_tokens = "tensor" in here.sequence
     if isinstance(node, Attention) and here.sequence:
         return split_sequence(wrapped, here.sequence, "tensor" if is_partial else None)
@@ -182,28 +184,28 @@ def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Here) -> Any:
 
 
 def _partial(node: Any, here: _Here) -> frozenset[str]:
-    """Split dimensions over which the node is to be summed."""
+    """Split dimensions over which the node's output must be summed."""
     if not isinstance(node, MoE):
         return (partial_dims(node) & here.over_tensor) - here.summed
-    # Its output is a sum of two: one collective where both are partial sums.
+    # Its output is a sum of two outputs: one collective if both are partial sums.
     routed, shared = _partial(node.experts, here), _partial(node.shared, here)
     return routed | shared if routed and shared else frozenset()
 
 
 def _takes_whole_sequences(node: Any, here: _Here) -> bool:
-    """Whether it may need other devices' tokens, for all that is known."""
+    """Whether the node may need other devices' tokens: it is not from the library."""
     if not here.sequence or here.place not in (".attention", ".moe"):
         return False
     return not isinstance(node, Attention | MoE)
 
 
 def _has_experts(node: Any, here: _Here) -> bool:
-    """Whether it is called as `Experts` are, with rows of tokens for each."""
+    """Whether the node is called like `Experts`, with rows of tokens."""
     return isinstance(node, Experts) or here.place == ".experts"
 
 
 def _validate(node: Any, path: str, here: _Here) -> None:
-    """Refuses what is split and does not say what its output then is."""
+    """Refuses a split part that does not declare what its output is."""
     if not isinstance(node, eqx.Module):
         return
     is_split = here.sequence or _partial(node, here)

@@ -1,13 +1,13 @@
-"""What a part says of itself: when it is split, of what is its output a sum?
+"""What a split part declares: over which dimensions its output is a partial sum.
 
     class MyAttention(eqx.Module):
         partial_over = ("my_heads",)
         query: Float[Array, "my_heads head_dim dim"]
 
-says: where devices have some of `my_heads` each, each returns its part of a sum, and
-the output is what all of them return, added up. `partial_over = ()` says that every
-device returns the whole output, although arrays may be split. A part of which nothing
-is split need not say anything, unless it stands where heads or tokens are split.
+means: where each device has some of `my_heads`, each returns a partial sum, and the
+output is the sum over devices. `partial_over = ()` means that every device returns the
+whole output, although arrays may be split. A part without split arrays need not declare
+anything, unless it is inside a part whose heads or tokens are split.
 """
 
 from typing import Any, Final
@@ -43,33 +43,35 @@ _OURS: Final = (
 
 
 def partial_dims(part: Any) -> frozenset[str]:
-    """The dimensions over which a part says that its output is a partial sum.
+    """The dimensions over which a part declares its output to be a partial sum.
 
     **Arguments:**
 
     - `part`: any module.
 
-    **Raises:** ValueError if what it says is no tuple of dimensions of its arrays.
+    **Raises:** ValueError if `partial_over` is not a tuple of dimensions of its arrays.
     """
-    said = getattr(part, "partial_over", ())
+    declared = getattr(part, "partial_over", ())
     name = f"{type(part).__name__}.partial_over"
-    if not isinstance(said, tuple) or not all(isinstance(x, str) for x in said):
+    is_tuple = isinstance(declared, tuple)
+    if not is_tuple or not all(isinstance(x, str) for x in declared):
         raise ValueError(
-            f'{name} is {said!r}: must be a tuple of dimension names, like ("heads",).'
+            f"{name} is {declared!r}: must be a tuple of dimension names, like "
+            '("heads",).'
         )
-    own = dims_of(part) if said else frozenset()
-    unknown = [dim for dim in said if dim not in own]
+    dims = dims_of(part) if declared else frozenset()
+    unknown = [dim for dim in declared if dim not in dims]
     if unknown:
         raise ValueError(
             f"{name} names {unknown[0]!r}, which is no dimension of its arrays: those "
-            f"are {sorted(own)}."
+            f"are {sorted(dims)}."
         )
-    if "experts" in said:
+    if "experts" in declared:
         raise ValueError(
             f"{name} names 'experts': devices that split the experts have other tokens "
             "each, which are sent to their experts, not added up. Leave it out."
         )
-    return frozenset(said)
+    return frozenset(declared)
 
 
 def dims_of(module: Any) -> frozenset[str]:
@@ -83,40 +85,40 @@ def dims_of(module: Any) -> frozenset[str]:
 
 
 def is_ours(node: Any) -> bool:
-    """Whether it is a module of the library.
+    """Whether a node is a module of the library.
 
     **Arguments:**
 
-    - `node`: of a tree.
+    - `node`: any node of a tree.
     """
     return isinstance(node, _OURS)
 
 
 def says(node: Any) -> bool:
-    """Whether it is a module with `partial_over`.
+    """Whether a node is a module with `partial_over`.
 
     **Arguments:**
 
-    - `node`: of a tree.
+    - `node`: any node of a tree.
     """
     return isinstance(node, eqx.Module) and hasattr(node, "partial_over")
 
 
 def validate_split(part: Any, path: str, split: frozenset[str]) -> None:
-    """Refuses a part that does not say what it gives where its arrays are split.
+    """Refuses a part without `partial_over` whose arrays are split.
 
     **Arguments:**
 
     - `part`: without `partial_over`.
-    - `path`: where it is.
-    - `split`: dimensions that are.
+    - `path`: its path in the model.
+    - `split`: dimensions that are split.
 
     **Raises:** ValueError if an array of the part itself has one of those dimensions.
     """
-    # Embeddings are looked up, and logits left, where they are: not added up.
-    found = sorted((_own_dims(part) & split) - {"vocab"})
-    if found:
-        name, dim = type(part).__name__, found[0]
+    # The model itself handles a split vocabulary: nothing is summed over it.
+    split_dims = sorted((_own_dims(part) & split) - {"vocab"})
+    if split_dims:
+        name, dim = type(part).__name__, split_dims[0]
         raise ValueError(
             f"{_at(path)}{name} has arrays that are split along {dim!r}, "
             "and does not say what its output is then. Write into the class "
@@ -126,22 +128,22 @@ def validate_split(part: Any, path: str, split: frozenset[str]) -> None:
 
 
 def validate_inside(part: Any, path: str) -> None:
-    """Refuses what somebody put into a part that is split, unless it says that it fits.
+    """Refuses other modules inside a split part, unless they declare that they fit.
 
     **Arguments:**
 
-    - `part`: of which each device has some heads, or some tokens.
-    - `path`: where it is.
+    - `part`: a part of which each device has some heads or some tokens.
+    - `path`: its path in the model.
 
-    **Raises:** ValueError if a module inside of it says nothing, or is a partial sum of
-    its own.
+    **Raises:** ValueError if a module inside of it has no `partial_over`, or one that
+    is not empty.
     """
 
     def is_foreign(node: Any) -> bool:
         return isinstance(node, eqx.Module) and not is_ours(node)
 
-    found = jax.tree_util.tree_leaves_with_path(part, is_leaf=is_foreign)
-    for key, node in found:
+    nodes = jax.tree_util.tree_leaves_with_path(part, is_leaf=is_foreign)
+    for key, node in nodes:
         if is_foreign(node) and (not says(node) or partial_dims(node)):
             name, outer = type(node).__name__, type(part).__name__
             raise ValueError(
@@ -154,15 +156,15 @@ def validate_inside(part: Any, path: str) -> None:
 
 
 def validate_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
-    """Refuses a part that says nothing, where devices have other tokens each.
+    """Refuses a part without `partial_over` where each device has other tokens.
 
     **Arguments:**
 
     - `part`: without `partial_over`.
-    - `path`: where it is.
-    - `axes`: that split tokens.
+    - `path`: its path in the model.
+    - `axes`: the mesh axes that split tokens.
 
-    **Raises:** ValueError.
+    **Raises:** ValueError, always.
     """
     name = type(part).__name__
     raise ValueError(
@@ -173,12 +175,12 @@ def validate_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
 
 
 def validate_num_local(part: Any, path: str) -> None:
-    """Refuses split experts of which one cannot see how many there are.
+    """Refuses split experts that do not say how many of them a device holds.
 
     **Arguments:**
 
-    - `part`: in the place of `Experts`.
-    - `path`: where it is.
+    - `part`: the module in the place of `Experts`.
+    - `path`: its path in the model.
 
     **Raises:** ValueError if it has no `num_local`.
     """
@@ -192,7 +194,7 @@ def validate_num_local(part: Any, path: str) -> None:
 
 
 def _own_dims(module: Any) -> frozenset[str]:
-    """The dimensions of a module's arrays, but for what other parts in it hold."""
+    """The dimensions of a module's arrays, without those of other parts inside it."""
 
     def is_part(node: Any) -> bool:
         is_inner = isinstance(node, eqx.Module) and node is not module

@@ -1,10 +1,11 @@
-"""Several processes, on one host or many, that compute one thing together.
+"""Several processes, on one host or many, that run one computation together.
 
-`initialize` is `jax.distributed.initialize` and three things more. All processes
-compare their settings and versions at the start. One that raises tells the others why.
-And in a region of `together` none waits for ever: after a timeout all end, with every
-stack. A process that is killed or stopped is found by JAX's heartbeats: JAX aborts all
-others, and `faulthandler`, which is turned on, prints their stacks.
+`initialize` is `jax.distributed.initialize` with three additions. All processes compare
+their settings and versions at the start. A process that raises an exception tells the
+others why, and all end. In a region of `together` no process waits for ever: after a
+timeout all end and print their stacks. JAX's heartbeats find a process that was killed
+or stopped: JAX aborts the others, and `faulthandler`, which is enabled, prints their
+stacks.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ _DIFFERENCES: Final = "dsv4_eqx/differences"
 _STDERR: Final = 2
 _GRACE: Final = 3  # seconds in which Python may end by itself
 _FOREVER: Final = 10**12  # milliseconds
-_MOST_SHOWN: Final = 6  # differences of a process
+_MOST_SHOWN: Final = 6  # differences of one process in an error
 _LONGEST: Final = 80  # characters of a setting in an error
 _PACKAGES: Final = ("jax", "jaxlib", "equinox", "dsv4-eqx")
 # Of JAX's options, those that change numbers or programs.
@@ -44,13 +45,13 @@ _OPTIONS: Final = (
 
 
 class Processes:
-    """This process among the others; made by `initialize`."""
+    """This process as one of several; made by `initialize`."""
 
     def __init__(self, index: int, timeout: int):
         """**Arguments:**
 
         - `index`: of this process.
-        - `timeout`: seconds, of a region by default.
+        - `timeout`: default timeout of a region, in seconds.
         """
         self.index, self.timeout = index, timeout
         self._name = f"process {index} ({socket.gethostname()}, pid {os.getpid()})"
@@ -61,16 +62,16 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self, name: str, *, timeout: int | None = None) -> Iterator[None]:
-        """A region for whatever waits for the others, such as a step and its loss.
+        """A region for code that waits for other processes, such as a training step.
 
         If this process has not left it after `timeout` seconds, all processes end, and
-        each prints the stacks of all its threads. The timer is the one timer of
-        `faulthandler.dump_traceback_later`.
+        each prints the stacks of all its threads. The region uses the timer of
+        `faulthandler.dump_traceback_later`, of which a process has only one.
 
         **Arguments:**
 
-        - `name`: for messages.
-        - `timeout`: seconds, by default as `initialize` was told. Give more where
+        - `name`: name of the region, for messages.
+        - `timeout`: seconds; by default the `timeout` of `initialize`. Give more where
             something is compiled or loaded.
 
         **Raises:** ValueError inside another such region, and if `timeout` is not a
@@ -85,7 +86,7 @@ class Processes:
         seconds = validate_size("together", "timeout", timeout)
         why = f"{self._name} did not get out of {name!r} for {seconds} s"
         timer = _start_timer(seconds, lambda: self._tell(why))
-        # Where C code keeps Python's lock, no thread of Python runs; this one does.
+        # This timer also works while C code holds Python's lock.
         faulthandler.dump_traceback_later(seconds + 2 * _GRACE, exit=True, file=_STDERR)
         self._region = name
         try:
@@ -99,20 +100,20 @@ class Processes:
             faulthandler.cancel_dump_traceback_later()
 
     def _tell(self, why: str) -> None:
-        """Ends all processes, if this is the first to say why."""
+        """Ends all processes, if no other process has done so before."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(_FAILURE, why)
 
     def _watch(self) -> None:
-        """Ends this process when any of them says why."""
+        """Ends this process when any process has given a reason."""
         try:
             why = self._client.blocking_key_value_get(_FAILURE, _FOREVER)
-        except jax.errors.JaxRuntimeError:  # the end, or what JAX itself tells of
+        except jax.errors.JaxRuntimeError:  # shutdown, or a failure that JAX reports
             return
         if not self._raised:
             os.write(_STDERR, f"{self._name} ends: {why}\n".encode())
             faulthandler.dump_traceback(_STDERR)
-        # JAX would take the end of process 0, which has the store, for another failure.
+        # Process 0 has the store and ends last: JAX would report its end as a failure.
         time.sleep(_GRACE + (self.index == 0))
         os._exit(1)
 
@@ -131,37 +132,38 @@ def initialize(
 ) -> Iterator[Processes]:
     """A context in which this process computes with the others.
 
-    Call it before anything that makes JAX look for devices. Leaving it waits for the
-    others; leaving it by an exception ends them, after `heartbeat_timeout` if it comes
-    out of a region, where it may be the work of another that died. The others do not
-    wait for a process that is stopped (SIGSTOP); it ends when it is continued.
+    Enter it before anything that makes JAX look for devices. Leaving the context waits
+    for the other processes. An exception that leaves it ends them: at once, or after
+    `heartbeat_timeout` if the exception left a region, since another process that died
+    may have caused it. The others do not wait for a process that is stopped (SIGSTOP),
+    which ends when it is continued.
 
     **Arguments:**
 
     - `address`: host and port of process 0, open to the other hosts and to nobody else.
-    - `num_processes`: how many there are.
-    - `index`: which of them this is, from 0.
-    - `settings`: what must be the same on all, by name: a configuration, a mesh's
-        sizes, options. Data classes, mappings and sequences are compared entry by
-        entry, all else by its `repr`.
-    - `timeout`: seconds that a process may stay in a region, by default.
-    - `heartbeat_timeout`: seconds after which JAX takes a silent process for dead.
+    - `num_processes`: how many processes there are.
+    - `index`: number of this process, from 0.
+    - `settings`: values that must be equal on all processes, by name: a configuration,
+        a mesh's sizes, options. Data classes, mappings and sequences are compared entry
+        by entry, anything else by its `repr`.
+    - `timeout`: default timeout of a region, in seconds.
+    - `heartbeat_timeout`: seconds after which JAX considers a silent process dead.
     - `initialization_timeout`: seconds within which all must have started; JAX aborts
-        those that wait longer, and does not say who is missing.
-    - `options`: more of `jax.distributed.initialize`'s.
+        processes that wait longer, and does not report which ones are missing.
+    - `options`: other arguments of `jax.distributed.initialize`.
 
-    **Raises:** ValueError for an argument out of its range; on all processes, naming
-    the process, the item and both values, if settings or versions differ.
+    **Raises:** ValueError for an argument out of its range; and on all processes,
+    naming the process, the item and both values, if settings or versions differ.
     """
     num_processes = validate_size("initialize", "num_processes", num_processes)
-    most = num_processes - 1
-    index = validate_int("initialize", "index", index, least=0, most=most)
+    last = num_processes - 1
+    index = validate_int("initialize", "index", index, least=0, most=last)
     _validate(address, settings)
     timeout = validate_size("initialize", "timeout", timeout)
     heartbeat = validate_size("initialize", "heartbeat_timeout", heartbeat_timeout)
     start = initialization_timeout
     start = validate_size("initialize", "initialization_timeout", start)
-    own = _settings(num_processes, settings or {})
+    entries = _settings(num_processes, settings or {})
     if not faulthandler.is_enabled():
         faulthandler.enable(_STDERR)
     jax.distributed.initialize(
@@ -174,7 +176,7 @@ def initialize(
         **options,
     )
     processes = Processes(index, timeout)
-    if differences := _differences(processes, own, 1000 * start):
+    if differences := _differences(processes, entries, 1000 * start):
         jax.distributed.shutdown()
         raise ValueError(f"initialize: {differences}: start all of them alike.")
     threading.Thread(target=processes._watch, daemon=True).start()
@@ -185,48 +187,48 @@ def initialize(
     except BaseException as error:
         processes._raised = True
         why = f"{processes._name} failed: {type(error).__name__}: {error}"
-        # If it is the work of another that died, JAX finds that one in the meantime.
+        # If another process that died caused it, JAX finds that one in the meantime.
         wait = heartbeat + 1 if error is processes._region_error else 0
         _start_timer(wait, lambda: processes._tell(why))
         raise
 
 
 def _start_timer(seconds: int, call: Callable[[], None]) -> threading.Timer:
-    """Calls later, unless it is cancelled or the process has ended."""
+    """Calls after some seconds, unless cancelled or the process has ended."""
     timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()
     return timer
 
 
-def _settings(num_processes: int, given: Mapping[str, Any]) -> dict[str, str]:
-    """What is compared: the `repr` of every entry, by its name."""
-    found: dict[str, Any] = {"python": platform.python_version()}
+def _settings(num_processes: int, settings: Mapping[str, Any]) -> dict[str, str]:
+    """All settings and versions to compare: the `repr` of every entry by its name."""
+    values: dict[str, Any] = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    found |= {option: getattr(jax.config, option) for option in _OPTIONS}
-    found["num_processes"] = num_processes
-    for name, value in given.items():
+            values[package] = importlib.metadata.version(package)
+    values |= {option: getattr(jax.config, option) for option in _OPTIONS}
+    values["num_processes"] = num_processes
+    for name, value in settings.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
-        found[name] = value
-    leaves = jax.tree.leaves_with_path(found, is_leaf=lambda x: x is None)
+        values[name] = value
+    leaves = jax.tree.leaves_with_path(values, is_leaf=lambda x: x is None)
     keystr = jax.tree_util.keystr
     return {keystr(at, simple=True, separator="."): repr(x) for at, x in leaves}
 
 
-def _differences(processes: Processes, own: Mapping[str, str], wait: int) -> str:
-    """What processes have that process 0 has not, the same text on all; or nothing."""
+def _differences(processes: Processes, entries: Mapping[str, str], wait: int) -> str:
+    """How processes differ from process 0, the same text on all; empty if equal."""
     client, index = processes._client, processes.index
     if index == 0:
-        client.key_value_set(_SETTINGS, json.dumps(own))
+        client.key_value_set(_SETTINGS, json.dumps(entries))
     first = json.loads(client.blocking_key_value_get(_SETTINGS, wait))
     differ = []
-    for item in sorted(first.keys() | own.keys()):
-        this, that = (x.get(item, "nothing")[:_LONGEST] for x in (own, first))
-        if own.get(item) != first.get(item):
-            differ.append(f"{item} {this}, process 0 has {that}")
+    for item in sorted(first.keys() | entries.keys()):
+        here, there = (x.get(item, "nothing")[:_LONGEST] for x in (entries, first))
+        if entries.get(item) != first.get(item):
+            differ.append(f"{item} {here}, process 0 has {there}")
     if len(differ) > _MOST_SHOWN:
         differ[_MOST_SHOWN:] = [f"{len(differ) - _MOST_SHOWN} more"]
     if differ:
@@ -237,7 +239,7 @@ def _differences(processes: Processes, own: Mapping[str, str], wait: int) -> str
 
 
 def _validate(address: Any, settings: Any) -> None:
-    """Refuses what `initialize` cannot start from."""
+    """Refuses an address or settings that `initialize` cannot use."""
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("",) * 3
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         allowed = "host:port, of process 0"

@@ -1,7 +1,7 @@
 """From dimension names to shardings, in one table.
 
 A rule gives a dimension name a mesh axis; every array with that dimension is split over
-it, and nothing else needs to be said. `weight: Float[Array, "groups out_per_group
+this axis. `weight: Float[Array, "groups out_per_group
 in_per_group"]` and the rule `{"groups": "tensor"}` make `P("tensor", None, None)`.
 """
 
@@ -21,8 +21,8 @@ from dsv4_eqx.sharding.annotations import AnnotatedLeaf, annotated_leaves
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Whole heads, groups, hidden channels and vocabulary rows go to the devices of
-# `tensor`; whole experts to those of `expert`. Everything else is on every device.
+# `tensor` splits heads, groups, hidden channels and the vocabulary, `expert` splits the
+# experts. All other dimensions are whole on every device.
 DEFAULT_RULES: Final[Rules] = types.MappingProxyType(
     {
         "heads": "tensor",
@@ -41,7 +41,7 @@ def partition_specs(
     *,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> Any:
-    """The PartitionSpec of every array in a module, read off the fields' annotations.
+    """The PartitionSpec of every array in a module, from its fields' annotations.
 
     Leading dimensions that an annotation does not name, as of stacked layers, are not
     split. Abstract modules (`jax.ShapeDtypeStruct` leaves) work like real ones.
@@ -49,18 +49,19 @@ def partition_specs(
     **Arguments:**
 
     - `module`: any Equinox module; containers of modules too.
-    - `rules`: mesh axis, or axes, of dimension names. Names without a rule, or with
-        None, are not split. Your own modules may use your own names here.
-    - `mesh`: if given, the axes must exist and divide the dimensions, and those of
-        size 1 are left out: inside `shard_map`, nothing varies over them.
+    - `rules`: for each dimension name the mesh axis, or axes, that split it. Names
+        without a rule, or with None, are not split. Names of your own are allowed.
+    - `mesh`: if given, its axes must exist and divide the dimensions, and axes of size
+        1 are left out of the specs, as `shard_map` needs it.
 
     **Returns:** the module's tree with a PartitionSpec in place of each array.
 
     **Raises:** ValueError naming array, dimension, axis and sizes if an array has no
     annotation, or one that is a string or has several shapes; if a dimension is neither
-    in the glossary nor in the rules; if a rule is for a name that neither the glossary
-    nor the module knows; if a field holds something else than arrays; if an axis would
-    split an array twice; or if the mesh lacks an axis or does not divide a dimension.
+    in `DIMENSIONS` nor in the rules; if a rule is for a name that is neither in
+    `DIMENSIONS` nor in the module; if a field that is not static holds something other
+    than arrays; if an axis would split an array twice; or if the mesh lacks an axis or
+    an axis does not divide a dimension.
     """
     leaves = annotated_leaves(module)
     _validate_rules(leaves, rules)
@@ -78,17 +79,17 @@ def rules_with(
     *,
     split_vocab: bool = True,
 ) -> Rules:
-    """`DEFAULT_RULES` with dimensions of the user's own.
+    """`DEFAULT_RULES` and rules for the user's own dimensions.
 
     **Arguments:**
 
     - `call`: what the user called.
-    - `dimensions`: the user's own names: `"tensor"`, or None where all devices have all
-        of it.
+    - `dimensions`: for each name of the user's: `"tensor"`, or None for a dimension
+        that is whole on every device.
     - `split_vocab`: whether `tensor` splits the vocabulary.
 
-    **Raises:** ValueError if `dimensions` is no such mapping, or names a dimension of
-    the glossary.
+    **Raises:** ValueError if `dimensions` is not such a mapping, or has a name that is
+    in `DIMENSIONS`.
     """
     dimensions = {} if dimensions is None else dimensions
     allowed = 'a mapping like {"lora_rank": None, "my_heads": "tensor"}'
@@ -113,7 +114,7 @@ def rules_with(
 def place(module: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The module with every array split over the mesh as its spec says.
 
-    Abstract arrays are given the sharding that they would have.
+    Abstract arrays become abstract arrays with the sharding.
 
     **Arguments:**
 
@@ -144,9 +145,9 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _validate_rules(leaves: list[AnnotatedLeaf], rules: Rules) -> None:
-    own = {dim for leaf in leaves for dim in leaf.dims or ()}
+    module_dims = {dim for leaf in leaves for dim in leaf.dims or ()}
     for name in rules:
-        if name not in DIMENSIONS and name not in own:
+        if name not in DIMENSIONS and name not in module_dims:
             raise ValueError(
                 f"partition_specs: there is a rule for {name!r}, which is neither in "
                 "dsv4_eqx.DIMENSIONS nor a dimension of the module; correct the name, "
@@ -170,7 +171,7 @@ def _leaf_spec(leaf: AnnotatedLeaf, rules: Rules) -> P:
 
 
 def _validate_leaf(leaf: AnnotatedLeaf, rules: Rules) -> tuple[str, ...]:
-    """The leaf's dimensions, each of them known."""
+    """The leaf's dimensions; an error if one of them is unknown."""
     if not hasattr(leaf.array, "ndim"):
         raise ValueError(
             f"partition_specs: {leaf.name} is {shown(leaf.array)}, not an array; mark "

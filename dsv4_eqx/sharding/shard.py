@@ -1,4 +1,4 @@
-"""`shard`: from a model on one device, or what makes one, to the model over a mesh."""
+"""`shard`: from a model, or a function that makes one, to the model over a mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -28,32 +28,33 @@ def shard(
 ) -> ShardedModel:
     """The model over a mesh, with the same methods.
 
-    Given a function that makes the model, each device makes its own part, the same
-    numbers as on one device: `shard(lambda: DeepSeekV4(config, key=key), mesh)`.
+    Given a function that makes the model, each device makes only its part, with the
+    same values as on one device: `shard(lambda: DeepSeekV4(config, key=key), mesh)`.
 
-    The model may hold modules of your own. Their dimensions that `DIMENSIONS` lacks are
-    named here: `dimensions={"lora_rank": None, "my_heads": "tensor"}` has all of
-    `lora_rank` on every device and splits `my_heads`. A module of which something is
-    split says in its class what its output then is:
+    The model may hold modules of your own. Their dimensions that are not in
+    `DIMENSIONS` are named here: `dimensions={"lora_rank": None, "my_heads": "tensor"}`
+    keeps `lora_rank` whole on every device and splits `my_heads`. The class of a module
+    whose arrays are split declares what its output is:
 
         class MyAttention(eqx.Module):
-            partial_over = ("my_heads",)  # a sum of which each device has a part
+            partial_over = ("my_heads",)  # each device's output is a partial sum
 
     or `partial_over = ()` if each device has the whole output all the same.
 
     **Arguments:**
 
-    - `model`: the model, placed already or not; its arrays may be abstract.
+    - `model`: the model, whose arrays may be anywhere or abstract, or a function that
+        makes it.
     - `mesh`: from `make_mesh`.
     - `split_vocab`: splits embedding, unembedding and logits over `tensor`.
-    - `dimensions`: of your own modules: `"tensor"`, or None where nothing is split.
-    - `fsdp`: splits weights over `data` as well, and with them gradients and the state
-        of an optimizer; a layer's weights are gathered while it runs.
+    - `dimensions`: of your own modules: `"tensor"`, or None where it is not split.
+    - `fsdp`: splits weights over `data` too, and with them gradients and the
+        optimizer's state; a layer's weights are gathered while it runs.
 
     **Raises:** ValueError if the mesh lacks an axis or its axes are not `Auto`, an axis
-    does not divide a dimension, a module of which something is split says nothing, the
-    model is none and makes none, or has numbers where the mesh is abstract, or another
-    argument is something else.
+    does not divide a dimension, a split module has no `partial_over`, `model` is
+    neither a `DeepSeekV4` nor a function that makes one, or has numbers although the
+    mesh is abstract, or another argument is not as described.
     """
     validate_mesh("shard", mesh)
     validate_flag("shard", "split_vocab", split_vocab)
@@ -61,7 +62,7 @@ def shard(
     rules = rules_with("shard", dimensions, split_vocab=split_vocab)
     shapes = _validate_model(model, mesh)
     specs = partition_specs(shapes, rules, mesh=mesh)
-    # What will be refused where tokens are split is refused here.
+    # Modules that cannot run with split tokens are refused here, not at the first call.
     sequence = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] > 1)
     parallelize(shapes, mesh, sequence, dimensions=dimensions)
     if fsdp and mesh.shape["data"] > 1:

@@ -1,9 +1,9 @@
 """The whole model over a mesh: the same methods, the same numbers.
 
 Each method is one `jax.shard_map` in which every device runs the single-device code on
-its part; wrappers between the parts hold the collectives, and there are no others. The
-batch is split over `data` and `expert`, sequences over `context` and, between the parts
-that split heads and hidden channels, over `tensor`. A cache is split by rows alone.
+its part. All collectives are in wrappers between the parts. The batch is split over
+`data` and `expert`, sequences over `context` and, outside of the parts whose heads or
+hidden channels are split, over `tensor`. Of a cache, only the rows are split.
 """
 
 import functools
@@ -42,10 +42,11 @@ _HEADS, _FSDP, _SEQ = "tensor", "data", 1
 
 
 class ShardedModel(AbstractModel):
-    """A DeepSeek-V4 whose arrays lie over a mesh; made by `shard`.
+    """A DeepSeek-V4 whose arrays are split over a mesh; made by `shard`.
 
-    The batch must divide over `data` and `expert` together, a sequence without cache
-    over `context`. With a cache, the devices of `context` do the same work.
+    The number of rows must be a multiple of `data` x `expert`, and the length of a
+    sequence without cache a multiple of `context`. With a cache, the devices of
+    `context` repeat each other's work.
     """
 
     model: DeepSeekV4
@@ -68,7 +69,7 @@ class ShardedModel(AbstractModel):
     ):
         """**Arguments:**
 
-        - `model`: placed as `specs` says.
+        - `model`: placed as `specs` say.
         - `mesh`: from `make_mesh`.
         - `specs`: the model's tree with a PartitionSpec in place of each array.
         - `splits_vocab`: whether `tensor` splits embedding and unembedding.
@@ -82,14 +83,14 @@ class ShardedModel(AbstractModel):
 
     @property
     def num_mtp(self) -> int:
-        """Prediction blocks: 0 or 1."""
+        """Number of prediction (MTP) blocks, 0 or 1."""
         return self.model.num_mtp
 
     @property
     def specs(self) -> Any:
         """The PartitionSpec of every array, in the tree of `model`.
 
-        **Raises:** ValueError if the model has other arrays than were sharded.
+        **Raises:** ValueError if the model's number of arrays has changed since.
         """
         structure = jax.tree.structure(self.model)
         if structure.num_leaves != len(self.leaf_specs):
@@ -107,8 +108,8 @@ class ShardedModel(AbstractModel):
 
         **Arguments:** as for calling.
 
-        **Raises:** ValueError as for calling, and if the batch does not divide over
-        `data` and `expert` together, or the sequence over `context`.
+        **Raises:** ValueError as for calling, and if the number of rows is not a
+        multiple of `data` x `expert`, or their length not of `context`.
         """
         token_ids = self.model.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
@@ -124,7 +125,7 @@ class ShardedModel(AbstractModel):
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """What the unembedding turns into logits.
+        """Collapses residual streams into the final hidden activations.
 
         **Arguments:**
 
@@ -139,7 +140,7 @@ class ShardedModel(AbstractModel):
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """Logits, at least float32; each device of `tensor` has those of some tokens.
+        """Logits, at least float32; split where `tensor` splits the vocabulary.
 
         **Arguments:**
 
@@ -163,17 +164,18 @@ class ShardedModel(AbstractModel):
     ) -> Float[Array, "*batch"]:
         """Cross-entropy of each target in nats, at least float32.
 
-        The logits stay where they are: a few numbers for each token travel.
+        Logits are not gathered: devices exchange a few numbers for each token.
 
         **Arguments:**
 
         - `hidden`: from `hidden` or `collapse`.
-        - `targets`: the tokens that followed.
-        - `mask`: where it is False, the cross-entropy is 0 and the target not read.
+        - `targets`: the next token at each position.
+        - `mask`: which targets count; all by default. The cross-entropy of the others
+            is 0, whatever they are.
 
-        **Raises:** ValueError if targets and mask are not one for each position, or a
-        target is outside the vocabulary; under `jit`, which does not know them, the
-        cross-entropy of such a one is NaN.
+        **Raises:** ValueError if targets or mask do not have one value for each
+        position, or a target that counts is outside the vocabulary. Under `jit`, where
+        values are unknown, the cross-entropy of such a target is NaN.
         """
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
@@ -191,9 +193,9 @@ class ShardedModel(AbstractModel):
     def multi_token_logits(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """Logits of the next token, and of the one after it.
+        """Logits of the next token, and of the token after next.
 
-        The second has one position less: it needs the next token itself.
+        The second array has one position less, since it needs the next token itself.
 
         **Arguments:** as for calling; at least two tokens.
 
@@ -204,7 +206,7 @@ class ShardedModel(AbstractModel):
         places = token_places("multi_token_logits", token_ids, segment_ids)
         streams = self.streams(token_ids, segment_ids, remat=remat)
         split = self._split("multi_token_logits", token_ids.shape)
-        # The last position's successor is not known: any does, for no other sees it.
+        # The last position has no next token. Any will do: its output is dropped.
         following = jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
 
         def run(model: DeepSeekV4, streams: Array, ids: Array, *places: Any):
@@ -217,15 +219,15 @@ class ShardedModel(AbstractModel):
         return logits, self.unembed(ahead)[:, :-1]
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """The state before any token, for `extend`; split by rows alone.
+        """The state before any token, for `extend`; only its rows are split.
 
         **Arguments:**
 
-        - `batch`: rows, a multiple of `data` x `expert`.
-        - `capacity`: tokens that each row will have room for.
+        - `batch`: number of rows, a multiple of `data` x `expert`.
+        - `capacity`: the most tokens that a row can have.
 
-        **Raises:** ValueError if either is no positive integer, the rows do not divide,
-        or the capacity is above `max_position_embeddings`.
+        **Raises:** ValueError if either is not a positive integer, `batch` is not such
+        a multiple, or the capacity is above `max_position_embeddings`.
         """
         make = functools.partial(self.model.init_cache, batch, capacity)
         return self._placed("init_cache", batch, make)
@@ -235,7 +237,7 @@ class ShardedModel(AbstractModel):
 
         **Arguments:** as for `init_cache`.
 
-        **Raises:** ValueError as `init_cache` does, and if there is no such block.
+        **Raises:** ValueError as `init_cache` does, and without a prediction block.
         """
         make = functools.partial(self.model.init_mtp_cache, batch, capacity)
         return self._placed("init_mtp_cache", batch, make)
@@ -243,11 +245,12 @@ class ShardedModel(AbstractModel):
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
-        """The residual streams after the last layer, and the cache.
+        """The residual streams of new tokens after the last layer, and the cache.
 
         **Arguments:** as for `extend`.
 
-        **Raises:** ValueError as `extend` does, and if the rows do not divide.
+        **Raises:** ValueError as `extend` does, and if the number of rows is not a
+        multiple of `data` x `expert`.
         """
         streams, layers, new = self._extend(Layers.extend, tokens, cache, lengths)
         return streams, Cache(cache.lengths + new, layers, cache.capacity)
@@ -255,12 +258,12 @@ class ShardedModel(AbstractModel):
     def lookahead(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
-        """`extend_streams` where what is seen decides which tokens stay.
+        """Runs new tokens like `extend_streams`; how many are kept is decided later.
 
         **Arguments:** as for `extend`.
 
-        **Returns:** the streams, and what gives the cache after as many of each row's
-        new tokens as its method `keep` is told.
+        **Returns:** the streams, and a `Lookahead`: its method `keep` returns the cache
+        after the tokens that are kept.
 
         **Raises:** ValueError as `extend_streams` does.
         """
@@ -274,21 +277,21 @@ class ShardedModel(AbstractModel):
         cache: MTPCache,
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
-        """What the unembedding turns into logits of the token after next.
+        """The prediction block's hidden activations, as `unembed` takes them.
 
         **Arguments:**
 
-        - `streams`: of the main model at new tokens, then anything as padding.
-        - `following`: the token after each of them.
+        - `streams`: of the main model at new tokens, then padding of any values.
+        - `following`: the token after each new token.
         - `cache`: from `init_mtp_cache` or another call.
         - `lengths`: new tokens of each row.
 
         **Raises:** ValueError if there is no prediction block, or ids, cache and
-        lengths do not fit each other, as for `extend`.
+        lengths do not match, as for `extend`.
         """
         following, lengths = self.model.validate_following(following, cache, lengths)
         split = self._split("extend_mtp", lengths.shape)
-        rows = split.spec  # which come first in every array of a state
+        rows = split.spec  # rows are the first dimension of every array of a state
         return self._map(
             lambda model, *args: model.extend_mtp(*args), split, (rows,) * 4, rows
         )(streams, following, cache, lengths)
@@ -300,7 +303,7 @@ class ShardedModel(AbstractModel):
         def run(model: DeepSeekV4, ids: Array, *state: Any) -> Any:
             return extend(model.layers, model.embed(ids), ids, *state)
 
-        rows = split.spec  # which come first in every array of a state
+        rows = split.spec  # rows are the first dimension of every array of a state
         streams, layers = self._map(run, split, (rows,) * 4, rows)(
             token_ids, cache.layers, cache.lengths, lengths
         )
@@ -312,8 +315,8 @@ class ShardedModel(AbstractModel):
         return _HEADS if is_split else None
 
     def _for_vocab(self, split: TokenSplit) -> tuple[Callable[[Array], Array], P]:
-        """What gives each device the tokens of all that it shares a vocabulary with,
-        and the spec of those tokens."""
+        """A function that gathers the tokens which the devices that split the
+        vocabulary need all of, and the spec of its results."""
         if self._vocab_axis is None or _HEADS not in split.sequence:
             return lambda x: x, split.spec
         return lambda x: gather(x, _HEADS, _SEQ), split.without(_HEADS).spec
@@ -330,9 +333,9 @@ class ShardedModel(AbstractModel):
         *,
         remat: bool = False,
     ) -> Callable:
-        """A function of one device's model and arrays, made one of the whole arrays.
+        """Makes a function of one device's model and arrays one of whole arrays.
 
-        Its model is no argument of what is returned.
+        The model is not an argument of the function that is returned.
         """
         specs = self.specs
 
@@ -342,7 +345,7 @@ class ShardedModel(AbstractModel):
         mapped = jax.shard_map(
             run, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs
         )
-        # The weights' layout is said outside too: gradients then have the same.
+        # Constrained outside too, so that gradients have the weights' sharding.
         placed = jax.lax.with_sharding_constraint(self.model, self._shardings(specs))
         return functools.partial(mapped, placed)
 
@@ -350,17 +353,16 @@ class ShardedModel(AbstractModel):
         self, model: DeepSeekV4, specs: Any, split: TokenSplit, remat: bool
     ) -> DeepSeekV4:
         """The model that one device runs: its parts of the arrays, with collectives."""
-        # 1. Where tokens are split, each weight is a device's own: it then adds up its
-        # gradients, and the sum over devices is taken here, once. Otherwise it would be
-        # taken in every iteration of every loop inside of a layer.
+        # 1. Where tokens are split, weights are marked as varying. Each device then
+        # adds up its gradients, and the sum over devices is taken here, once, instead
+        # of in every iteration of every loop inside of a layer.
         axes = (*split.batch, *split.sequence)
         model = jax.tree.map(lambda x: varying(x, axes), model)
-        # 2. What `data` splits is gathered, block by block, while the block runs. This
-        # comes before wrappers inside of blocks, for the specs are of blocks without.
+        # 2. Weights that `data` splits are gathered block by block, while a block runs.
+        # This comes before the wrappers inside of blocks, which the specs do not have.
         if self.fsdp and self.mesh.shape[_FSDP] > 1:
             model = gather_in_use(model, specs, _FSDP, recomputed=remat)
-        # 3. The embedding is an array of the model, not a part: its wrapper stands in
-        # for the array.
+        # 3. The embedding is an array, not a part: its wrapper replaces the array.
         if self._vocab_axis is not None:
             embedding = SplitEmbedding(model.embedding, _HEADS, split.sequence)
             model = eqx.tree_at(lambda model: model.embedding, model, embedding)

@@ -1,8 +1,8 @@
 """Tensor parallelism: each device holds some heads, groups, hidden channels and tokens.
 
-A part whose inner dimension is split gives a partial sum on each device; adding them up
-is all there is to do. The vocabulary is split too: embeddings are looked up where they
-are, and the loss never gathers the logits.
+A part whose inner dimension is split returns a partial sum on each device; these are
+added up. The vocabulary is split too: each device looks up the embeddings that it has,
+and the loss never gathers the logits.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class SummedOver(eqx.Module):
 
         **Arguments:**
 
-        - `args`: the module's own, equal on all devices of the axis.
+        - `args`: those of the module, equal on all devices of the axis.
         """
         return lax.psum(self.module(*args), self.axis)
 
@@ -44,15 +44,15 @@ class SummedOver(eqx.Module):
 
 
 class WithAllTokens(eqx.Module):
-    """A module of tokens that lie split over mesh axes, called with all of them.
+    """A module that needs all tokens, where mesh axes split them.
 
     The tokens of the axes' devices are gathered before the call, and the output is
-    split again. Where it is a partial sum over an axis, it is added up in that step.
+    split again. An output that is a partial sum over an axis is added up in this step.
     """
 
     module: Any
     axes: tuple[str, ...] = eqx.field(static=True)  # that split tokens, major first
-    summed: tuple[str, ...] = eqx.field(static=True)  # of these, the sum is over those
+    summed: tuple[str, ...] = eqx.field(static=True)  # axes to sum over, among `axes`
     dim: int = eqx.field(static=True)  # of the tokens, in arguments and output
 
     def __call__(self, *args: Any) -> Array:
@@ -60,7 +60,7 @@ class WithAllTokens(eqx.Module):
 
         **Arguments:**
 
-        - `args`: the module's own, of this device's tokens.
+        - `args`: those of the module, for this device's tokens.
         """
         args = jax.tree.map(lambda x: gather(x, self.axes, self.dim), args)
         out = self.module(*args)
@@ -71,9 +71,9 @@ class WithAllTokens(eqx.Module):
 
 
 class SplitEmbedding(eqx.Module):
-    """An embedding whose rows lie split over a mesh axis, indexed like the array."""
+    """An embedding whose rows are split over a mesh axis, indexed like the array."""
 
-    rows: Float[Array, "vocab dim"]  # this device's
+    rows: Float[Array, "vocab dim"]  # of this device
     axis: str = eqx.field(static=True)
     # The mesh axes that split the sequence; with `axis`, the result is split too.
     sequence: tuple[str, ...] = eqx.field(static=True)
@@ -84,8 +84,8 @@ class SplitEmbedding(eqx.Module):
         if self.axis not in self.sequence:
             return embed_split_vocab(self.rows, token_ids, self.axis)
         token_ids = gather(token_ids, self.axis, dim=1)
-        found = _found(self.rows, token_ids, self.axis)
-        return sum_and_split(found, self.axis, dim=1)
+        embedded = _local_embeddings(self.rows, token_ids, self.axis)
+        return sum_and_split(embedded, self.axis, dim=1)
 
 
 def embed_split_vocab(
@@ -93,7 +93,7 @@ def embed_split_vocab(
     token_ids: Int[Array, "*batch"],
     axis: str,
 ) -> Float[Array, "*batch dim"]:
-    """Embeddings of tokens whose rows lie on any device of the axis.
+    """Embeddings of tokens, where a mesh axis splits the embedding's rows.
 
     **Arguments:**
 
@@ -101,15 +101,15 @@ def embed_split_vocab(
     - `token_ids`: equal on all devices of the axis.
     - `axis`: the mesh axis that splits the vocabulary.
     """
-    return lax.psum(_found(embedding, token_ids, axis), axis)
+    return lax.psum(_local_embeddings(embedding, token_ids, axis), axis)
 
 
-def _found(
+def _local_embeddings(
     embedding: Float[Array, "local_vocab dim"],
     token_ids: Int[Array, "*batch"],
     axis: str,
 ) -> Float[Array, "*batch dim"]:
-    """Embeddings of the tokens whose rows are here, zeros of the others."""
+    """Embeddings of the tokens whose rows this device has, zeros for the others."""
     rows = embedding.shape[0]
     local = token_ids - lax.axis_index(axis) * rows
     is_here = (local >= 0) & (local < rows)
@@ -121,9 +121,9 @@ def cross_entropy_split_vocab(
     targets: Int[Array, "*batch"],
     axis: str | None,
 ) -> Float[Array, "*batch"]:
-    """Cross-entropy in nats of each target, from logits that stay where they are.
+    """Cross-entropy in nats of each target, without gathering the logits.
 
-    It is NaN for what is no token.
+    It is NaN for a target outside the vocabulary.
 
     **Arguments:**
 
@@ -140,7 +140,7 @@ def cross_entropy_split_vocab(
     local = targets - lax.axis_index(axis) * columns
     is_here = (local >= 0) & (local < columns)
     index = jnp.where(is_here, local, 0)[..., None]
-    found = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    elsewhere = jnp.where(is_token, 0, jnp.nan).astype(found.dtype)
-    target_logit = lax.psum(jnp.where(is_here, found, elsewhere), axis)
+    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    elsewhere = jnp.where(is_token, 0, jnp.nan).astype(chosen.dtype)
+    target_logit = lax.psum(jnp.where(is_here, chosen, elsewhere), axis)
     return jnp.log(total) + top - target_logit

@@ -1,4 +1,4 @@
-"""Which mesh axes split the rows of an array of tokens, and which its sequences."""
+"""The mesh axes that split the rows of an array of tokens, and its sequences."""
 
 import dataclasses
 import math
@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from dsv4_eqx.sharding.rules import entry_of
 
 _BATCH, _CONTEXT, _HEADS = ("data", "expert"), "context", "tensor"
-_WHOLE_SEQUENCES: Final = ("streams", "multi_token_logits")  # tokens see others
+# Calls in which tokens see other tokens.
+_WHOLE_SEQUENCES: Final = ("streams", "multi_token_logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,12 @@ class TokenSplit:
 
     @property
     def spec(self) -> P:
-        """Of `[batch, seq, ...]`, or of rows alone."""
+        """The PartitionSpec of an array `[batch, seq, ...]`, or `[batch, ...]`."""
         entries = (self.batch, self.sequence) if self.sequence else (self.batch,)
         return P(*map(entry_of, entries))
 
     def without(self, axis: str) -> "TokenSplit":
-        """The same where one axis splits no sequence.
+        """The same split, where one axis does not split sequences.
 
         **Arguments:**
 
@@ -40,11 +41,11 @@ class TokenSplit:
 def token_split(
     call: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> TokenSplit:
-    """How tokens of a shape are split.
+    """How an array of tokens is split.
 
     Rows are split over `data` and `expert`, sequences over `context` and then `tensor`.
     Where a sequence does not divide over `tensor`, its devices have the same tokens;
-    the same goes for `context` where tokens do not see others.
+    the same holds for `context` in calls where tokens do not see other tokens.
 
     **Arguments:**
 
