@@ -1,7 +1,7 @@
-"""What a user gives `generate`, checked on the host and put on the device.
+"""Prompts and token ids given to `generate`, validated on the host.
 
 Everything goes to the device by `jax.device_put`, so that generation works where
-`jax.transfer_guard` forbids transfers that nobody asked for.
+`jax.transfer_guard` forbids implicit transfers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,33 +23,33 @@ Prompts = (
 
 
 def on_device(value: Any, dtype: DTypeLike) -> Array:
-    """A number, or an array of numpy's, on the device."""
+    """A number or a numpy array, on the device."""
     return jax.device_put(np.asarray(value, dtype))
 
 
 def is_traced(*trees: Any) -> bool:
-    """Whether any value in the trees is a tracer of JAX."""
+    """Whether any value in the trees is a JAX tracer."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
 
 
 def read_prompts(
     call: str, tokens: Any, lengths: Any, vocab: int
 ) -> tuple[Int[np.ndarray, "batch seq"], Int[np.ndarray, " batch"]]:
-    """The prompts as rows that end in zeros, and the number of tokens in each.
+    """The prompts as rows padded with zeros, and the number of tokens in each.
 
     **Arguments:**
 
     - `call`: what the user called.
     - `tokens`: rows of token ids, as an array or a list of rows; or a single row.
     - `lengths`: tokens of each row; whole rows by default.
-    - `vocab`: how many token ids there are.
+    - `vocab`: size of the vocabulary.
 
-    **Raises:** ValueError if the tokens are nothing of this, a row has no token, one of
-    them is outside the vocabulary, or the lengths do not fit.
+    **Raises:** ValueError if `tokens` is none of these, a row has no token, a token is
+    outside the vocabulary, or `lengths` do not match the rows.
     """
     rows = _rows(call, tokens)
-    most = np.array([len(row) for row in rows])
-    lengths = most if lengths is None else _lengths(call, lengths, most)
+    row_sizes = np.array([len(row) for row in rows])
+    lengths = row_sizes if lengths is None else _lengths(call, lengths, row_sizes)
     if not rows:
         raise ValueError(f"{call}: there is no prompt.")
     if lengths.min() < 1:
@@ -69,7 +69,7 @@ def read_prompts(
 
 
 def eos_ids(call: str, eos_id: Any, config: Config) -> Int[Array, " ids"]:
-    """The ids after which a row ends.
+    """The token ids that end a row.
 
     **Arguments:**
 
@@ -77,23 +77,23 @@ def eos_ids(call: str, eos_id: Any, config: Config) -> Int[Array, " ids"]:
     - `eos_id`: a token id or several; None for those of the configuration.
     - `config`: of the model.
 
-    **Raises:** ValueError if one is no token id.
+    **Raises:** ValueError if one of them is not a token id.
     """
-    given: Any = as_python(config.eos_token_id if eos_id is None else eos_id)
-    given = () if given is None else given
-    if isinstance(given, np.ndarray | jax.Array):
-        given = jax.device_get(given).reshape(-1)
-    is_several = isinstance(given, Iterable) and not isinstance(given, str)
-    ids: list[Any] = list(map(as_python, given)) if is_several else [given]
-    for one in ids:
-        if not is_int(one) or not 0 <= one < config.vocab_size:
+    value: Any = as_python(config.eos_token_id if eos_id is None else eos_id)
+    value = () if value is None else value
+    if isinstance(value, np.ndarray | jax.Array):
+        value = jax.device_get(value).reshape(-1)
+    is_several = isinstance(value, Iterable) and not isinstance(value, str)
+    ids: list[Any] = list(map(as_python, value)) if is_several else [value]
+    for token_id in ids:
+        if not is_int(token_id) or not 0 <= token_id < config.vocab_size:
             allowed = f"token ids in [0, {config.vocab_size}), or () for none"
             raise invalid_argument(call, "eos_id", eos_id, allowed)
     return on_device(sorted(set(ids)), np.int32)
 
 
 def _rows(call: str, tokens: Any) -> list[np.ndarray]:
-    """Each row's token ids; a single row is one of one."""
+    """Each row's token ids; a single row becomes a list of one row."""
     if isinstance(tokens, Sequence) and not isinstance(tokens, str):
         tokens = [as_python(row) for row in tokens]
         if not tokens or not all(map(is_int, tokens)):
@@ -122,23 +122,23 @@ def _integers(call: str, name: str, values: Any) -> np.ndarray:
     except ValueError:  # rows of different lengths, one level too deep
         array = np.asarray(None)
     if not np.issubdtype(array.dtype, np.integer):
-        found = array.dtype if array.dtype != object else type(values).__name__
-        raise ValueError(f"{call}: {name} must be integers, not {found}.")
+        got = array.dtype if array.dtype != object else type(values).__name__
+        raise ValueError(f"{call}: {name} must be integers, not {got}.")
     return array
 
 
-def _lengths(call: str, lengths: Any, most: np.ndarray) -> np.ndarray:
+def _lengths(call: str, lengths: Any, row_sizes: np.ndarray) -> np.ndarray:
     lengths = _integers(call, "lengths", lengths)
-    if lengths.shape != most.shape:
+    if lengths.shape != row_sizes.shape:
         raise ValueError(
-            f"{call}: lengths must be one for each of the {len(most)} rows, not of the "
-            f"shape {lengths.shape}."
+            f"{call}: lengths must be one for each of the {len(row_sizes)} rows, not "
+            f"of the shape {lengths.shape}."
         )
-    outside = np.flatnonzero((lengths < 0) | (lengths > most))
+    outside = np.flatnonzero((lengths < 0) | (lengths > row_sizes))
     if len(outside) > 0:
         row = int(outside[0])
         raise ValueError(
-            f"{call}: lengths[{row}] is {lengths[row]}: the row has 0 to {most[row]} "
-            "tokens."
+            f"{call}: lengths[{row}] is {lengths[row]}: the row has 0 to "
+            f"{row_sizes[row]} tokens."
         )
     return lengths

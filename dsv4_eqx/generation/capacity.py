@@ -1,7 +1,7 @@
-"""How many tokens a cache has room for, and giving it more.
+"""The capacity of a cache in tokens: choosing it, and enlarging it.
 
-A program is compiled for a capacity. Capacities are rounded up, so that a prompt or a
-number of new tokens that differs a little compiles nothing again.
+A program is compiled for a capacity. Capacities are rounded up, so that prompts and
+numbers of new tokens of similar size need no new compilation.
 """
 
 import functools
@@ -21,35 +21,36 @@ _State = TypeVar("_State")
 
 
 def rounded_capacity(needed: int, most: int) -> int:
-    """What is needed and at most a quarter, or 127 tokens, more.
+    """A capacity for the tokens needed, larger by at most a quarter or 127 tokens.
 
     **Arguments:**
 
-    - `needed`: tokens.
-    - `most`: beyond which there are no positions.
+    - `needed`: tokens needed.
+    - `most`: the largest capacity allowed.
     """
     step = max(_SMALLEST, 2 ** ((needed - 1).bit_length() - 3))
     return min(-(-needed // step) * step, most)
 
 
 def grow_cache(model: AbstractModel, cache: Cache, capacity: int) -> Cache:
-    """The same cache with room for more tokens; the one given stays as it was.
+    """The same cache with a larger capacity; the given cache is not changed.
 
     **Arguments:**
 
-    - `model`: whose cache it is.
-    - `cache`: after some tokens.
-    - `capacity`: tokens that each row will have room for, those in the cache included.
+    - `model`: the model that the cache belongs to.
+    - `cache`: from `init_cache`, `extend` or `generate`.
+    - `capacity`: the most tokens that a row can then have, those in the cache included.
 
-    **Raises:** ValueError if the capacity is no integer, less than the cache has, or
-    beyond `max_position_embeddings`; and if a row has filled a cache smaller than the
-    sliding window, which no longer has the first token that the next one sees.
+    **Raises:** ValueError if `cache` is not a `Cache`; if `capacity` is not an integer,
+    below the cache's capacity, or above `max_position_embeddings`; and if a row has
+    filled a cache that is smaller than the sliding window, since it has already lost a
+    token that the next one would see.
     """
     call = "grow_cache"
     if not isinstance(cache, Cache):
         raise invalid_argument(call, "cache", type(cache).__name__, "a Cache")
-    most = model.config.max_position_embeddings
-    capacity = validate_int(call, "capacity", capacity, least=cache.capacity, most=most)
+    limits = {"least": cache.capacity, "most": model.config.max_position_embeddings}
+    capacity = validate_int(call, "capacity", capacity, **limits)
     if capacity == cache.capacity:
         return cache
     if cache.capacity < model.config.sliding_window and not is_traced(cache):
@@ -64,12 +65,12 @@ def grow_cache(model: AbstractModel, cache: Cache, capacity: int) -> Cache:
 
 @functools.partial(jax.jit, donate_argnames="larger")
 def grown(state: _State, larger: _State) -> _State:
-    """The numbers of a state in the arrays of a larger one.
+    """A state's values, copied into the arrays of a larger state.
 
     **Arguments:**
 
     - `state`: after some tokens.
-    - `larger`: before any token, with room for more.
+    - `larger`: before any token, of a larger capacity.
     """
 
     def put(path: tuple, new: Array, old: Array) -> Array:
@@ -78,7 +79,7 @@ def grown(state: _State, larger: _State) -> _State:
         start = [n - o if is_window else 0 for n, o in zip(new.shape, old.shape)]
         return lax.dynamic_update_slice(new, old, start)
 
-    # The trees differ: each says its capacity.
+    # The trees are not equal: the capacity is a static field.
     paths, tree = jax.tree_util.tree_flatten_with_path(larger)
     leaves = [put(*new, old) for new, old in zip(paths, jax.tree.leaves(state))]
     return jax.tree.unflatten(tree, leaves)

@@ -1,8 +1,8 @@
-"""Generation: prompts through the cache, then token by token.
+"""Generation: prompts are read into a cache, then tokens are generated one by one.
 
-All new tokens come from one compiled loop (`generate`), or as soon as they are ready
-(`generate_stream`). Stop strings are looked for on the host: with them `generate` goes
-step by step too.
+`generate` makes all new tokens in one compiled loop; `generate_stream` returns each as
+soon as it is ready. Stop strings are searched for on the host, so with them `generate`
+runs step by step too.
 """
 
 import functools
@@ -65,36 +65,37 @@ def generate(
 
     - `model`: the model.
     - `tokens`: the prompts' ids: an array of rows, a list of rows of any lengths, or a
-        single row. Padding comes after a prompt; where a mask says which tokens are
-        meant, as with left padding, give `[row[kept] for row, kept in zip(tokens,
+        single row. Padding comes after a prompt. With left padding and a mask of the
+        prompts' tokens, give `[row[kept] for row, kept in zip(tokens,
         mask.astype(bool))]`.
-    - `max_new_tokens`: after which every row ends.
+    - `max_new_tokens`: the most new tokens that a row gets.
     - `lengths`: ids in each prompt, at least 1; whole rows by default.
-    - `sampling`: how tokens are drawn; without, the likeliest is taken.
+    - `sampling`: how tokens are drawn; by default, the likeliest token is taken.
     - `key`: randomness, needed where tokens are drawn.
-    - `num_samples`: rows that go on from each prompt.
+    - `num_samples`: samples, which are rows of the result, for each prompt.
     - `eos_id`: a token id, or several, after which a row ends; `()` for none. Those of
         the configuration by default.
     - `stop`: a string, or several, after which a row ends; needs `decode`.
     - `decode`: a tokenizer, or a function from a list of token ids to text, for `stop`
         and `texts`.
-    - `logits_fn`: `logits_fn(logits, tokens, lengths)` gives the logits `[rows, vocab]`
-        to choose from, of the model's logits, each row's tokens so far, prompt
-        included, and how many these are. It is compiled: a pure function of JAX, which
-        must leave a finite logit in each row. Another function compiles anew.
-    - `capacity`: tokens that the cache will have room for; by default for this call, a
-        little more so that another call compiles nothing.
-    - `after`: an earlier result, whose rows these prompts follow, as in the next turn
-        of a conversation. Its cache stays as it is; room for the new tokens is added
-        where `capacity` did not make it at once.
-    - `speculative`: the model's prediction block drafts tokens, of which those stay
-        that the model would have chosen. The likeliest tokens are the same; drawn ones
-        are others, of the same distribution.
+    - `logits_fn`: `logits_fn(logits, tokens, lengths)` returns the logits `[rows,
+        vocab]` to choose from, given the model's logits, each row's tokens so far,
+        prompt included, and their number. It is compiled, and so must be a pure JAX
+        function, and it must leave a finite logit in each row. Another function needs
+        another compilation.
+    - `capacity`: the most tokens that a row of the cache can have. By default, enough
+        for this call, rounded up so that similar calls need no compilation.
+    - `after`: an earlier result, whose rows these prompts continue, as in the next turn
+        of a conversation. Its cache is not changed; it is enlarged where its capacity
+        is too small for the new tokens.
+    - `speculative`: the model's prediction block drafts tokens, and the model keeps
+        those that it would have chosen. Greedy tokens are the same as without; drawn
+        tokens differ, but have the same distribution.
 
-    **Raises:** ValueError before anything is compiled if the model is none, model or
-    prompts are traced, the prompts are no token ids or empty, prompt and new tokens are
-    beyond `max_position_embeddings`, the model has no prediction block for speculation,
-    or another argument is out of its range or missing.
+    **Raises:** ValueError before anything is compiled if `model` is not a model, model
+    or prompts are traced, the prompts are empty or not token ids, prompt and new tokens
+    together are beyond `max_position_embeddings`, the model has no prediction block for
+    speculation, or another argument is missing or out of its range.
     """
     request = checked_request(
         "generate",
@@ -146,7 +147,7 @@ def generate_stream(
     after: Generated | None = None,
     speculative: bool = False,
 ) -> TokenStream:
-    """The tokens that `generate` gives, for all rows as soon as they are there.
+    """The tokens that `generate` returns, each as soon as it is ready for all rows.
 
     **Arguments:** as for `generate`.
 
@@ -177,7 +178,7 @@ def generate_stream(
 def _read(
     model: AbstractModel, request: Request
 ) -> tuple[Caches, Float[Array, "rows streams dim"]]:
-    """The caches after the prompts, a row for each sample."""
+    """The caches after the prompts, with a row for each sample."""
     after, capacity, before = request.after, request.capacity, None
     batch = len(request.lengths)
     if after is not None:

@@ -1,7 +1,7 @@
-"""Reading prompts into a cache, in parts of few sizes.
+"""Reading prompts into a cache, in parts that have one of a few sizes.
 
-So memory is bounded at any length, and another prompt compiles nothing again unless it
-needs a part of another size.
+Memory is thus bounded for prompts of any length, and another prompt needs no new
+compilation unless its parts have another size.
 """
 
 import functools
@@ -21,9 +21,9 @@ _LARGEST_PART: Final = 512
 
 
 class Caches(eqx.Module):
-    """What the model keeps, and the prediction block where it drafts tokens.
+    """The caches of the model and, where it drafts tokens, of the prediction block.
 
-    The latter is a token behind: it needs the next one too.
+    The latter has one token less, since the block also needs the next token.
     """
 
     model: Cache
@@ -31,7 +31,7 @@ class Caches(eqx.Module):
 
 
 def parts(longest: int) -> list[int]:
-    """Sizes of the parts that a prompt is read in.
+    """Sizes of the parts in which a prompt is read.
 
     **Arguments:**
 
@@ -58,19 +58,19 @@ def read_prompt(
     - `model`: the model.
     - `tokens`: the prompts' ids, then padding.
     - `lengths`: ids in each prompt, at least 1.
-    - `capacity`: tokens that there will be room for.
+    - `capacity`: the most tokens that a row can have.
     - `drafts`: whether the prediction block reads the prompt too.
-    - `before`: caches that the prompts go on from, with room for them; they stay as
-        they are.
+    - `before`: caches that the prompts continue, of sufficient capacity; they are not
+        changed.
     """
     after, first = None, 0
     for size in parts(tokens.shape[1]):
-        # One more, which is the last one's next.
+        # One more token, which is the next token of the part's last one.
         part = np.zeros((len(tokens), size + 1), np.int32)
-        given = tokens[:, first : first + size + 1]
-        part[:, : given.shape[1]] = given
-        left = lengths - first
-        counts = np.stack([np.clip(n, 0, size) for n in (left, left - 1)])
+        unread = tokens[:, first : first + size + 1]
+        part[:, : unread.shape[1]] = unread
+        num_unread = lengths - first
+        counts = np.stack([np.clip(n, 0, size) for n in (num_unread, num_unread - 1)])
         part, counts = jax.device_put((part, counts.astype(np.int32)))
         if after is not None:
             after = read_next(model, *after, part, counts)
@@ -79,7 +79,7 @@ def read_prompt(
         else:
             after = read_first(model, part, counts, capacity=capacity, drafts=drafts)
         first += size
-    assert after is not None  # a prompt has a token
+    assert after is not None  # every prompt has a token
     return after
 
 
@@ -92,7 +92,7 @@ def read_first(
     capacity: int,
     drafts: bool,
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """The first part of the prompts, into new caches.
+    """The first part of the prompts, read into new caches.
 
     **Arguments:** as for `read_next` and `read_prompt`.
     """
@@ -109,14 +109,15 @@ def read_after(
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """The first part of the prompts, into a copy of the caches.
+    """A part of the prompts, read into a copy of the caches.
 
     **Arguments:**
 
-    - `model`, `caches`: before the part.
-    - `part`: the tokens, and one more.
-    - `counts`: of each row's tokens here, how many the model reads and, of their
-        successors, how many the prediction block.
+    - `model`: the model.
+    - `caches`: before the part.
+    - `part`: the part's tokens, and one more.
+    - `counts`: for each row how many tokens the model reads, and how many next tokens
+        the prediction block reads.
     """
     streams, cache = model.extend_streams(part[:, :-1], caches.model, counts[0])
     mtp = caches.mtp
@@ -136,7 +137,7 @@ def read_next(
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """Another part of the prompts, in the place of the caches.
+    """Another part of the prompts, read into the memory of the caches.
 
     **Arguments:** as for `read_after`.
 
@@ -150,12 +151,12 @@ def read_next(
 def repeat_rows(
     caches: Caches, streams: Float[Array, "batch streams dim"], times: int
 ) -> tuple[Caches, Float[Array, "rows streams dim"]]:
-    """Each row as often, one right after the other, for as many samples of a prompt.
+    """Each row repeated several times in succession, for samples of one prompt.
 
     **Arguments:**
 
     - `caches`, `streams`: from `read_prompt`.
-    - `times`: how often.
+    - `times`: how many rows each row becomes.
     """
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (caches, streams))
 
@@ -167,8 +168,8 @@ def last_of(
 
     **Arguments:**
 
-    - `x`: of tokens, then padding.
-    - `lengths`: tokens of each row; of none, the first is taken.
+    - `x`: an array of tokens, then padding.
+    - `lengths`: tokens of each row; if 0, the first place is taken.
     """
     index = jnp.maximum(lengths - 1, 0)
     return jax.vmap(lambda row, i: row[i])(x, index)

@@ -29,7 +29,7 @@ from dsv4_eqx.numerics.validation import (
 
 
 class Request(NamedTuple):
-    """What was asked for."""
+    """The validated arguments of a call."""
 
     tokens: Int[np.ndarray, "batch seq"]
     lengths: Int[np.ndarray, " batch"]
@@ -44,15 +44,16 @@ class Request(NamedTuple):
     has_stop: bool
 
     def rows(self) -> Rows:
-        """The prompts, each as often as there are samples of it."""
+        """The prompts, each repeated for its samples, in arrays of the capacity."""
         tokens = np.repeat(self.tokens, self.num_samples, axis=0)
         lengths = np.repeat(self.lengths, self.num_samples)
         batch, seq = tokens.shape
-        room = np.zeros((batch, self.capacity), np.int32)
-        room[:, :seq] = tokens
+        padded = np.zeros((batch, self.capacity), np.int32)
+        padded[:, :seq] = tokens
         zeros = np.zeros(batch, np.int32)
-        is_done, numbers = zeros > 0, np.zeros(room.shape, np.float32)
-        rows = (room, numbers, lengths, lengths.copy(), is_done, zeros, zeros.copy())
+        is_done, log_probs = zeros > 0, np.zeros(padded.shape, np.float32)
+        counts = zeros, zeros.copy()
+        rows = (padded, log_probs, lengths, lengths.copy(), is_done, *counts)
         return Rows(*jax.device_put(rows))
 
 
@@ -74,7 +75,9 @@ def checked_request(
     after: Any,
     speculative: Any,
 ) -> Request:
-    """**Arguments:** those of `generate`, and the name of what was called.
+    """Validates the arguments of `generate` and `generate_stream`.
+
+    **Arguments:** those of `generate`, and the name of the function that was called.
 
     **Raises:** ValueError as `generate` does.
     """
@@ -146,7 +149,7 @@ def _following(
     after: Any,
     speculative: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The prompts behind the tokens that the earlier result's cache does not have."""
+    """The prompts, each after the one token that the earlier cache does not have."""
     if not isinstance(after, Generated):
         allowed = "what generate gave, or None"
         raise invalid_argument(call, "after", type(after).__name__, allowed)
@@ -176,21 +179,21 @@ def _capacity(
     new: int,
     after: Generated | None,
 ) -> int:
-    """Tokens that the cache has room for: as asked, as it is, or enough."""
-    most = model.config.max_position_embeddings
+    """The capacity asked for, or that of the cache if it is enough, or a new one."""
+    max_positions = model.config.max_position_embeddings
     least, longest = int((before + lengths).max()) + new, int(lengths.max())
-    if least > most:
+    if least > max_positions:
         turns = f"{int(before.max())} tokens before, " if after is not None else ""
         raise ValueError(
             f"{call}: {turns}a prompt of {longest} tokens and max_new_tokens={new} are "
-            f"beyond max_position_embeddings={most}; give fewer."
+            f"beyond max_position_embeddings={max_positions}; give fewer."
         )
-    held = 0 if after is None else after.cache.capacity
+    existing = 0 if after is None else after.cache.capacity
     if capacity is not None:
-        least = max(least, held)
-        return validate_int(call, "capacity", capacity, least=least, most=most)
-    if held >= least:
-        return held
+        limits = {"least": max(least, existing), "most": max_positions}
+        return validate_int(call, "capacity", capacity, **limits)
+    if existing >= least:
+        return existing
     # Parts of prompts are read whole.
     needed = int(before.max()) + sum(parts(longest)) + new
-    return rounded_capacity(needed, most)
+    return rounded_capacity(needed, max_positions)

@@ -1,4 +1,4 @@
-"""What generation gives."""
+"""The result of generation."""
 
 import equinox as eqx
 import jax
@@ -11,20 +11,20 @@ from dsv4_eqx.model.mtp import MTPCache
 
 
 class Generated(eqx.Module):
-    """New tokens of each row; samples of one prompt are rows beside each other."""
+    """New tokens of each row; samples of one prompt are consecutive rows."""
 
     tokens: Int32[Array, "batch new"]  # 0 after a row's end
-    lengths: Int32[Array, " batch"]  # with the token that ended the row
+    lengths: Int32[Array, " batch"]  # new tokens, with the one that ended the row
     log_probabilities: Float32[Array, "batch new"]  # the model's, at temperature 1
     cache: Cache  # after all tokens but the last
     mtp_cache: MTPCache | None  # of the prediction block; None without speculation
-    num_drafted: Int32[Array, " batch"]  # drafts that the model has judged
-    num_accepted: Int32[Array, " batch"]  # of them
+    num_drafted: Int32[Array, " batch"]  # drafts that the model has verified
+    num_accepted: Int32[Array, " batch"]  # drafts that were kept
     texts: tuple[str, ...] | None = eqx.field(static=True)  # None without `decode`
 
 
 def result_of(state: State) -> Generated:
-    """What was generated, in rows with room for the prompts too.
+    """The result so far, in rows as long as the cache's capacity.
 
     **Arguments:**
 
@@ -52,19 +52,19 @@ def result_of(state: State) -> Generated:
 
 
 def shortened(result: Generated, new: int, texts: tuple[str, ...] | None) -> Generated:
-    """The result with so many new tokens, and their texts.
+    """The result in rows of the right length, with texts.
 
     **Arguments:**
 
     - `result`: from `result_of`.
-    - `new`: tokens.
-    - `texts`: of each row, if wanted.
+    - `new`: the most new tokens of a row.
+    - `texts`: the text of each row, if wanted.
     """
 
     def first(x: Array) -> Array:
         if not x.is_fully_addressable:
             return x[:, :new]
-        # On the host, where another number compiles nothing.
+        # On the host, where another length needs no compilation.
         return jax.device_put(jax.device_get(x)[:, :new])
 
     return Generated(

@@ -1,7 +1,7 @@
-"""From logits to the next token: the likeliest, or one drawn from what is left of them.
+"""From logits to the next token: the likeliest one, or one drawn at random.
 
-Temperature, top-k, top-p and min-p cut the distribution in this order; at least the
-likeliest token always stays.
+Temperature, top-k, top-p and min-p are applied to the distribution in this order; the
+likeliest token is always kept.
 """
 
 import math
@@ -27,7 +27,7 @@ _KEEP_ALL: Final = 2**31 - 1
 class Sampling(eqx.Module):
     """How the next token is drawn. `Sampling()` draws from the model's distribution.
 
-    The numbers are arrays: another value compiles nothing again.
+    The numbers are arrays, so that other values need no new compilation.
     """
 
     temperature: Float[Array, ""]
@@ -46,14 +46,14 @@ class Sampling(eqx.Module):
     ):
         """**Arguments:**
 
-        - `temperature`: what logits are divided by; 0 takes the likeliest token.
-        - `top_k`: how many of the likeliest tokens stay; all by default.
-        - `top_p`: the fewest tokens stay that together have at least this probability;
-            1 keeps all.
-        - `min_p`: tokens stay that have at least this part of the likeliest one's
-            probability; 0 keeps all.
+        - `temperature`: logits are divided by it; 0 takes the likeliest token.
+        - `top_k`: how many of the likeliest tokens are kept; all by default.
+        - `top_p`: keeps the likeliest tokens, as few as have at least this probability
+            together; 1 keeps all.
+        - `min_p`: keeps tokens whose probability is at least this fraction of the
+            likeliest token's; 0 keeps all.
 
-        **Raises:** ValueError that names what is out of its range.
+        **Raises:** ValueError naming the argument that is out of its range.
         """
         temperature, top_k, top_p, min_p = map(
             as_python, (temperature, top_k, top_p, min_p)
@@ -69,7 +69,7 @@ class Sampling(eqx.Module):
             allowed = "an integer of at least 1, or None"
             raise invalid_argument("Sampling", "top_k", top_k, allowed)
         self.temperature = on_device(temperature, np.float32)
-        # What is smaller, XLA may take for 0.
+        # XLA may treat smaller temperatures as 0.
         self.is_greedy = temperature < float(jnp.finfo(jnp.float32).tiny)
         self.top_k = on_device(min(top_k or _KEEP_ALL, _KEEP_ALL), np.int32)
         self.top_p = on_device(top_p, np.float32)
@@ -91,9 +91,9 @@ class Sampling(eqx.Module):
         return jax.random.categorical(key, self.cut(logits)).astype(jnp.int32)
 
     def cut(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Logits to draw from; minus infinity for tokens that are cut away.
+        """Logits to draw from; minus infinity for tokens that are not kept.
 
-        What cuts nothing away, and a temperature of 1, leave them to the bit.
+        With a temperature of 1, the logits of kept tokens are unchanged to the bit.
 
         **Arguments:**
 
@@ -120,20 +120,21 @@ class Sampling(eqx.Module):
     ) -> tuple[Bool[Array, " batch"], Int[Array, " batch"]]:
         """Speculative sampling (Leviathan et al. 2023, algorithm 1).
 
-        A draft is accepted with the model's probability over the draft's, at most 1;
-        another token is drawn from what the model's probabilities exceed the draft's
-        by. So tokens have the model's distribution, as without drafts.
+        A draft is accepted with probability min(1, p / q), where p is its probability
+        under the model and q the one it was drawn with. If it is rejected, another
+        token is drawn in proportion to max(p - q, 0). Tokens then have the model's
+        distribution, as without drafts.
 
         **Arguments:**
 
-        - `logits`: of the token that was guessed, and of the one after the guess.
-        - `draft`: the guess.
-        - `draft_logits`: what it was drawn from, as `cut` gave it; not used where the
-            likeliest token is taken.
+        - `logits`: the model's, for the drafted token and for the token after it.
+        - `draft`: the drafted token.
+        - `draft_logits`: the logits that it was drawn from, as `cut` returned them; not
+            used where the likeliest token is taken.
         - `key`: randomness.
 
-        **Returns:** whether the draft is accepted, and the token after it, or instead
-        of it.
+        **Returns:** whether the draft is accepted; and the token after it, or the token
+        in its place.
         """
         if self.is_greedy or key is None or draft_logits is None:
             likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -141,25 +142,26 @@ class Sampling(eqx.Module):
             return is_accepted, jnp.where(is_accepted, likeliest[:, 1], likeliest[:, 0])
         accept_key, next_key = jax.random.split(key)
         cut = self.cut(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
-        now, after = jax.nn.softmax(cut[:, 0]), jax.nn.softmax(cut[:, 1])
-        guessed = jax.nn.softmax(draft_logits)
-        of_model, of_draft = (
-            jnp.take_along_axis(x, draft[:, None], axis=-1)[:, 0]
-            for x in (now, guessed)
+        model_probs, next_probs = jax.nn.softmax(cut[:, 0]), jax.nn.softmax(cut[:, 1])
+        draft_probs = jax.nn.softmax(draft_logits)
+        p, q = (
+            jnp.take_along_axis(probs, draft[:, None], axis=-1)[:, 0]
+            for probs in (model_probs, draft_probs)
         )
         uniform = jax.random.uniform(accept_key, draft.shape)
-        is_accepted = uniform * of_draft < of_model
-        excess = jnp.maximum(now - guessed, 0)
-        # Rounding may leave nothing of two that are the same.
-        excess = jnp.where(jnp.any(excess > 0, axis=-1, keepdims=True), excess, now)
-        weights = jnp.where(is_accepted[:, None], after, excess)
+        is_accepted = uniform * q < p
+        excess = jnp.maximum(model_probs - draft_probs, 0)
+        # Rounding may leave no excess where the two distributions are equal.
+        has_excess = jnp.any(excess > 0, axis=-1, keepdims=True)
+        excess = jnp.where(has_excess, excess, model_probs)
+        weights = jnp.where(is_accepted[:, None], next_probs, excess)
         following = jax.random.categorical(next_key, jnp.log(weights))
         return is_accepted, following.astype(jnp.int32)
 
     def _kept(
         self, in_order: Float[Array, "batch vocab"]
     ) -> Bool[Array, "batch vocab"]:
-        """Which of the tokens stay, the likeliest first."""
+        """Which tokens are kept, given logits in descending order."""
         rank = jnp.arange(in_order.shape[-1])
         in_top_k = rank < self.top_k
         weights = jax.nn.softmax(jnp.where(in_top_k, in_order, -math.inf), axis=-1)

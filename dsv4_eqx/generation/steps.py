@@ -1,11 +1,12 @@
 """The steps of generation: one new token a row, or up to two with speculation.
 
-Speculative decoding: the prediction block drafts the token after next; the model reads
-the next token and the draft at once, which costs hardly more than one, and keeps the
-draft where it would have chosen it (Leviathan et al. 2023; DeepSeek-V3 section 2.2).
+Speculative decoding: the prediction block drafts the token after next. The model reads
+the next token and the draft together, which costs hardly more than reading one, and
+keeps the draft if it would have chosen it (Leviathan et al. 2023; DeepSeek-V3 section
+2.2).
 
-A step has two halves. `look` reads tokens and chooses the ones after them; `settle`
-keeps those that stay. Between the two the host may end rows, as a stop string does.
+A step has two halves. `look` reads tokens and chooses the tokens after them; `settle`
+decides how many are kept. Between the two the host may end rows, as at a stop string.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
 
-# From logits, the tokens of each row so far, and how many these are, to other logits.
+# From logits, the tokens of each row so far, and their number, to new logits.
 LogitsFn = Callable[
     [Float[Array, "batch vocab"], Int[Array, "batch room"], Int[Array, " batch"]],
     Float[Array, "batch vocab"],
@@ -35,7 +36,7 @@ class Rows(eqx.Module):
     prompt_lengths: Int32[Array, " batch"]
     lengths: Int32[Array, " batch"]  # prompt included
     is_done: Bool[Array, " batch"]
-    num_drafted: Int32[Array, " batch"]  # drafts that the model has judged
+    num_drafted: Int32[Array, " batch"]  # drafts that the model has verified
     num_accepted: Int32[Array, " batch"]
 
     @property
@@ -49,16 +50,17 @@ class Rows(eqx.Module):
         log_probabilities: Float[Array, "batch new"],
         counts: Int[Array, " batch"],
     ) -> "Rows":
-        """The rows with some tokens more.
+        """The rows with new tokens at their ends.
 
         **Arguments:**
 
-        - `tokens`, `log_probabilities`: of new tokens.
+        - `tokens`: new tokens.
+        - `log_probabilities`: of the new tokens.
         - `counts`: how many of them each row takes.
         """
-        room, index = self.tokens.shape[1], jnp.arange(tokens.shape[1])
+        size, index = self.tokens.shape[1], jnp.arange(tokens.shape[1])
         is_taken = index < counts[:, None]
-        place = jnp.where(is_taken, self.lengths[:, None] + index, room)
+        place = jnp.where(is_taken, self.lengths[:, None] + index, size)
         put = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
         return Rows(
             put(self.tokens, place, tokens),
@@ -72,15 +74,15 @@ class Rows(eqx.Module):
 
 
 class Draft(eqx.Module):
-    """What the prediction block expects after each row's last token."""
+    """The token that the prediction block expects after each row's last token."""
 
     cache: MTPCache
     token: Int32[Array, " batch"]
-    logits: Float[Array, "batch vocab"] | None  # that it was drawn from
+    logits: Float[Array, "batch vocab"] | None  # that the token was drawn from
 
 
 class State(eqx.Module):
-    """A generation under way; the cache has all tokens of a row but the last."""
+    """The state between steps; the cache has all tokens of a row but the last."""
 
     cache: Cache
     rows: Rows
@@ -106,7 +108,7 @@ class Rules(eqx.Module):
         - `logits`: the model's.
         - `rows`: tokens so far.
 
-        **Raises:** ValueError if the user's function gives another shape.
+        **Raises:** ValueError if the user's function returns another shape.
         """
         if self.logits_fn is None:
             return logits
@@ -128,7 +130,7 @@ class Rules(eqx.Module):
         return jnp.any(tokens[:, None] == self.eos_ids, axis=1)
 
     def room(self, rows: Rows) -> Int[Array, " batch"]:
-        """How many tokens more each row may have.
+        """How many more tokens each row may get.
 
         **Arguments:**
 
@@ -139,13 +141,13 @@ class Rules(eqx.Module):
 
 
 class Chosen(eqx.Module):
-    """New tokens of a step, of which `settle` keeps the first `counts`."""
+    """New tokens of a step; `settle` keeps the first `counts` of each row."""
 
     tokens: Int32[Array, "batch new"]
     log_probabilities: Float32[Array, "batch new"]
     counts: Int32[Array, " batch"]
     is_last: Bool[Array, " batch"]  # whether the row ends with them
-    streams: Float[Array, "batch new streams dim"]  # of the tokens before each
+    streams: Float[Array, "batch new streams dim"]  # at the token before each
     num_drafted: Int32[Array, " batch"]
     num_accepted: Int32[Array, " batch"]
 
@@ -158,7 +160,7 @@ def begin(
     key: PRNGKeyArray | None,
     rules: Rules,
 ) -> tuple[State, Chosen]:
-    """The state after the prompts, and the first token, which `settle` keeps.
+    """The state after the prompts, and the first new token, for `settle`.
 
     **Arguments:**
 
@@ -171,9 +173,9 @@ def begin(
     draft = None
     if caches.mtp is not None:
         draft = Draft(caches.mtp, rows.last_tokens, None)
-    _, now, _ = _split(key)
+    _, choice_key, _ = _split(key)
     counts = jnp.ones_like(rows.lengths)
-    chosen = _choose(model, streams[:, None], rows, counts, rules, now)
+    chosen = _choose(model, streams[:, None], rows, counts, rules, choice_key)
     return State(caches.model, rows, draft, key), chosen
 
 
@@ -199,7 +201,7 @@ def look(
     key: PRNGKeyArray | None,
     rules: Rules,
 ) -> tuple[Chosen, Cache | Lookahead]:
-    """Reads each row's last token, and its draft if there is one; chooses what follows.
+    """Reads each row's last token and its draft, if any, and chooses the next tokens.
 
     **Arguments:**
 
@@ -207,15 +209,15 @@ def look(
     - `cache`, `rows`, `draft`, `key`: of the state.
     - `rules`: how tokens are chosen.
 
-    **Returns:** the new tokens, and the cache with all that was read.
+    **Returns:** the new tokens, and the cache after all tokens that were read.
     """
-    _, now, _ = _split(key)
+    _, choice_key, _ = _split(key)
     if draft is not None:
-        return _look_ahead(model, cache, rows, draft, now, rules)
+        return _look_ahead(model, cache, rows, draft, choice_key, rules)
     counts = (~rows.is_done).astype(jnp.int32)
     last = rows.last_tokens[:, None]
     streams, cache = model.extend_streams(last, cache, counts)
-    return _choose(model, streams, rows, counts, rules, now), cache
+    return _choose(model, streams, rows, counts, rules, choice_key), cache
 
 
 def settle(
@@ -227,7 +229,7 @@ def settle(
     chosen: Chosen,
     rules: Rules,
 ) -> State:
-    """The state with the new tokens that stay, and another draft.
+    """The state with the new tokens that are kept, and with the next draft.
 
     **Arguments:**
 
@@ -236,7 +238,7 @@ def settle(
     - `rows`, `draft`, `key`: of the state before.
     - `rules`: how tokens are chosen.
     """
-    key, _, later = _split(key)
+    key, _, draft_key = _split(key)
     counts = chosen.counts
     cache = after if isinstance(after, Cache) else after.keep(counts)
     rows = rows.append(chosen.tokens, chosen.log_probabilities, counts)
@@ -250,7 +252,7 @@ def settle(
         rows.num_accepted + chosen.num_accepted,
     )
     if draft is not None:
-        draft = _redraft(model, draft, chosen, rows, rules, later)
+        draft = _redraft(model, draft, chosen, rows, rules, draft_key)
     return State(cache, rows, draft, key)
 
 
@@ -262,14 +264,14 @@ def _choose(
     rules: Rules,
     key: PRNGKeyArray | None,
 ) -> Chosen:
-    """One token of each row that takes any."""
+    """The next token of each row."""
     logits = _logits(model, streams)
     token = rules.sampling(rules.adjust(logits[:, 0], rows), key)
     is_last = rules.are_eos(token) | (rules.room(rows) <= 1)
     log_probabilities = _log_probabilities(logits, token[:, None])
-    none = jnp.zeros_like(counts)
+    zeros = jnp.zeros_like(counts)
     return Chosen(
-        token[:, None], log_probabilities, counts, is_last, streams, none, none
+        token[:, None], log_probabilities, counts, is_last, streams, zeros, zeros
     )
 
 
@@ -286,12 +288,12 @@ def _look_ahead(
     | the row | its draft | new tokens |
     |---|---|---|
     | is done | | none |
-    | goes on | is wrong | another in its place |
-    | goes on | is right, and ends the row | the draft |
-    | goes on | is right, and does not | the draft and the token after it |
+    | goes on | is rejected | another token in its place |
+    | goes on | is accepted, and ends the row | the draft |
+    | goes on | is accepted, and does not end it | the draft and the token after it |
     """
     room = rules.room(rows)
-    read = jnp.minimum(room, 2)  # no draft where it would be the last token
+    read = jnp.minimum(room, 2)  # no draft where only one token is allowed
     tokens = jnp.stack([rows.last_tokens, draft.token], axis=1)
     streams, lookahead = model.lookahead(tokens, cache, read)
     logits = _logits(model, streams)
@@ -301,23 +303,23 @@ def _look_ahead(
         [rules.adjust(logits[:, 0], rows), rules.adjust(logits[:, 1], with_draft)],
         axis=1,
     )
-    is_right, following = rules.sampling.verify(
+    is_accepted, following = rules.sampling.verify(
         adjusted, draft.token, draft.logits, key
     )
-    first = jnp.where(is_right, draft.token, following)
-    goes_on = is_right & ~rules.are_eos(draft.token) & (room >= 2)
-    counts = jnp.where(goes_on, 2, jnp.minimum(room, 1))
-    last = jnp.where(goes_on, following, first)
+    first = jnp.where(is_accepted, draft.token, following)
+    takes_two = is_accepted & ~rules.are_eos(draft.token) & (room >= 2)
+    counts = jnp.where(takes_two, 2, jnp.minimum(room, 1))
+    last = jnp.where(takes_two, following, first)
     tokens = jnp.stack([first, following], axis=1)
-    is_judged = room >= 2
+    is_verified = room >= 2
     chosen = Chosen(
         tokens,
         _log_probabilities(logits, tokens),
         counts,
         rules.are_eos(last) | (counts >= room),
         streams,
-        is_judged.astype(jnp.int32),
-        (is_judged & is_right).astype(jnp.int32),
+        is_verified.astype(jnp.int32),
+        (is_verified & is_accepted).astype(jnp.int32),
     )
     return chosen, lookahead
 
@@ -330,7 +332,7 @@ def _redraft(
     rules: Rules,
     key: PRNGKeyArray | None,
 ) -> Draft:
-    """What the prediction block expects after the rows with their new tokens."""
+    """The prediction block's draft for the token after the rows' new tokens."""
     counts = chosen.counts
     hidden, cache = model.extend_mtp(chosen.streams, chosen.tokens, draft.cache, counts)
     logits = rules.adjust(model.unembed(last_of(hidden, counts)), rows)
@@ -350,7 +352,7 @@ def _logits(
 def _log_probabilities(
     logits: Float[Array, "*batch vocab"], tokens: Int[Array, "*batch"]
 ) -> Float32[Array, "*batch"]:
-    """The model's own, natural, at temperature 1."""
+    """Natural logarithms of the model's probabilities, at temperature 1."""
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
     return chosen[..., 0].astype(jnp.float32)
 

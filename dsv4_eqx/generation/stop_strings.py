@@ -1,4 +1,4 @@
-"""Texts of the new tokens, and the strings that end them."""
+"""Texts of the new tokens, and the stop strings that end them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,16 @@ Decode = Callable[[list[int]], str]
 class Texts:
     """The text of each row's new tokens, up to the first stop string in it.
 
-    A text is decoded anew with each token, since a character may need several.
+    A text is decoded again with each new token, since a character may consist of
+    several tokens.
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...], eos_ids: list[int]):
         """**Arguments:**
 
-        - `decode`: gives the text of token ids.
+        - `decode`: a function from token ids to text.
         - `stop`: strings that end a row; they are not part of its text.
-        - `eos_ids`: tokens that end a row; they are not part of its text.
+        - `eos_ids`: token ids that end a row; they are not part of its text.
         """
         self._decode, self._stop, self._eos_ids = decode, stop, set(eos_ids)
         self._ids: list[list[int]] = []
@@ -30,14 +31,14 @@ class Texts:
     def append(
         self, tokens: Int[np.ndarray, "batch new"], counts: Int[np.ndarray, " batch"]
     ) -> tuple[Int[np.ndarray, " batch"], Bool[np.ndarray, " batch"]]:
-        """Takes new tokens; of a row that stops among them, not those after.
+        """Adds new tokens to each row, up to the one that completes a stop string.
 
         **Arguments:**
 
         - `tokens`: new tokens of each row.
-        - `counts`: how many of them.
+        - `counts`: how many new tokens each row has.
 
-        **Returns:** how many were taken, and whether the row stops with them.
+        **Returns:** how many tokens were added to each row, and whether it then ended.
         """
         if not self._ids:
             self._ids = [[] for _ in tokens]
@@ -70,8 +71,8 @@ def validate_stop(call: str, stop: Any, decode: Any) -> tuple[tuple[str, ...], A
     - `stop`: a string or several.
     - `decode`: a tokenizer, or a function from token ids to text; or None.
 
-    **Raises:** ValueError if they are something else, a stop string is empty, or there
-    are stop strings and nothing that decodes.
+    **Raises:** ValueError if `stop` or `decode` is not as described, a stop string is
+    empty, or there are stop strings and no `decode`.
     """
     strings = (stop,) if isinstance(stop, str) else stop
     is_several = isinstance(strings, Sequence | set | frozenset)

@@ -1,4 +1,4 @@
-"""New tokens as soon as they are there: a compiled step each, or for each draft."""
+"""New tokens as soon as they are ready: each compiled step makes one or two a row."""
 
 import collections
 import warnings
@@ -26,15 +26,15 @@ from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 
 
 class TokenStream(Iterator[np.ndarray]):
-    """New tokens of all rows, and how many of the drafts have been right so far.
+    """An iterator over new tokens, which also counts drafts.
 
-    Gives one array `[batch]` after the other, -1 for a row that has ended, or whose
-    draft was wrong, until all have ended. An accepted draft comes together with the
-    token after it: one right after the other.
+    It returns arrays `[batch]` until all rows have ended. A value is -1 where a row has
+    ended, or has no second token in a step because its draft was rejected. An accepted
+    draft and the token after it are returned one right after the other.
     """
 
-    num_drafted: np.ndarray  # of each row; 0 without speculation
-    num_accepted: np.ndarray  # of the drafts
+    num_drafted: np.ndarray  # drafts of each row so far; 0 without speculation
+    num_accepted: np.ndarray  # drafts of each row that were kept
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TokenStream(Iterator[np.ndarray]):
         - `rows`: the prompts.
         - `key`: randomness, if tokens are drawn.
         - `rules`: how tokens are chosen.
-        - `texts`: where texts are wanted, or stop strings end them.
+        - `texts`: texts of the rows, where `decode` was given.
         """
         batch = len(rows.lengths)
         self.num_drafted = self.num_accepted = np.zeros(batch, np.int32)
@@ -70,7 +70,7 @@ class TokenStream(Iterator[np.ndarray]):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text of each row so far, up to a stop string; of a call with `decode`.
+        """The text of each row so far, up to a stop string; needs `decode`.
 
         **Raises:** ValueError without `decode`.
         """
@@ -98,12 +98,12 @@ class TokenStream(Iterator[np.ndarray]):
         tokens, counts = jax.device_get((chosen.tokens, chosen.counts))
         for i, column in enumerate(tokens.T[: counts.max()]):
             self._ready.append(np.where(i < counts, column, -1))
-        # Copies: the next step writes where these are.
+        # Copies, since the next step overwrites the memory of these arrays.
         self.num_drafted = np.array(jax.device_get(state.rows.num_drafted))
         self.num_accepted = np.array(jax.device_get(state.rows.num_accepted))
 
     def _end_at_stops(self, chosen: Chosen) -> Chosen:
-        """Fewer tokens of a row that a stop string ends."""
+        """The chosen tokens, cut off where a stop string ends a row."""
         if self._texts is None:
             return chosen
         tokens, counts = jax.device_get((chosen.tokens, chosen.counts))
@@ -118,7 +118,7 @@ class TokenStream(Iterator[np.ndarray]):
 
 def _look(*args: Any) -> tuple[Chosen, Cache | Lookahead]:
     with warnings.catch_warnings():
-        # With drafts the windows become longer; the entries stay where they are.
+        # With drafts, windows become longer and cannot reuse the donated memory.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return _look_once(*args)
 
