@@ -171,7 +171,7 @@ class Attention(eqx.Module):
             )
         if segment_ids is not None:
             validate_ids("Attention", "segment_ids", segment_ids, x.shape[:2])
-            validate_positions("Attention", positions, segment_ids)
+        validate_positions("Attention", positions, segment_ids)
         return self._over_rows(x, positions, segment_ids)
 
     @compiled_once
@@ -245,6 +245,7 @@ class Attention(eqx.Module):
         `AttentionCache`, such as an `Extended` whose `keep` was not called.
         """
         validate_state("Attention.extend", cache, AttentionCache)
+        _validate_kind(self, cache)
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
         self = dequantize(self)
         positions = positions_after(start, lengths, x.shape[1])
@@ -353,6 +354,18 @@ class Attention(eqx.Module):
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
         return project(latent, self.output_up, over=2)
+
+
+def _validate_kind(attention: Attention, cache: AttentionCache) -> None:
+    """Refuses the cache of an attention with other parts."""
+    for name in ("compressor", "indexer"):
+        is_part, is_state = (getattr(x, name) is not None for x in (attention, cache))
+        if is_part != is_state:
+            has, lacks = ("attention", "cache") if is_part else ("cache", "attention")
+            raise ValueError(
+                f"Attention.extend: the {has} has a part for the {name} and the "
+                f"{lacks} has none: give a cache from this attention's init_cache."
+            )
 
 
 def _validate_parts(

@@ -99,7 +99,9 @@ def tokens_from(
 
 
 def validate_positions(
-    call: str, positions: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"]
+    call: str,
+    positions: Int[Array, "batch seq"],
+    segment_ids: Int[Array, "batch seq"] | None,
 ) -> None:
     """Refuses positions that do not count from each document's first token.
 
@@ -107,19 +109,22 @@ def validate_positions(
 
     - `call`: what the user called.
     - `positions`: of the tokens.
-    - `segment_ids`: their documents.
+    - `segment_ids`: their documents; without, a row is one.
 
     **Raises:** ValueError if they do not, unless positions or ids are traced.
     """
     if is_concrete(positions, segment_ids):
         known = np.asarray(positions)
-        wrong = np.argwhere(known != np.asarray(local_positions(segment_ids)))
+        expected = np.arange(known.shape[1])
+        if segment_ids is not None:
+            expected = np.asarray(local_positions(segment_ids))
+        wrong = np.argwhere(known != expected)
         if len(wrong) > 0:
             place = [int(i) for i in wrong[0]]
             raise ValueError(
                 f"{call}: position {known[tuple(place)]} at {place} is not the token's "
-                "in its document, as segment_ids have it: give 0, 1, 2, ... in each "
-                "document."
+                "in its document: give 0, 1, 2, ... in each row, or in each document "
+                "that segment_ids tell of."
             )
 
 

@@ -54,7 +54,7 @@ class FileTokenizer:
             raise ImportError(
                 f"{path} needs a package to be read: pip install 'dsv4-eqx[hf]'"
             ) from error
-        self.path = pathlib.Path(path)
+        self.path = pathlib.Path(path).absolute()
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
@@ -75,10 +75,13 @@ class FileTokenizer:
         return np.asarray(ids, np.int32)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Copies its file, and what is beside it of those that go with it."""
-        for path in (self.path, *map(self.path.with_name, _BESIDE)):
+        """Writes its file, and copies those beside it that belong to it."""
+        directory = pathlib.Path(directory)
+        # From memory: the file that it was read from may be gone.
+        self._tokenizer.save(str(directory / self.path.name))
+        for path in map(self.path.with_name, _BESIDE):
             if path.is_file():
-                shutil.copyfile(path, pathlib.Path(directory) / path.name)
+                shutil.copyfile(path, directory / path.name)
 
     def decode(self, ids: TokenIds) -> str:
         """The text, special tokens included; negative ids are left out."""

@@ -7,6 +7,7 @@ numbers of new tokens of similar size need no new compilation.
 import functools
 from typing import Final, TypeVar
 
+import equinox as eqx
 import jax
 import numpy as np
 from jax import lax
@@ -41,16 +42,20 @@ def grow_cache(model: AbstractModel, cache: Cache, capacity: int) -> Cache:
     - `cache`: from `init_cache`, `extend` or `generate`.
     - `capacity`: the most tokens that a row can then have, those in the cache included.
 
-    **Raises:** ValueError if `cache` is not a `Cache`; if `capacity` is not an integer,
-    below the cache's capacity, or above `max_position_embeddings`; and if a row has
-    filled a cache that is smaller than the sliding window, since it has already lost a
-    token that the next one would see.
+    **Raises:** ValueError if `cache` is not a `Cache` of this model; if `capacity` is
+    not an integer, below the cache's capacity, or above `max_position_embeddings`; and
+    if a row has filled a cache that is smaller than the sliding window, since it has
+    already lost a token that the next one would see.
     """
     call = "grow_cache"
     if not isinstance(cache, Cache):
         raise invalid_argument(call, "cache", type(cache).__name__, "a Cache")
     limits = {"least": cache.capacity, "most": model.config.max_position_embeddings}
     capacity = validate_int(call, "capacity", capacity, **limits)
+    rows = len(cache.lengths)
+    wanted = eqx.filter_eval_shape(model.init_cache, rows, cache.capacity)
+    if not eqx.tree_equal(wanted, eqx.filter_eval_shape(lambda: cache)):
+        raise ValueError(f"{call}: the cache is one of another model.")
     if capacity == cache.capacity:
         return cache
     if cache.capacity < model.config.sliding_window and not is_traced(cache):
@@ -60,7 +65,7 @@ def grow_cache(model: AbstractModel, cache: Cache, capacity: int) -> Cache:
                 f"{call}: row {full[0]} has filled a cache for {cache.capacity} "
                 "tokens, fewer than the sliding window: make a larger one at the start."
             )
-    return grown(cache, model.init_cache(len(cache.lengths), capacity))
+    return grown(cache, model.init_cache(rows, capacity))
 
 
 @functools.partial(jax.jit, donate_argnames="larger")

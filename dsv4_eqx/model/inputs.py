@@ -105,7 +105,9 @@ def validate_targets(
         where = np.where if is_concrete(targets, mask) else jnp.where
         kept = where(mask, targets, targets.dtype.type(0))
     _check_range(call, "target", kept, vocab)
-    return jnp.asarray(kept)
+    # In fewer bits, the vocabulary would be another number.
+    is_narrow = kept.dtype.itemsize < 4
+    return jnp.asarray(kept, jnp.int32 if is_narrow or is_concrete(kept) else None)
 
 
 def _validate_mask(call: str, mask: Any, shape: tuple[int, ...]) -> None:

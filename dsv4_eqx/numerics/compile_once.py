@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.core
 import numpy as np
@@ -18,7 +17,8 @@ import numpy as np
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled once for each shape where nobody else compiles it.
 
-    While its caller is traced, by `jax.jit` or a loop, nothing is added.
+    With traced arguments, as inside of `jax.jit` or a loop, nothing is added. What is
+    compiled sees its Python side effects once; under `jax.disable_jit` it does not.
 
     **Arguments:**
 
@@ -28,7 +28,7 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.partial(jax.jit, static_argnums=0)
     def run(static: tuple[Any, Any], dynamic: list[Any]) -> Any:
         leaves, structure = static
-        leaves = (x if x is not None else y for x, y in zip(dynamic, leaves))
+        leaves = (x if x is not None else y for x, (_, y) in zip(dynamic, leaves))
         args, options = jax.tree.unflatten(structure, list(leaves))
         return function(*args, **options)
 
@@ -36,8 +36,11 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **options: Any) -> Any:
         leaves, structure = jax.tree.flatten((args, options))
         dynamic = [x if _is_array(x) else None for x in leaves]
-        static = tuple(None if _is_array(x) else x for x in leaves), structure
-        if all(map(_is_known, dynamic)) and _is_hashable(static):
+        # With its type: 1, 1.0 and True are equal, and other programs.
+        known = [None if _is_array(x) else x for x in leaves]
+        static = tuple((type(x), x) for x in known), structure
+        fits = all(_is_known(x) and not _is_cut(x) for x in dynamic)
+        if fits and _is_hashable(static):
             return run(static, dynamic)
         return function(*args, **options)
 
@@ -45,7 +48,17 @@ def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_array(x: Any) -> bool:
-    return eqx.is_array(x) or isinstance(x, np.ndarray | np.generic)
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic)
+    return is_array and not isinstance(x, np.bool_)  # that is a flag
+
+
+def _is_cut(x: Any) -> bool:
+    """Whether `jax.jit` would cut off digits of numpy's integers."""
+    is_wide = isinstance(x, np.ndarray) and x.dtype in (np.int64, np.uint64)
+    if not is_wide or x.size == 0 or jax.config.read("jax_enable_x64"):
+        return False
+    limits = np.iinfo(np.int32)
+    return bool(x.min() < limits.min or x.max() > limits.max)
 
 
 def _is_known(x: Any) -> bool:

@@ -61,7 +61,11 @@ def stack(make: Callable[[PRNGKeyArray], Any], keys: Shaped[Array, "keys ..."]) 
 
 def _may_cut(key: Shaped[Array, "..."]) -> bool:
     """Whether numbers are drawn here and now, on the default device, place by place."""
-    if isinstance(key, jax.core.Tracer) or not jax.config.jax_threefry_partitionable:  # pyright: ignore
+    # A key may be known where everything that is computed is traced.
+    computed = jax.lax.add(np.int32(0), np.int32(0))
+    if any(isinstance(x, jax.core.Tracer) for x in (key, computed)):
+        return False
+    if not jax.config.jax_threefry_partitionable:  # pyright: ignore
         return False
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         impl = str(jax.random.key_impl(key))

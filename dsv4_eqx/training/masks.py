@@ -5,6 +5,7 @@ array each, so that a mask of some of them has arrays of booleans there: partiti
 `trainable(model, layers=...)`, and give the updates to `apply_mask`.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,12 +18,17 @@ from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP
 from dsv4_eqx.moe.router import TopKRouter
-from dsv4_eqx.numerics.validation import invalid_argument, validate_flag
+from dsv4_eqx.numerics.validation import (
+    as_python,
+    invalid_argument,
+    is_int,
+    validate_flag,
+)
 from dsv4_eqx.sharding.annotations import annotated_leaves
 
 
 def trainable(
-    model: Any, *, mtp: bool = False, layers: Iterable[int] | None = None
+    model: Any, *, mtp: bool = False, layers: Iterable[Any] | None = None
 ) -> Any:
     """Marks what a loss over tokens reaches.
 
@@ -36,10 +42,12 @@ def trainable(
 
     - `model`: a model, or a part of one; its arrays may be abstract.
     - `mtp`: whether the prediction blocks' own loss is part of it.
-    - `layers`: if given, only these layers, counted from 0. Of layers that are stacked,
+    - `layers`: if given, only these layers, counted from 0, and with `mtp` the
+        prediction blocks. Of layers that are stacked,
         arrays are marked that hold one of them: `apply_mask` keeps the others still.
 
-    **Raises:** ValueError if there is no such layer, or `mtp` is no boolean.
+    **Raises:** ValueError if there is no such layer, the model has no `Layers` to
+    choose from, or `mtp` is not a boolean.
     """
     validate_flag("trainable", "mtp", mtp)
 
@@ -50,6 +58,8 @@ def trainable(
     def mark(node: Any) -> Any:
         if isinstance(node, TopKRouter):
             marks = jax.tree.map(_is_inexact, node)
+            if node.bias is None:
+                return marks
             return eqx.tree_at(lambda router: router.bias, marks, False)
         if is_part(node):
             return jax.tree.map(lambda _: False, node)
@@ -58,7 +68,7 @@ def trainable(
     marks = jax.tree.map(mark, model, is_leaf=is_part)
     if layers is None:
         return marks
-    wanted = layer_mask(model, layers)
+    wanted = _mark_layers("trainable", model, layers, others=(MTP,) if mtp else ())
     return jax.tree.map(lambda x, y: x and bool(np.any(y)), marks, wanted)
 
 
@@ -88,7 +98,7 @@ def decay_mask(model: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(model), marks)
 
 
-def layer_mask(model: Any, layers: Iterable[int]) -> Any:
+def layer_mask(model: Any, layers: Iterable[Any]) -> Any:
     """Marks the arrays of some layers.
 
     A stack that holds these layers and others has an array of booleans, which
@@ -99,30 +109,53 @@ def layer_mask(model: Any, layers: Iterable[int]) -> Any:
     - `model`: a model.
     - `layers`: numbers of layers, from 0.
 
-    **Raises:** ValueError if there is no such layer.
+    **Raises:** ValueError if there is no such layer, or the model has no `Layers`.
     """
-    wanted = set(layers)
+    return _mark_layers("layer_mask", model, layers)
+
+
+def _mark_layers(
+    call: str, model: Any, layers: Any, others: tuple[type, ...] = ()
+) -> Any:
+    """The mask of some layers; modules of the `others` are marked whole."""
+    if not isinstance(layers, Iterable):
+        raise invalid_argument(call, "layers", layers, "numbers of layers, as [2]")
+    wanted = {as_python(layer) for layer in layers}
+    unknown = [layer for layer in wanted if not is_int(layer)]
+    if unknown:
+        raise invalid_argument(call, "layers", unknown, "numbers of layers, as [2]")
+    is_part = functools.partial(_is_instance, kinds=(Layers, *others))
+    if not any(isinstance(x, Layers) for x in jax.tree.leaves(model, is_leaf=is_part)):
+        raise invalid_argument(call, "model", type(model).__name__, "one with Layers")
 
     def mark(node: Any) -> Any:
-        if not isinstance(node, Layers):
-            return False
-        unknown = wanted - set(range(len(node)))
-        if unknown:
-            allowed = f"numbers of layers, in [0, {len(node)})"
-            raise invalid_argument("layer_mask", "layers", sorted(unknown), allowed)
-        places = [node.place(layer) for layer in wanted]
-        marks = node
-        for section in ("first", "repeated", "last"):
-            for i, block in enumerate(getattr(node, section)):
-                repeats = [repeat for *at, repeat in places if at == [section, i]]
-                marks = eqx.tree_at(
-                    lambda layers, section=section, i=i: getattr(layers, section)[i],
-                    marks,
-                    _mark_repeats(block, repeats, node.num_repeats),
-                )
-        return marks
+        if isinstance(node, Layers):
+            return _mark_some(call, node, wanted)
+        return jax.tree.map(lambda _: isinstance(node, others), node)
 
-    return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Layers))
+    return jax.tree.map(mark, model, is_leaf=is_part)
+
+
+def _mark_some(call: str, layers: Layers, wanted: set[int]) -> Layers:
+    unknown = wanted - set(range(len(layers)))
+    if unknown:
+        allowed = f"numbers of layers, in [0, {len(layers)})"
+        raise invalid_argument(call, "layers", sorted(unknown), allowed)
+    places = [layers.place(layer) for layer in wanted]
+    marks = layers
+    for section in ("first", "repeated", "last"):
+        for i, block in enumerate(getattr(layers, section)):
+            repeats = [repeat for *at, repeat in places if at == [section, i]]
+            marks = eqx.tree_at(
+                lambda layers, section=section, i=i: getattr(layers, section)[i],
+                marks,
+                _mark_repeats(block, repeats, layers.num_repeats),
+            )
+    return marks
+
+
+def _is_instance(node: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(node, kinds)
 
 
 def _mark_repeats(block: Any, repeats: list[int | None], num_repeats: int) -> Any:
@@ -152,4 +185,5 @@ def apply_mask(mask: Any, updates: Any) -> Any:
 
 
 def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    is_array = isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return is_array and bool(jnp.issubdtype(x.dtype, jnp.inexact))

@@ -288,6 +288,21 @@ def test_what_does_not_fit_attention_is_refused():
             ours(*args)
 
 
+def test_positions_that_do_not_start_at_0_are_refused():
+    ours, x = small_attention(SLIDING), activations(5)
+    with pytest.raises(ValueError, match=r"position 3 at \[0, 0\].*give 0, 1, 2"):
+        ours(x, positions(x) + 3)
+
+
+def test_the_cache_of_another_kind_is_refused():
+    sliding, csa = small_attention(SLIDING), small_attention(CSA)
+    lengths = jnp.full(2, 5)
+    for ours, other, has in ((csa, sliding, "attention"), (sliding, csa, "cache")):
+        cache = other.init_cache(2, 16, jnp.float32)
+        with pytest.raises(ValueError, match=f"the {has} has a part for the compress"):
+            ours.extend(activations(5), cache, jnp.zeros(2, int), lengths)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_attention_to_nothing_is_refused(kind, batch, length):

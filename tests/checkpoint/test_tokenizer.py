@@ -73,6 +73,15 @@ def test_a_tokenizer_of_its_own_is_read(tmp_path):
     assert tokenizer.vocab_size == 4
 
 
+def test_a_tokenizer_is_saved_though_its_file_is_gone(tmp_path):
+    tokenizer = own_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "other").mkdir()
+    tokenizer.save_pretrained(tmp_path / "other")
+    again = dsv4.load_tokenizer(tmp_path / "other")
+    assert again.encode("five three").tolist() == [2, 1]
+
+
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)

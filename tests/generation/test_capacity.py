@@ -76,3 +76,9 @@ def test_capacities_are_few_and_little_above_what_is_needed(needed):
     assert needed <= capacity < max(needed + 128, 1.25 * needed)
     assert rounded_capacity(capacity, 1 << 20) == capacity
     assert rounded_capacity(needed, needed) == needed
+
+
+def test_a_cache_of_another_model_is_not_enlarged():
+    other = random_model(small_config(num_nextn_predict_layers=0))
+    with pytest.raises(ValueError, match="grow_cache: the cache is one of another"):
+        dsv4.grow_cache(model(), other.init_cache(2, 16), 32)

@@ -15,8 +15,8 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.config.kinds import CSA, TOPK_MOE
-from dsv4_eqx.model.inputs import validate_token_ids
-from dsv4_eqx.model.model import abstract_model
+from dsv4_eqx.model.inputs import validate_targets, validate_token_ids
+from dsv4_eqx.model.model import abstract_model, cross_entropy_from_logits
 from tests.checkpoint.saving import one_layer
 from tests.models import (
     LENGTH,
@@ -252,6 +252,20 @@ def test_targets_that_are_none_are_refused(targets, message, without_shape_check
     model = random_model(small_config())
     with pytest.raises(ValueError, match=message):
         model.cross_entropy(jnp.ones((1, 3, 60)), targets)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int64])
+def test_targets_of_any_bits_are_the_same_tokens(dtype, without_shape_checks):
+    targets, vocab = np.array([7, 0, 93], dtype), 2**16
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, vocab)), "f4")
+
+    def nats(logits, targets):
+        targets = validate_targets("cross_entropy", targets, (3,), vocab)
+        return cross_entropy_from_logits(logits, targets)
+
+    expected = jax.nn.logsumexp(logits, axis=1) - logits[np.arange(3), [7, 0, 93]]
+    for run in (nats, jax.jit(nats)):
+        np.testing.assert_allclose(run(logits, targets), expected, rtol=1e-6)
 
 
 def test_a_masked_target_costs_nothing_and_is_never_read():

@@ -77,3 +77,14 @@ def test_a_model_compiles_nothing_the_second_time():
         np.testing.assert_array_equal(model(tokens), first)
         np.testing.assert_array_equal(model.extend(tokens, cache)[0], hidden)
     assert len(found) == 0
+
+
+def test_equal_values_of_other_types_are_other_programs():
+    name = compiled_once(lambda x, static: x + len(type(static).__name__))
+    x = jnp.zeros(())
+    assert [float(name(x, one)) for one in (1, True, 1.0, np.True_)] == [3, 4, 5, 4]
+
+
+def test_integers_of_64_bits_keep_their_digits():
+    differ = compiled_once(lambda x: jnp.asarray(x[1:] != x[:-1]))
+    assert differ(np.array([0, 2**32, 2**32])).tolist() == [True, False]

@@ -62,3 +62,16 @@ def test_few_programs_draw_many_shapes():
         for size in range(1, 40):
             normal(key, (size, 2), jnp.float32, std=1.0)
     assert len(found) == 0
+
+
+def test_a_key_from_outside_of_a_traced_function_is_drawn_from():
+    key = jax.random.key(7)
+
+    def make():
+        return normal(key, (3, 5), jnp.float32, std=0.3)
+
+    np.testing.assert_allclose(jax.jit(make)(), make(), rtol=1e-6)
+    assert jax.eval_shape(make).shape == (3, 5)
+    keys = jax.random.split(key, 2)
+    stacked = jax.eval_shape(lambda: stack(lambda key: make(), keys))
+    assert stacked.shape == (2, 3, 5)

@@ -124,5 +124,28 @@ def test_all_but_a_layer_of_a_stack_is_frozen_in_training():
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(ValueError, match=r"layer_mask\(layers=\[.*in \[0, 5\)"):
         dsv4.layer_mask(model(), layers)
-    with pytest.raises(ValueError, match="layer_mask"):
+    with pytest.raises(ValueError, match="trainable"):
         dsv4.trainable(model(), layers=layers)
+
+
+def test_own_modules_and_models_in_two_parts_have_masks_too():
+    parts = eqx.nn.MLP(3, 3, 5, 1, key=jax.random.key(0)), model().layers[2].moe.router
+    trained = eqx.partition(parts, dsv4.trainable(parts))[0]
+    assert trained[1].bias is None and trained[0].layers[0].weight is not None
+    again = dsv4.trainable(trained)
+    assert jax.tree.structure(again) == jax.tree.structure(trained)
+    assert not jax.tree.leaves(dsv4.decay_mask(eqx.nn.Lambda(jnp.tanh)))[0]
+
+
+def test_prediction_blocks_are_trained_beside_some_layers():
+    marks = dsv4.trainable(model(), mtp=True, layers=np.array([2]))
+    assert any(jax.tree.leaves(marks.mtp)) and not marks.embedding
+    assert not any(jax.tree.leaves(dsv4.trainable(model(), layers=[2]).mtp))
+
+
+@pytest.mark.parametrize("layers", [2, [True], ["2"]])
+def test_what_is_no_number_of_a_layer_is_refused(layers, without_shape_checks):
+    with pytest.raises(ValueError, match=r"layer_mask\(layers="):
+        dsv4.layer_mask(model(), layers)
+    with pytest.raises(ValueError, match="must be one with Layers"):
+        dsv4.layer_mask(model().layers[2], [2])
