@@ -70,6 +70,7 @@ def names_in(directory):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:from_pretrained. the configuration has num_next")
 @pytest.mark.parametrize("origin", ["made", "from HF's names", "from official names"])
 def test_what_transformers_saves_is_loaded(origin, tmp_path):
     """It writes other names than it has, and than it loaded."""

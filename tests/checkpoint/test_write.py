@@ -218,7 +218,7 @@ def test_kill_at_random_moments(kills, tmp_path):
     assert seen["faults"] == [] and not seen["backend"]
     assert seen["kills"] == kills
     # Spread over all of the saving.
-    assert seen["left_behind"] >= kills // 5 and seen["acknowledged"] >= kills // 20
+    assert seen["left_behind"] >= kills // 10 and seen["acknowledged"] >= kills // 20
     for version in (0, 1):
         expected = random_model(one_layer(), seed=version)
         model = dsv4.from_pretrained(tmp_path / f"version-{version}")
