@@ -21,6 +21,7 @@ ORACLE = (
     "from safetensors",
     "tests.captured",
     "tests.reference",
+    "tests.attention.test_attention",
     "tests.model.test_block",
 )
 if importlib.util.find_spec("torch") is None:
