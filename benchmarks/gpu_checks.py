@@ -25,9 +25,9 @@ from gpu_child import begin_compiling, emit, end_if_fatal, error_text, wanted
 from gpu_operations import random_selection
 
 from dsv4_eqx import Attention, Block, Config, from_pretrained
-from dsv4_eqx.config.kinds import HASH_MOE
+from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 from dsv4_eqx.kernels.entries import is_index
-from dsv4_eqx.model.parts import make_attention, make_topk_router
+from dsv4_eqx.model.parts import make_attention
 
 NANO: Final = pathlib.Path(__file__).parent.parent / "tests" / "data" / "nano-release"
 # Gradients that are told together, by how their path begins; the first that fits.
@@ -220,7 +220,7 @@ def choices(config: Config, tokens: int, forms: tuple[str, ...]) -> Iterator[Cas
         return attention_of(own, "CSA")(key, dtype).indexer
 
     def make_router(key, dtype):
-        return make_topk_router(own, key=key, dtype=dtype)
+        return make_router(own, TOPK_MOE, key=key, dtype=dtype)
 
     def of_indexer(arrays, x, latent, positions):
         selection = indexer_of(arrays)(x, latent, positions)

@@ -19,7 +19,11 @@ from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.product import project
-from dsv4_eqx.numerics.validation import validate_number, validate_sizes
+from dsv4_eqx.numerics.validation import (
+    validate_floating,
+    validate_number,
+    validate_sizes,
+)
 
 
 class StreamMixing(NamedTuple):
@@ -141,7 +145,7 @@ class HyperConnection(eqx.Module):
         output are not floating point.
         """
         _validate_streams("HyperConnection", streams, self.weight.shape[1:])
-        _validate_floating("HyperConnection", "output", output)
+        validate_floating("HyperConnection", output, "output")
         leading, num_streams, dim = streams.shape[:-2], *streams.shape[-2:]
         shapes = output.shape, mixing.post.shape, mixing.combine.shape
         square = (num_streams, num_streams)
@@ -245,12 +249,4 @@ def _validate_streams(name: str, streams: Array, expected: tuple[int, ...]) -> N
             f"{name} was called with streams of shape {streams.shape}: the last two "
             f"dimensions must be (streams, dim) = {expected}."
         )
-    _validate_floating(name, "streams", streams)
-
-
-def _validate_floating(name: str, argument: str, x: Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} was called with {argument} of dtype {x.dtype}: it needs a "
-            "floating-point array; cast it first."
-        )
+    validate_floating(name, streams, "streams")

@@ -56,8 +56,9 @@ def save_pretrained(
 
     Every array is written in the dtype that it has, so that `from_pretrained` gives the
     same bits; what must be float32 is widened if it is not, which changes no number.
-    The directory appears under its name when everything is on the disk, and
-    not at all if anything stops it before.
+    The directory appears under its name when everything is on the disk, and not at all
+    if anything stops it before. With `overwrite`, the old one is first renamed aside,
+    so that for a moment there is none: let nobody load it meanwhile.
 
     **Arguments:**
 

@@ -14,7 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from dsv4_eqx.config.config import Config
-from dsv4_eqx.numerics.validation import as_python, invalid_argument, is_int
+from dsv4_eqx.numerics.validation import (
+    as_python,
+    invalid_argument,
+    is_int,
+    validate_counts,
+)
 
 # Rows of token ids; a single row; or rows of different lengths.
 Prompts = (
@@ -128,17 +133,5 @@ def _integers(call: str, name: str, values: Any) -> np.ndarray:
 
 
 def _lengths(call: str, lengths: Any, row_sizes: np.ndarray) -> np.ndarray:
-    lengths = _integers(call, "lengths", lengths)
-    if lengths.shape != row_sizes.shape:
-        raise ValueError(
-            f"{call}: lengths must be one for each of the {len(row_sizes)} rows, not "
-            f"of the shape {lengths.shape}."
-        )
-    outside = np.flatnonzero((lengths < 0) | (lengths > row_sizes))
-    if len(outside) > 0:
-        row = int(outside[0])
-        raise ValueError(
-            f"{call}: lengths[{row}] is {lengths[row]}: the row has 0 to "
-            f"{row_sizes[row]} tokens."
-        )
-    return lengths
+    lengths = validate_counts(call, _integers(call, "lengths", lengths), row_sizes)
+    return np.asarray(lengths)

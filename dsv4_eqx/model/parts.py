@@ -4,6 +4,8 @@ The parts themselves take sizes. Only this file knows the configuration's names 
 sizes, and which parts each kind of layer has.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -160,43 +162,27 @@ def make_moe(
     - `dtype`: dtype of the weights.
     """
     router_key, experts_key, shared_key = jax.random.split(key, 3)
-    make_router = make_hash_router if kind == HASH_MOE else make_topk_router
     return MoE(
-        router=make_router(config, key=router_key, dtype=dtype),
+        router=make_router(config, kind, key=router_key, dtype=dtype),
         experts=make_experts(config, key=experts_key, dtype=dtype),
         shared=make_shared_expert(config, key=shared_key, dtype=dtype),
     )
 
 
-def make_topk_router(
-    config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
-) -> TopKRouter:
-    """Routing by score."""
-    return TopKRouter(
-        config.hidden_size,
-        config.n_routed_experts,
-        config.num_experts_per_tok,
+def make_router(
+    config: Config, kind: str, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
+) -> TopKRouter | HashRouter:
+    """Routing by token id or by score, as the layer's kind says."""
+    sizes = config.hidden_size, config.n_routed_experts, config.num_experts_per_tok
+    options: dict[str, Any] = dict(
         scaling_factor=config.routed_scaling_factor,
         std=config.initializer_range,
         key=key,
         dtype=dtype,
     )
-
-
-def make_hash_router(
-    config: Config, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
-) -> HashRouter:
-    """Routing by token id."""
-    return HashRouter(
-        config.hidden_size,
-        config.n_routed_experts,
-        config.num_experts_per_tok,
-        vocab_size=config.vocab_size,
-        scaling_factor=config.routed_scaling_factor,
-        std=config.initializer_range,
-        key=key,
-        dtype=dtype,
-    )
+    if kind == HASH_MOE:
+        return HashRouter(*sizes, vocab_size=config.vocab_size, **options)
+    return TopKRouter(*sizes, **options)
 
 
 def make_experts(

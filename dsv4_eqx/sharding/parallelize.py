@@ -32,11 +32,11 @@ from dsv4_eqx.sharding.context import (
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import validate_mesh
 from dsv4_eqx.sharding.partial_sums import (
+    declares_sum,
     dims_of,
     is_ours,
     partial_dims,
-    says,
-    validate_by_token,
+    refuse_by_token,
     validate_inside,
     validate_num_local,
     validate_split,
@@ -92,7 +92,7 @@ def parallelize(
         is_split = mesh.shape[axis] > 1
         return frozenset(d for d in rules if is_split and rules[d] == axis)
 
-    here = _Here(dims_over("tensor"), dims_over("expert"), sequence, mesh)
+    here = _Surroundings(dims_over("tensor"), dims_over("expert"), sequence, mesh)
     return _wrap(module, "", here)
 
 
@@ -106,7 +106,7 @@ def _has_ragged_exchange(mesh: Mesh | AbstractMesh) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Here:
+class _Surroundings:
     """A module's surroundings: what is split, and what the modules around it do."""
 
     over_tensor: frozenset[str]  # dimensions that `tensor` splits
@@ -116,10 +116,10 @@ class _Here:
     summed: frozenset[str] = frozenset()  # dimensions that a module around it sums over
     place: str = ""  # the field: a mixture's, or `.attention` or `.moe` of a block
     is_inside: bool = False  # whether a module of the library holds it
-    is_said: bool = False  # whether a module around it has `partial_over`
+    is_declared: bool = False  # whether a module around it has `partial_over`
 
 
-def _wrap(node: Any, path: str, here: _Here) -> Any:
+def _wrap(node: Any, path: str, here: _Surroundings) -> Any:
     """A node of the tree, with wrappers inside and around."""
     if jax.tree_util.all_leaves([node]):
         return node
@@ -148,11 +148,13 @@ def _wrap(node: Any, path: str, here: _Here) -> Any:
     return _wrap_around(node, wrapped, bool(partial), here)
 
 
-def _wrap_children(node: Any, path: str, here: _Here) -> Any:
+def _wrap_children(node: Any, path: str, here: _Surroundings) -> Any:
     """The node with its children wrapped."""
     if isinstance(node, eqx.Module):
-        is_said = here.is_said or says(node)
-        here = dataclasses.replace(here, is_inside=is_ours(node), is_said=is_said)
+        is_declared = here.is_declared or declares_sum(node)
+        here = dataclasses.replace(
+            here, is_inside=is_ours(node), is_declared=is_declared
+        )
 
     def wrap_child(key: tuple, child: Any) -> Any:
         name = jax.tree_util.keystr(key)
@@ -167,7 +169,7 @@ def _wrap_children(node: Any, path: str, here: _Here) -> Any:
     )
 
 
-def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Here) -> Any:
+def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Surroundings) -> Any:
     """The node with wrapped children, in the wrappers that it needs itself."""
     splits_tokens = "tensor" in here.sequence
     if isinstance(node, Attention) and here.sequence:
@@ -183,7 +185,7 @@ def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Here) -> Any:
     return wrapped
 
 
-def _partial(node: Any, here: _Here) -> frozenset[str]:
+def _partial(node: Any, here: _Surroundings) -> frozenset[str]:
     """Split dimensions over which the node's output must be summed."""
     if not isinstance(node, MoE):
         return (partial_dims(node) & here.over_tensor) - here.summed
@@ -192,32 +194,32 @@ def _partial(node: Any, here: _Here) -> frozenset[str]:
     return routed | shared if routed and shared else frozenset()
 
 
-def _takes_whole_sequences(node: Any, here: _Here) -> bool:
+def _takes_whole_sequences(node: Any, here: _Surroundings) -> bool:
     """Whether the node may need other devices' tokens: it is not from the library."""
     if not here.sequence or here.place not in (".attention", ".moe"):
         return False
     return not isinstance(node, Attention | MoE)
 
 
-def _has_experts(node: Any, here: _Here) -> bool:
+def _has_experts(node: Any, here: _Surroundings) -> bool:
     """Whether the node is called like `Experts`, with rows of tokens."""
     return isinstance(node, Experts) or here.place == ".experts"
 
 
-def _validate(node: Any, path: str, here: _Here) -> None:
+def _validate(node: Any, path: str, here: _Surroundings) -> None:
     """Refuses a split part that does not declare what its output is."""
     if not isinstance(node, eqx.Module):
         return
     is_split = here.sequence or _partial(node, here)
     if isinstance(node, Attention) and is_split:
         validate_inside(node, path)
-    if is_ours(node) or here.is_said:
+    if is_ours(node) or here.is_declared:
         return
     sends_rows = _has_experts(node, here)
     if sends_rows and dims_of(node) & here.over_expert:
         validate_num_local(node, path)
-    if not says(node):
+    if not declares_sum(node):
         split = here.over_tensor if sends_rows else here.over_tensor | here.over_expert
         validate_split(node, path, split)
         if here.is_inside and here.sequence and not here.place:
-            validate_by_token(node, path, here.sequence)
+            refuse_by_token(node, path, here.sequence)

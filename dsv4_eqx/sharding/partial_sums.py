@@ -94,7 +94,7 @@ def is_ours(node: Any) -> bool:
     return isinstance(node, _OURS)
 
 
-def says(node: Any) -> bool:
+def declares_sum(node: Any) -> bool:
     """Whether a node is a module with `partial_over`.
 
     **Arguments:**
@@ -144,7 +144,7 @@ def validate_inside(part: Any, path: str) -> None:
 
     nodes = jax.tree_util.tree_leaves_with_path(part, is_leaf=is_foreign)
     for key, node in nodes:
-        if is_foreign(node) and (not says(node) or partial_dims(node)):
+        if is_foreign(node) and (not declares_sum(node) or partial_dims(node)):
             name, outer = type(node).__name__, type(part).__name__
             raise ValueError(
                 f"{_at(path + jax.tree_util.keystr(key))}{name} is inside "
@@ -155,7 +155,7 @@ def validate_inside(part: Any, path: str) -> None:
             )
 
 
-def validate_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
+def refuse_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
     """Refuses a part without `partial_over` where each device has other tokens.
 
     **Arguments:**
@@ -198,7 +198,7 @@ def _own_dims(module: Any) -> frozenset[str]:
 
     def is_part(node: Any) -> bool:
         is_inner = isinstance(node, eqx.Module) and node is not module
-        return is_inner and (says(node) or not is_ours(node))
+        return is_inner and (declares_sum(node) or not is_ours(node))
 
     def drop(node: Any) -> Any:
         return None if is_part(node) else node

@@ -179,11 +179,14 @@ def initialize(
     if differences := _differences(processes, entries, 1000 * start):
         jax.distributed.shutdown()
         raise ValueError(f"initialize: {differences}: start all of them alike.")
-    threading.Thread(target=processes._watch, daemon=True).start()
+    watch = threading.Thread(target=processes._watch, daemon=True)
+    watch.start()
     try:
         yield processes
         with processes.together("the end"):
             jax.distributed.shutdown()
+            # JAX's C++ code aborts a thread that comes back from it as Python ends.
+            watch.join()
     except BaseException as error:
         processes._raised = True
         why = f"{processes._name} failed: {type(error).__name__}: {error}"

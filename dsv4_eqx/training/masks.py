@@ -43,8 +43,8 @@ def trainable(
     - `model`: a model, or a part of one; its arrays may be abstract.
     - `mtp`: whether the prediction blocks' own loss is part of it.
     - `layers`: if given, only these layers, counted from 0, and with `mtp` the
-        prediction blocks. Of layers that are stacked,
-        arrays are marked that hold one of them: `apply_mask` keeps the others still.
+        prediction blocks. Of layers that are stacked, arrays are marked that hold one
+        of them: `apply_mask` keeps the others still.
 
     **Raises:** ValueError if there is no such layer, the model has no `Layers` to
     choose from, or `mtp` is not a boolean.

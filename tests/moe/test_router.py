@@ -9,7 +9,8 @@ import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from dsv4_eqx import HashRouter, TopKRouter
-from dsv4_eqx.model.parts import make_hash_router, make_topk_router
+from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
+from dsv4_eqx.model.parts import make_router
 from tests.models import relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
@@ -27,7 +28,7 @@ def top_k_routers(seed=0, scale=1.0):
     weight, bias = normal((7, 15), seed, scale), normal(7, seed + 1, 0.5)
     theirs.weight.data = torch.tensor(weight)
     theirs.e_score_correction_bias.copy_(torch.tensor(bias))
-    ours = make_topk_router(CONFIG, key=jax.random.key(0))
+    ours = make_router(CONFIG, TOPK_MOE, key=jax.random.key(0))
     arrays = jnp.asarray(weight), jnp.asarray(bias)
     return eqx.tree_at(lambda m: (m.weight, m.bias), ours, arrays), theirs
 
@@ -39,7 +40,7 @@ def hash_routers(seed=0, scale=1.0):
     weight = normal((7, 15), seed, scale)
     theirs.weight.data = torch.tensor(weight)
     theirs.tid2eid.copy_(torch.tensor(table))
-    ours = make_hash_router(CONFIG, key=jax.random.key(0))
+    ours = make_router(CONFIG, HASH_MOE, key=jax.random.key(0))
     arrays = jnp.asarray(weight), jnp.asarray(table, jnp.int32)
     return eqx.tree_at(lambda m: (m.weight, m.table), ours, arrays), theirs
 
@@ -209,7 +210,9 @@ def test_hash_table_spreads_evenly_without_repeats(vocab, slots, experts, seed):
 
 
 def test_hash_table_depends_on_the_key_only():
-    tables = [make_hash_router(CONFIG, key=jax.random.key(s)).table for s in (1, 1, 2)]
+    tables = [
+        make_router(CONFIG, HASH_MOE, key=jax.random.key(s)).table for s in (1, 1, 2)
+    ]
     np.testing.assert_array_equal(tables[0], tables[1])
     assert (tables[0] != tables[2]).any()
 
