@@ -46,10 +46,10 @@ class CoreAttention:
         del seed
         positions = jnp.arange(queries.shape[1], dtype=jnp.int32)[None]
         if values is None:
-            return attend(queries, positions, keys, sinks)
+            return attend(queries, positions, keys, sinks)[0]
         last = jnp.arange(1, values.shape[1] + 1, dtype=jnp.int32) * self.ratio - 1
         entries = Entries(values, last[None])
-        return attend(queries, positions, keys, sinks, entries, selection)
+        return attend(queries, positions, keys, sinks, entries, selection)[0]
 
     def backward(self, *operands):
         *floats, selection, seed = operands

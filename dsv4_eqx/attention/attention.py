@@ -18,11 +18,14 @@ from dsv4_eqx.attention.cache import (
     CompressorState,
     Extended,
     positions_after,
+    validate_parts_of_state,
     validate_state,
 )
+from dsv4_eqx.attention.checks import validate_parts, validate_sequences
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
-from dsv4_eqx.attention.documents import document_starts, validate_positions
+from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.indexer import Indexer
+from dsv4_eqx.attention.values import AttentionValues
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.kernels.query_blocks import map_queries
@@ -33,7 +36,6 @@ from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
     validate_activations,
-    validate_ids,
     validate_number,
     validate_sizes,
 )
@@ -125,7 +127,7 @@ class Attention(eqx.Module):
             allowed = f"a divisor of num_heads={num_heads}"
             raise invalid_argument(call, "num_groups", num_groups, allowed)
         validate_rotary(call, rope, head_dim)
-        _validate_parts(self, q_rank, compressor, indexer)
+        validate_parts(head_dim, q_rank, compressor, indexer)
         keys = jax.random.split(key, 5)
         self.query_down = normal(keys[0], (q_rank, dim), dtype, std=std)
         self.query_norm = RMSNorm(q_rank, eps=norm_eps)
@@ -162,41 +164,61 @@ class Attention(eqx.Module):
         than the weights; if `positions` or `segment_ids` are not one integer for each
         token; and, except under `jit`, if positions do not start at 0 in each document.
         """
-        validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
-        validate_ids("Attention", "positions", positions, x.shape[:2])
-        if x.size == 0:
-            raise ValueError(
-                f"Attention was called with x of shape {x.shape}: batch and seq must "
-                "be at least 1."
-            )
-        if segment_ids is not None:
-            validate_ids("Attention", "segment_ids", segment_ids, x.shape[:2])
-        validate_positions("Attention", positions, segment_ids)
+        validate_sequences(x, self.query_down, positions, segment_ids)
         return self._over_rows(x, positions, segment_ids)
 
-    @compiled_once
-    @jax.named_scope("Attention")
-    def _over_rows(
+    def observe(
         self,
         x: Float[Array, "batch seq dim"],
         positions: Int[Array, "batch seq"],
-        segment_ids: Int[Array, "batch seq"] | None,
-    ) -> Float[Array, "batch seq dim"]:
-        positions = positions.astype(jnp.int32)  # like those of compressed entries
-        # Starts are unique ids, even where a segment id comes back.
-        documents = () if segment_ids is None else (document_starts(segment_ids),)
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq dim"], AttentionValues]:
+        """The output as by calling, and what was computed on the way.
+
+        **Arguments, raises:** as for calling.
+        """
+        validate_sequences(x, self.query_down, positions, segment_ids)
+        return self._observe_rows(x, positions, segment_ids)
+
+    @compiled_once
+    @jax.named_scope("Attention")
+    def _over_rows(self, x, positions, segment_ids):
         self = dequantize(self)
-        latent = self.project_latent(x)
-        keys = self.project_keys(x, positions)
-        entries = None if self.compressor is None else self.compressor(x, *documents)
+        positions, latent, keys, entries, *documents = self._project(
+            x, positions, segment_ids
+        )
         selection = None
         if self.indexer is not None:
             selection = self.indexer(x, latent, positions, *documents)
+        return self.attend(latent, positions, keys, entries, selection, *documents)
+
+    @compiled_once
+    @jax.named_scope("Attention.observe")
+    def _observe_rows(self, x, positions, segment_ids):
+        self = dequantize(self)
+        positions, latent, keys, entries, *documents = self._project(
+            x, positions, segment_ids
+        )
+        selection = indexer = None
+        if self.indexer is not None:
+            selection, indexer = self.indexer.observe(x, latent, positions, *documents)
+        out, log_sum_exp = self.attend_observed(
+            latent, positions, keys, entries, selection, *documents
+        )
+        return out, AttentionValues(log_sum_exp, indexer)
+
+    def _project(self, x, positions, segment_ids):
+        positions = positions.astype(jnp.int32)  # like those of compressed entries
+        # Starts are unique ids, even where a segment id comes back.
+        documents = () if segment_ids is None else (document_starts(segment_ids),)
+        latent = self.project_latent(x)
+        keys = self.project_keys(x, positions)
+        entries = None if self.compressor is None else self.compressor(x, *documents)
         # A window longer than the sequence costs nothing more.
         num_before = min(self.window, x.shape[1]) - 1
         before = jnp.zeros_like(keys, shape=(len(keys), num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
-        return self.attend(latent, positions, keys, entries, selection, *documents)
+        return positions, latent, keys, entries, *documents
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> AttentionCache:
         """The state before any token.
@@ -245,7 +267,7 @@ class Attention(eqx.Module):
         `AttentionCache`, such as an `Extended` whose `keep` was not called.
         """
         validate_state("Attention.extend", cache, AttentionCache)
-        _validate_kind(self, cache)
+        validate_parts_of_state(self.compressor, self.indexer, cache)
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
         self = dequantize(self)
         positions = positions_after(start, lengths, x.shape[1])
@@ -310,16 +332,34 @@ class Attention(eqx.Module):
         - `positions`, `window_keys`, `entries`, `selection`, `segment_ids`: as for the
             function `attend`.
         """
+        per_query = (latent, positions, selection, segment_ids)
+        return self._by_blocks(lambda out, _: out, per_query, window_keys, entries)
 
+    def attend_observed(
+        self,
+        latent: Float[Array, "batch seq q_rank"],
+        positions: Int[Array, "batch seq"],
+        window_keys: Float[Array, "batch keys head_dim"],
+        entries: Entries | None,
+        selection: Selection,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch seq heads"]]:
+        """What `attend` gives, and the log-sum-exp of each query's logits.
+
+        **Arguments:** as for `attend`.
+        """
+        per_query = (latent, positions, selection, segment_ids)
+        return self._by_blocks(lambda *both: both, per_query, window_keys, entries)
+
+    def _by_blocks(self, result, per_query, window_keys, entries):
         def attend_block(per_query, keys):
             latent, positions, selection, segment_ids = per_query
             queries = self.project_queries(latent, positions)
-            out = attend(
+            out, log_sum_exp = attend(
                 queries, positions, keys, self.sinks, entries, selection, segment_ids
             )
-            return self.project_output(out, positions)
+            return result(self.project_output(out, positions), log_sum_exp)
 
-        per_query = (latent, positions, selection, segment_ids)
         block = query_block(window_keys)
         return map_queries(attend_block, per_query, window_keys, block)
 
@@ -354,39 +394,3 @@ class Attention(eqx.Module):
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))
         return project(latent, self.output_up, over=2)
-
-
-def _validate_kind(attention: Attention, cache: AttentionCache) -> None:
-    """Refuses the cache of an attention with other parts."""
-    for name in ("compressor", "indexer"):
-        is_part, is_state = (getattr(x, name) is not None for x in (attention, cache))
-        if is_part != is_state:
-            has, lacks = ("attention", "cache") if is_part else ("cache", "attention")
-            raise ValueError(
-                f"Attention.extend: the {has} has a part for the {name} and the "
-                f"{lacks} has none: give a cache from this attention's init_cache."
-            )
-
-
-def _validate_parts(
-    attention: Attention,
-    q_rank: int,
-    compressor: Compressor | None,
-    indexer: Indexer | None,
-) -> None:
-    """Refuses a compressor or an indexer whose sizes are not the attention's."""
-    if compressor is not None and compressor.head_dim != attention.head_dim:
-        raise ValueError(
-            f"Attention: the compressor's head_dim is {compressor.head_dim}, it must "
-            f"be head_dim={attention.head_dim}: its entries are the heads' keys."
-        )
-    if indexer is None:
-        return
-    if compressor is None:
-        raise ValueError("Attention: an indexer selects entries: give a compressor.")
-    ratios = indexer.compressor.ratio, compressor.ratio
-    if ratios[0] != ratios[1] or indexer.q_rank != q_rank:
-        raise ValueError(
-            f"Attention: the indexer's ratio and q_rank are {ratios[0]} and "
-            f"{indexer.q_rank}; they must be the layer's, {ratios[1]} and {q_rank}."
-        )

@@ -103,6 +103,28 @@ def validate_state(call: str, state: Any, kind: type) -> None:
         raise ValueError(f"{call}: the state must be a {kind.__name__}, not a {name}.")
 
 
+def validate_parts_of_state(
+    compressor: Any, indexer: Any, cache: AttentionCache
+) -> None:
+    """Refuses the cache of an attention with other parts.
+
+    **Arguments:**
+
+    - `compressor`, `indexer`: the attention's, or None.
+    - `cache`: the argument.
+
+    **Raises:** ValueError if only one of part and state is there.
+    """
+    for name, part in (("compressor", compressor), ("indexer", indexer)):
+        is_part, is_state = part is not None, getattr(cache, name) is not None
+        if is_part != is_state:
+            has, lacks = ("attention", "cache") if is_part else ("cache", "attention")
+            raise ValueError(
+                f"Attention.extend: the {has} has a part for the {name} and the "
+                f"{lacks} has none: give a cache from this attention's init_cache."
+            )
+
+
 def map_states(
     windows: Callable[[Array, int], Array],
     entries: Callable[[Any], Any],

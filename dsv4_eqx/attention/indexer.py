@@ -9,6 +9,9 @@ The released code multiplies queries and keys by an orthonormal Hadamard matrix 
 quantising them; without quantisation it cancels in the product and is left out.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -19,9 +22,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_eqx.attention.cache import CompressorState, Extended, positions_after
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.documents import document_starts
+from dsv4_eqx.attention.values import IndexerValues, no_selected
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
-from dsv4_eqx.kernels.select import query_block, select
+from dsv4_eqx.kernels.select import best_with_scores, query_block, select
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
@@ -106,12 +110,40 @@ class Indexer(eqx.Module):
         """
         if x.shape[1] // self.compressor.ratio <= self.topk:
             return None  # all visible entries are selected: no score is needed
-        weights = self.project_weights(x)
-        if segment_ids is None:
-            return self.select(latent, weights, positions, self.compressor(x))
-        starts = document_starts(segment_ids)  # the ids that the entries have
-        keys = self.compressor(x, starts)
-        return self.select(latent, weights, positions, keys, starts)
+        return self.select(*self._operands(x, latent, positions, segment_ids))
+
+    @compiled_once
+    @jax.named_scope("Indexer.observe")
+    def observe(
+        self,
+        x: Float[Array, "batch seq dim"],
+        latent: Float[Array, "batch seq q_rank"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Selection, IndexerValues]:
+        """The selection as by calling, and what was selected with which scores.
+
+        **Arguments:** as for calling.
+        """
+        selection = self(x, latent, positions, segment_ids)
+        windows = x.shape[1] // self.compressor.ratio
+        if windows == 0:
+            return selection, no_selected(*x.shape[:2])
+        operands = self._operands(x, latent, positions, segment_ids)
+        return selection, self.selected(*operands, most=windows)
+
+    def _operands(
+        self,
+        x: Float[Array, "batch seq dim"],
+        latent: Float[Array, "batch seq q_rank"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> tuple:
+        """What `select` needs, of whole sequences."""
+        # Starts of documents are the ids that the entries have.
+        starts = () if segment_ids is None else (document_starts(segment_ids),)
+        keys = self.compressor(x, *starts)
+        return latent, self.project_weights(x), positions, keys, *starts
 
     @compiled_once
     def extend(
@@ -175,20 +207,57 @@ class Indexer(eqx.Module):
         - `keys`: the indexer's own entries.
         - `segment_ids`: document of each query, if the entries have segment ids.
         """
+        return self._by_blocks(select, latent, weights, positions, keys, segment_ids)
+
+    def selected(
+        self,
+        latent: Float[Array, "batch seq q_rank"],
+        weights: Float[Array, "batch seq index_heads"],
+        positions: Int[Array, "batch seq"],
+        keys: Entries,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        *,
+        most: int,
+    ) -> IndexerValues:
+        """The entries that `select` selects, by their windows, and their scores.
+
+        **Arguments:** as for `select`, and
+
+        - `most`: the most entries that a query can see.
+        """
+        best, scores = self._by_blocks(
+            best_with_scores, latent, weights, positions, keys, segment_ids
+        )
+        best, scores = best[..., :most], scores[..., :most]  # -1 are last
+        rows = jnp.arange(len(best))[:, None, None]
+        windows = keys.last_positions[rows, best] // self.compressor.ratio
+        return IndexerValues(jnp.where(best < 0, -1, windows), scores)
+
+    def _by_blocks(
+        self,
+        function: Callable[..., Any],
+        latent: Float[Array, "batch seq q_rank"],
+        weights: Float[Array, "batch seq index_heads"],
+        positions: Int[Array, "batch seq"],
+        keys: Entries,
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> Any:
+        """A function of scores, such as `select`, of one block of queries at a time."""
         operands = lax.stop_gradient((latent, weights, keys, self.query_up))
         latent, weights, keys, query_up = operands
         seq = latent.shape[1]
 
-        def select_block(operands):
+        def run_block(operands):
             latent, weights, positions, segment_ids = operands
             queries = project(latent, query_up)
             queries = self.compressor.rope(queries, positions[..., None])
             seen = visible(keys, positions, segment_ids)
-            return select(queries, weights, seen, keys, self.topk)  # eq. 16
+            return function(queries, weights, seen, keys, self.topk)  # eq. 16
 
         operands = (latent, weights, positions, segment_ids)
         block = query_block(keys)
         if seq <= block:
-            return select_block(operands)
+            return run_block(operands)
         blocks = jax.tree.map(lambda x: split_blocks(x, block), operands)
-        return join_blocks(lax.map(select_block, blocks), seq)
+        out = lax.map(run_block, blocks)
+        return jax.tree.map(lambda x: join_blocks(x, seq), out)

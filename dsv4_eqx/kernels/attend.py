@@ -34,7 +34,7 @@ def attend_reference(
     entries: Entries | None = None,
     selection: Selection = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> tuple[Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq heads"]]:
     """What `attend` computes, in a few lines; all logits exist at once.
 
     **Arguments:** as for `attend`.
@@ -56,9 +56,10 @@ def attend_reference(
     logits = jnp.einsum("bqhc,bkc->bqhk", wide, keys) * wide.shape[-1] ** -0.5
     sink = jnp.broadcast_to(sinks[:, None], (*wide.shape[:3], 1)).astype(wide.dtype)
     logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([logits, sink], axis=3), axis=3)
+    logits = jnp.concatenate([logits, sink], axis=3)
+    weights = jax.nn.softmax(logits, axis=3)
     out = jnp.einsum("bqhk,bkc->bqhc", weights[..., :-1], keys)
-    return out.astype(queries.dtype)
+    return out.astype(queries.dtype), jax.nn.logsumexp(logits, axis=3)
 
 
 def attend(
@@ -69,7 +70,7 @@ def attend(
     entries: Entries | None = None,
     selection: Selection = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> tuple[Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq heads"]]:
     """Attention of a block of consecutive queries over window, entries and sink.
 
     **Arguments:**
@@ -85,6 +86,9 @@ def attend(
     - `selection`: which of them each query attends to. A mask shows none that the
         query may not see; indices must be of entries that it may see.
     - `segment_ids`: document of each query, if the entries have segment_ids.
+
+    **Returns:** the output, and the logarithm of the sum of the exponentials of all of
+    a query's logits, the sink's included.
     """
     if entries is not None and entries.shape[1] == 0:
         entries = selection = None

@@ -84,17 +84,20 @@ def _forward(floats, others, form):
     out = (softmax.weighted / softmax.total).astype(queries.dtype)
     out = checkpoint_name(out, KEPT)
     log_total = checkpoint_name(softmax.top + jnp.log(softmax.total), KEPT)
-    return out, (floats, others, out, log_total)
+    return (out, log_total[..., 0]), (floats, others, out, log_total)
 
 
 @jax.named_scope("attend_backward")
-def _backward(form, residuals, d_out):
+def _backward(form, residuals, cotangents):
+    d_out, d_log_total = cotangents
     floats, others, out, log_total = residuals
     operands = eqx.combine(floats, others)
     queries, keys, sinks, entries, positions, segment_ids, selection = operands
-    # What softmax's derivative subtracts: sum_j p_j dp_j, which is out . d_out.
+    # What softmax's derivative subtracts: sum_j p_j dp_j, which is out . d_out. The
+    # derivative of the log-sum-exp by a logit is its weight.
     wide_out, wide_d_out = at_least_float32(out), at_least_float32(d_out)
     mean = jnp.sum(wide_out * wide_d_out, axis=-1, keepdims=True)
+    mean -= d_log_total[..., None]
 
     rows = _Rows(queries, d_out, log_total, mean)
     by_head = _transposed(queries), _transposed(d_out)

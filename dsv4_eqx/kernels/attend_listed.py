@@ -81,13 +81,15 @@ def _forward(floats, others):
     out = out.astype(share.dtype) * share
     out = checkpoint_name(out.reshape(queries.shape).astype(queries.dtype), KEPT)
     with_sink = checkpoint_name(with_sink, KEPT)
-    return out, (floats, others, out, with_sink)
+    log_total = with_sink.reshape(queries.shape[:3])
+    return (out, log_total), (floats, others, out, with_sink)
 
 
 @jax.named_scope("attend_backward")
-def _backward(residuals, d_out):
+def _backward(residuals, cotangents):
     from dsv4_eqx.kernels.hopper_attention_backward import attend_lists_backward
 
+    d_out, d_log_total = cotangents
     floats, others, out, log_total = residuals
     queries, keys, sinks, entries, positions, segment_ids, selection = eqx.combine(
         floats, others
@@ -99,6 +101,7 @@ def _backward(residuals, d_out):
     heads, dim = queries.shape[2:]
     flat = (x.reshape(-1, heads, dim) for x in (queries, out, d_out))
     queries, out, d_out = flat
+    d_log_total = d_log_total.reshape(log_total.shape)
     d_queries, d_window, d_rows = attend_lists_backward(
         queries,
         window,
@@ -108,9 +111,11 @@ def _backward(residuals, d_out):
         out,
         log_total,
         d_out,
+        d_log_total,
         scale=dim**-0.5,
     )
     mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    mean -= d_log_total
     d_sinks = -jnp.sum(jnp.exp(sinks - log_total) * mean, axis=0)
     gradients = [d_queries, d_window, d_sinks]
     gradients += [] if entries is None else [d_rows]

@@ -4,7 +4,8 @@ The tile of `hopper_attention` again: 64 heads of one query, and the keys that i
 names, which are the values too. With S the scores and P the weights of the softmax,
 
     P  = exp(scale S - log_sum_exp)           S  = Q K^T
-    dS = scale P (dP - sum(out d_out))        dP = d_out K^T
+    dS = scale P (dP - mean)                  dP = d_out K^T
+                                              mean = sum(out d_out) - d_log_sum_exp
     d_queries += dS K                         d_keys = dS^T Q + P^T d_out
 
 Gradients of keys are added up in global memory, in float32 and in no fixed order: two
@@ -43,6 +44,7 @@ def attend_lists_backward(
     out: Float[Array, "queries heads head_dim"],
     log_sum_exp: Float32[Array, "queries heads"],
     d_out: Float[Array, "queries heads head_dim"],
+    d_log_sum_exp: Float32[Array, "queries heads"],
     *,
     scale: float,
     interpret: Any = False,
@@ -59,21 +61,21 @@ def attend_lists_backward(
         `attend_lists`.
     - `out`: of the attention.
     - `log_sum_exp`: of all that took part in the softmax, a sink included.
-    - `d_out`: gradient with respect to `out`.
+    - `d_out`, `d_log_sum_exp`: gradients with respect to `out` and `log_sum_exp`.
     - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
     """
     if 0 in (len(queries), len(window) + len(entries)):
         return _nothing(queries, window, entries, lists)
     if len(window) == 0:
         # Then entries are the rows that a list counts from 0.
-        rest = lists, num_keys, out, log_sum_exp, d_out
+        rest = lists, num_keys, out, log_sum_exp, d_out, d_log_sum_exp
         d_queries, d_entries, d_window = attend_lists_backward(
             queries, entries, window, *rest, scale=scale, interpret=interpret
         )
         return d_queries, d_window, d_entries
     heads, head_dim = queries.shape[1:]
     num_rows = window.shape[0], entries.shape[0]
-    mean, log2_sum = _of_heads(out, log_sum_exp, d_out)
+    mean, log2_sum = _of_heads(out, log_sum_exp, d_out, d_log_sum_exp)
     # Two warpgroups have half of the channels each, in whole tiles of memory.
     queries, d_out = (_padded(_padded(x, 1, HEADS), 2, 128) for x in (queries, d_out))
     window, entries = _padded(window, 1, 128), _padded(_padded(entries, 1, 128), 0, 1)
@@ -107,9 +109,10 @@ def _nothing(queries, window, entries, *others):
     return d_queries, d_window, d_entries
 
 
-def _of_heads(out, log_sum_exp, d_out):
+def _of_heads(out, log_sum_exp, d_out, d_log_sum_exp):
     """What dS takes off dP, and the logarithm to base 2, of whole tiles of heads."""
     mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    mean -= d_log_sum_exp
     # exp2 of -inf is 0, where nothing took part as where heads are none.
     log2_sum = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * LOG2_E)
     return _padded(mean, 1, HEADS), _padded(log2_sum, 1, HEADS, jnp.inf)

@@ -18,11 +18,11 @@ KEPT: Final = "attended"
 
 
 def map_queries(
-    function: Callable[[PyTree[Array], Array], Array],
+    function: Callable[[PyTree[Array], Array], PyTree[Array]],
     per_query: PyTree[Shaped[Array, "batch seq ..."]],
     window_keys: Float[Array, "batch keys head_dim"],
     block: int,
-) -> Array:
+) -> PyTree[Array]:
     """Applies a function to blocks of consecutive queries, one after another.
 
     For the backward pass it keeps what goes into each block and what `attend` gives,
@@ -43,7 +43,8 @@ def map_queries(
     run = jax.checkpoint(lambda operands: function(*operands), policy=policy)
     bands = _banded(window_keys, window_keys.shape[1] - seq + 1, block)
     blocks = jax.tree.map(lambda x: split_blocks(x, block), per_query)
-    return join_blocks(lax.map(run, (blocks, bands)), seq)
+    out = lax.map(run, (blocks, bands))
+    return jax.tree.map(lambda x: join_blocks(x, seq), out)
 
 
 def split_blocks(

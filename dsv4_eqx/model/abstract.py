@@ -14,6 +14,7 @@ from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.inputs import Lengths, SegmentIds, TokenIds
 from dsv4_eqx.model.mtp import MTPCache
+from dsv4_eqx.model.values import LayerValues
 from dsv4_eqx.numerics.validation import validate_counts
 
 
@@ -72,8 +73,7 @@ class AbstractModel(eqx.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
-        Give several sequences as rows of a batch, not by `jax.vmap`, which works only
-        outside of `jit`.
+        Give several sequences as rows of a batch, rather than by `jax.vmap`.
 
         A row may hold several documents, of any lengths, one after another: with
         `segment_ids`, each is computed as if it were alone. At a document's last token,
@@ -104,6 +104,33 @@ class AbstractModel(eqx.Module):
         **Arguments:** as for calling.
         """
         return self.collapse(self.streams(tokens, segment_ids, remat=remat))
+
+    def observe(
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+    ) -> tuple[Float[Array, "batch seq dim"], tuple[LayerValues, ...]]:
+        """The final hidden activations, and what each layer computed on the way.
+
+        The activations are those of `hidden`, to the bit, and have its gradients. Under
+        `jit`, what you do not use is not kept.
+
+        **Arguments:** as for calling.
+
+        **Returns:** the activations, and for each layer its output, the log-sum-exp of
+        its attention, what its indexer selected, and the scores and counts of its
+        routing. Each array begins with the dimensions batch and seq; over a mesh these
+        are split like the tokens.
+        """
+        streams, values = self.observe_streams(tokens, segment_ids, remat=remat)
+        return self.collapse(streams), values
+
+    @abc.abstractmethod
+    def observe_streams(
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+    ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
+        """The residual streams after the last layer, and what each layer computed.
+
+        **Arguments:** as for calling.
+        """
 
     @abc.abstractmethod
     def streams(

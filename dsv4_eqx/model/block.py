@@ -11,6 +11,7 @@ from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
 from dsv4_eqx.model.parts import make_attention, make_hyper_connection, make_moe
+from dsv4_eqx.model.values import LayerValues, observed
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.primitives.norm import RMSNorm
@@ -78,6 +79,29 @@ class Block(eqx.Module):
         x = self.attention(self.attention_norm(x), positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
         return self._run_moe(streams, token_ids)
+
+    @compiled_once
+    @jax.named_scope("Block.observe")
+    def observe(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq streams dim"], LayerValues]:
+        """The streams as by calling, and what was computed on the way.
+
+        **Arguments:** as for calling.
+        """
+        documents = () if segment_ids is None else (segment_ids,)
+        x, mixing = self.attention_connection.read(streams)
+        x = self.attention_norm(x)
+        x, attention = observed(self.attention, x, positions, *documents)
+        streams = self.attention_connection.write(streams, x, mixing)
+        x, mixing = self.moe_connection.read(streams)
+        x, routing = observed(self.moe, self.moe_norm(x), token_ids)
+        streams = self.moe_connection.write(streams, x, mixing)
+        return streams, LayerValues(streams, attention, routing)
 
     @compiled_once
     @jax.named_scope("Block.extend")

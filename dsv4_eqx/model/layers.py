@@ -6,6 +6,7 @@ with depth. Flash has three single layers, then the unit (heavily compressed, co
 sparse) twenty times.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from dsv4_eqx.model.stacked import (
     with_room,
     write_states,
 )
+from dsv4_eqx.model.values import LayerValues, observed
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import stack
 from dsv4_eqx.numerics.validation import invalid_argument, is_int
@@ -96,25 +98,67 @@ class Layers(eqx.Module):
         - `remat`: keep only each layer's input for the backward pass.
         """
 
-        def run(block: Callable[..., Array], streams: Array) -> Array:
-            return block(streams, token_ids, positions, *documents)
-
         documents = () if segment_ids is None else (segment_ids,)
+
+        def run(block: Callable[..., Array], streams: Array) -> tuple[Array, None]:
+            return block(streams, token_ids, positions, *documents), None
+
+        streams, *_ = self._run(run, streams, remat)
+        return streams
+
+    @compiled_once
+    def observe(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
+        """The streams as by calling, and what each layer computed.
+
+        **Arguments:** as for calling.
+        """
+        documents = () if segment_ids is None else (segment_ids,)
+
+        def run(block: Any, streams: Array) -> tuple[Array, LayerValues]:
+            out, values = observed(block, streams, token_ids, positions, *documents)
+            return out, values or LayerValues(out, None, None)
+
+        streams, first, repeated, last = self._run(run, streams, remat)
+        middle = (
+            jax.tree.map(operator.itemgetter(repeat), values)
+            for repeat in range(self.num_repeats)
+            for values in repeated
+        )
+        return streams, (*first, *middle, *last)
+
+    def _run(
+        self, run: Callable[..., tuple[Array, Any]], streams: Array, remat: bool
+    ) -> tuple[Array, tuple, tuple, tuple]:
+        """The streams after all layers, and what `run` returns of each beside them."""
         run = eqx.filter_checkpoint(run) if remat else run
 
-        def run_all(streams: Array, blocks: tuple, name: str) -> Array:
+        def run_all(
+            streams: Array, blocks: tuple, name: str
+        ) -> tuple[Array, tuple[Any, ...]]:
+            values = []
             for i, block in enumerate(blocks):
                 with jax.named_scope(f"layers.{name}.{i}"):
-                    streams = run(block, streams)
-            return streams
+                    streams, value = run(block, streams)
+                values.append(value)
+            return streams, tuple(values)
 
-        def run_unit(streams: Array, unit: tuple) -> tuple[Array, None]:
-            return run_all(streams, unit, "repeated"), None
+        def run_unit(streams: Array, unit: tuple) -> tuple[Array, tuple]:
+            return run_all(streams, unit, "repeated")
 
-        streams = run_all(streams, self.first, "first")
+        repeated = ()
+        streams, first = run_all(streams, self.first, "first")
         if self.repeated:
-            streams, _ = lax.scan(run_unit, streams, self.repeated)
-        return run_all(streams, self.last, "last")
+            streams, repeated = lax.scan(run_unit, streams, self.repeated)
+        streams, last = run_all(streams, self.last, "last")
+        return streams, first, repeated, last
 
     def init_cache(
         self, batch: int, capacity: int, dtype: DTypeLike

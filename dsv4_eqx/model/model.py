@@ -30,6 +30,7 @@ from dsv4_eqx.model.inputs import (
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP, MTPCache
 from dsv4_eqx.model.parts import make_hyper_head
+from dsv4_eqx.model.values import LayerValues
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import is_quantized
@@ -97,6 +98,18 @@ class DeepSeekV4(AbstractModel):
         token_ids = self.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         return self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
+
+    def observe_streams(
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+    ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
+        """The residual streams after the last layer, and what each layer computed.
+
+        **Arguments, raises:** as for `AbstractModel.streams`.
+        """
+        token_ids = self.validate_tokens(tokens)
+        places = token_places("DeepSeekV4", token_ids, segment_ids)
+        streams = self.embed(token_ids)
+        return self.layers.observe(streams, token_ids, *places, remat=remat)
 
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]

@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.moe.experts import Experts, SharedExpert
-from dsv4_eqx.moe.router import HashRouter, TopKRouter
+from dsv4_eqx.moe.router import HashRouter, Routing, TopKRouter
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.validation import validate_activations, validate_ids
 
@@ -40,13 +40,30 @@ class MoE(eqx.Module):
         weights, the token ids are not one integer for each token, or there are not as
         many experts as the router scores.
         """
+        return self._run(x, token_ids)[0]
+
+    @compiled_once
+    @jax.named_scope("MoE.observe")
+    def observe(
+        self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
+    ) -> tuple[Float[Array, "batch seq dim"], Routing]:
+        """The output as by calling, and what the router returned, token by token.
+
+        **Arguments, raises:** as for calling.
+        """
+        out, routing = self._run(x, token_ids)
+        rows = x.shape[:2]
+        return out, jax.tree.map(lambda y: y.reshape(*rows, *y.shape[1:]), routing)
+
+    def _run(self, x, token_ids):
         validate_activations("MoE", x, self.router.weight, ("batch", "seq", "dim"))
         validate_ids("MoE", "token_ids", token_ids, x.shape[:2])
         self._validate_experts()
         rows = x.reshape(-1, x.shape[-1])
         routing = self.router(rows, token_ids.reshape(-1))
         routed = self.experts(rows, routing.experts, routing.weights)
-        return (routed + self.shared(rows)).astype(x.dtype).reshape(x.shape)
+        out = (routed + self.shared(rows)).astype(x.dtype)
+        return out.reshape(x.shape), routing
 
     def _validate_experts(self) -> None:
         # Wrapped experts send tokens to the experts' devices; without the wrapper, the

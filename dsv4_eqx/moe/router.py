@@ -24,10 +24,16 @@ from dsv4_eqx.numerics.validation import (
 
 
 class Routing(NamedTuple):
-    """The experts of each token and their weights."""
+    """The experts of each token, their weights, and the scores of all experts."""
 
-    experts: Int[Array, "tokens slots"]
-    weights: Float[Array, "tokens slots"]
+    experts: Int[Array, "*tokens slots"]
+    weights: Float[Array, "*tokens slots"]
+    scores: Float[Array, "*tokens routes"]  # without the balancing bias
+
+    @property
+    def counts(self) -> Int[Array, " routes"]:
+        """How many slots of all tokens went to each expert."""
+        return jnp.bincount(self.experts.reshape(-1), length=self.scores.shape[-1])
 
 
 class TopKRouter(eqx.Module):
@@ -199,7 +205,7 @@ def _weigh(
     """
     chosen = jnp.take_along_axis(logits, experts, axis=-1)
     weights = jax.nn.softmax(_log_score(chosen), axis=-1)
-    return Routing(experts, weights * scaling_factor)
+    return Routing(experts, weights * scaling_factor, jnp.exp(_log_score(logits)))
 
 
 def _log_score(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -10,20 +10,25 @@ a reduce-scatter adds up the heads' outputs and splits the tokens again.
 """
 
 import itertools
-from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.attention.attention import Attention
+from dsv4_eqx.attention.values import AttentionValues, IndexerValues, no_selected
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.numerics.quantized_weight import dequantize
-from dsv4_eqx.sharding.gather import gather, size_of, sum_and_split
-
-_SEQ = 1  # the dimension of tokens
+from dsv4_eqx.sharding.gather import size_of
+from dsv4_eqx.sharding.tensor import among_all_heads
+from dsv4_eqx.sharding.tokens import (
+    gathered_tokens,
+    summed_and_split,
+    with_tokens_before,
+)
 
 
 class SplitSequence(eqx.Module):
@@ -49,10 +54,25 @@ class SplitSequence(eqx.Module):
         - `segment_ids`: their documents, where a row has several, as
             `document_starts` of the whole rows gives them.
         """
+        return self._run(x, positions, segment_ids, is_observed=False)[0]
+
+    def observe(
+        self,
+        x: Float[Array, "batch local_seq dim"],
+        positions: Int[Array, "batch local_seq"],
+        segment_ids: Int[Array, "batch local_seq"] | None = None,
+    ) -> tuple[Float[Array, "batch local_seq dim"], AttentionValues]:
+        """The output, and what `Attention.observe` shows of this device's tokens.
+
+        **Arguments:** as for calling.
+        """
+        return self._run(x, positions, segment_ids, is_observed=True)
+
+    def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
         attention = dequantize(self.attention)
         latent = attention.project_latent(x)
         keys = attention.project_keys(x, positions)
-        compressors = _compressors(attention, x.shape[1], self.axes)
+        compressors = _compressors(attention, x.shape[1], self.axes, is_observed)
         tokens, counts = _projected(compressors, x)
         num_before = _num_before(attention, x.shape[1], self.axes)
         # One message for everything.
@@ -60,12 +80,27 @@ class SplitSequence(eqx.Module):
             [*tokens, keys], [*counts, num_before], self.axes
         )
         entries = _entries(compressors, tokens, positions, segment_ids, self.axes, x)
-        selection = _selection(attention, entries, x, latent, positions, segment_ids)
-        attended = entries[0] if entries else None  # not those of the indexer
-        out = attention.attend(
-            latent, positions, keys, attended, selection, segment_ids
+        selection, indexer = _selection(
+            attention,
+            entries,
+            self.axes,
+            x,
+            latent,
+            positions,
+            segment_ids,
+            is_observed,
         )
-        return out if self.heads_axis is None else lax.psum(out, self.heads_axis)
+        attended = entries[0] if entries else None  # not those of the indexer
+        operands = latent, positions, keys, attended, selection, segment_ids
+        out, log_sum_exp = _attend(attention, operands, is_observed)
+        if self.heads_axis is not None:
+            out = lax.psum(out, self.heads_axis)
+        if not is_observed:
+            return out, None
+        if self.heads_axis is not None:
+            parts = among_all_heads(log_sum_exp, self.heads_axis)
+            log_sum_exp = lax.psum(parts, self.heads_axis)
+        return out, AttentionValues(log_sum_exp, indexer)
 
 
 class SplitSequenceAndHeads(eqx.Module):
@@ -93,13 +128,37 @@ class SplitSequenceAndHeads(eqx.Module):
         segment_ids: Int[Array, "batch local_seq"] | None = None,
     ) -> Float[Array, "batch local_seq dim"]:
         """**Arguments:** as for `SplitSequence`."""
+        return self._run(x, positions, segment_ids, is_observed=False)[0]
+
+    def observe(
+        self,
+        x: Float[Array, "batch local_seq dim"],
+        positions: Int[Array, "batch local_seq"],
+        segment_ids: Int[Array, "batch local_seq"] | None = None,
+    ) -> tuple[Float[Array, "batch local_seq dim"], AttentionValues]:
+        """The output, and what `Attention.observe` shows of this device's tokens.
+
+        **Arguments:** as for calling.
+        """
+        return self._run(x, positions, segment_ids, is_observed=True)
+
+    def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
         attention = dequantize(self.attention)
         latent = attention.project_latent(x)
         keys = attention.project_keys(x, positions)
-        compressors = _compressors(attention, x.shape[1], self.axes)
+        compressors = _compressors(attention, x.shape[1], self.axes, is_observed)
         tokens = with_tokens_before(*_projected(compressors, x), self.axes)
         entries = _entries(compressors, tokens, positions, segment_ids, self.axes, x)
-        selection = _selection(attention, entries, x, latent, positions, segment_ids)
+        selection, indexer = _selection(
+            attention,
+            entries,
+            self.axes,
+            x,
+            latent,
+            positions,
+            segment_ids,
+            is_observed,
+        )
         joined = gathered_tokens(jnp.concatenate([latent, keys], 2), self.heads_axis)
         latent, keys = jnp.split(joined, [latent.shape[2]], axis=2)
         positions, segment_ids = self._of_all_heads(positions, segment_ids)
@@ -109,10 +168,14 @@ class SplitSequenceAndHeads(eqx.Module):
         context = tuple(axis for axis in self.axes if axis != self.heads_axis)
         (keys,) = with_tokens_before([keys], [num_before], context)
         attended = entries[0] if entries else None  # not those of the indexer
-        out = attention.attend(
-            latent, positions, keys, attended, selection, segment_ids
-        )
-        return summed_and_split(out, self.heads_axis)
+        operands = latent, positions, keys, attended, selection, segment_ids
+        out, log_sum_exp = _attend(attention, operands, is_observed)
+        out = summed_and_split(out, self.heads_axis)
+        if not is_observed:
+            return out, None
+        parts = among_all_heads(log_sum_exp, self.heads_axis)
+        log_sum_exp = summed_and_split(parts, self.heads_axis)
+        return out, AttentionValues(log_sum_exp, indexer)
 
     def _of_all_heads(
         self,
@@ -153,15 +216,18 @@ def _num_before(attention: Attention, local: int, axes: tuple[str, ...]) -> int:
 
 
 # Unannotated lists: a dimension name has one size, and the two compressors' differ.
-def _compressors(attention: Attention, local: int, axes: tuple[str, ...]) -> list:
+def _compressors(
+    attention: Attention, local: int, axes: tuple[str, ...], is_observed: bool
+) -> list:
     """The layer's compressor, then the indexer's, where they are needed."""
     if attention.compressor is None:
         return []
-    ratio = attention.compressor.ratio
-    windows = local * size_of(axes) // ratio
+    windows = local * size_of(axes) // attention.compressor.ratio
     if windows == 0:
         return []
-    if attention.indexer is None or windows <= attention.indexer.topk:
+    if attention.indexer is None:
+        return [attention.compressor]
+    if windows <= attention.indexer.topk and not is_observed:
         return [attention.compressor]
     return [attention.compressor, attention.indexer.compressor]
 
@@ -236,69 +302,37 @@ def _gathered_values(
 def _selection(
     attention: Attention,
     entries: list,
+    axes: tuple[str, ...],
     x: Float[Array, "batch local_seq dim"],
     latent: Float[Array, "batch local_seq q_rank"],
     positions: Int[Array, "batch local_seq"],
     segment_ids: Int[Array, "batch local_seq"] | None,
-) -> Selection:
+    is_observed: bool,
+) -> tuple[Selection, IndexerValues | None]:
     """The entries that this device's tokens attend to; None where they see all."""
-    if attention.indexer is None or len(entries) < 2:
-        return None
-    weights = attention.indexer.project_weights(x)
-    return attention.indexer.select(latent, weights, positions, entries[1], segment_ids)
+    indexer = attention.indexer
+    if indexer is None:
+        return None, None
+    windows = x.shape[1] * size_of(axes) // indexer.compressor.ratio
+    selection = values = None
+    if len(entries) == 2:
+        weights = indexer.project_weights(x)
+        operands = latent, weights, positions, entries[1], segment_ids
+        if windows > indexer.topk:
+            selection = indexer.select(*operands)
+        if is_observed:
+            values = indexer.selected(*operands, most=windows)
+    elif is_observed:
+        values = no_selected(*x.shape[:2])
+    return selection, values
 
 
-def with_tokens_before(
-    arrays: Sequence[Float[Array, "batch local_seq ..."]],
-    counts: Sequence[int],
-    axes: tuple[str, ...],
-) -> list[Float[Array, "batch longer_seq ..."]]:
-    """This device's tokens, with the tokens before them in front.
-
-    **Arguments:** as for `tokens_before`.
-    """
-    before = tokens_before(arrays, counts, axes)
-    return [jnp.concatenate(parts, _SEQ) for parts in zip(before, arrays, strict=True)]
-
-
-def tokens_before(
-    arrays: Sequence[Float[Array, "batch local_seq ..."]],
-    counts: Sequence[int],
-    axes: tuple[str, ...],
-) -> list[Float[Array, "batch count ..."]]:
-    """The tokens before this device's tokens; zeros before the sequence begins.
-
-    **Arguments:**
-
-    - `arrays`: arrays of this device's tokens.
-    - `counts`: how many earlier tokens are wanted of each array.
-    - `axes`: the mesh axes that split the sequence, major first.
-    """
-    if not arrays:
-        return []
-    batch, local = arrays[0].shape[:2]
-    wide = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
-    parts = [[x[:, :0]] for x in arrays]
-    # One device back is enough, unless devices have very few tokens each.
-    for distance in range(1, -(-max(counts) // local) + 1):
-        sizes = [min(max(n - (distance - 1) * local, 0), local) for n in counts]
-        tails = [x[:, local - size :] for x, size in zip(arrays, sizes, strict=True)]
-        # One message for all arrays; the widest dtype keeps every bit.
-        message = [tail.astype(wide).reshape(batch, -1) for tail in tails]
-        moved = _from_before(jnp.concatenate(message, axis=1), distance, axes)
-        ends = itertools.accumulate(part.shape[1] for part in message)
-        moved = jnp.split(moved, list(ends)[:-1], axis=1)
-        for pieces, new, tail in zip(parts, moved, tails):
-            pieces.insert(0, new.astype(tail.dtype).reshape(tail.shape))
-    return [jnp.concatenate(pieces, _SEQ) for pieces in parts]
-
-
-def _from_before(
-    x: Shaped[Array, "..."], distance: int, axes: tuple[str, ...]
-) -> Shaped[Array, "..."]:
-    """The array of the device `distance` places before; zeros if there is none."""
-    pairs = [(i, i + distance) for i in range(size_of(axes) - distance)]
-    return lax.ppermute(x, axes, pairs) if pairs else jnp.zeros_like(x)
+def _attend(
+    attention: Attention, operands: tuple, is_observed: bool
+) -> tuple[Array, Any]:
+    if is_observed:
+        return attention.attend_observed(*operands)
+    return attention.attend(*operands), None
 
 
 def _places_of_windows(devices: int, local: int, ratio: int) -> np.ndarray:
@@ -311,29 +345,3 @@ def _places_of_windows(devices: int, local: int, ratio: int) -> np.ndarray:
     windows = np.arange(devices * local // ratio)
     device = ((windows + 1) * ratio - 1) // local
     return device * -(-local // ratio) + windows - device * local // ratio
-
-
-def gathered_tokens(
-    x: Shaped[Array, "batch local_seq ..."], axes: str | tuple[str, ...] | None
-) -> Shaped[Array, "batch seq ..."]:
-    """The tokens of all devices of some mesh axes, in order.
-
-    **Arguments:**
-
-    - `x`: this device's tokens.
-    - `axes`: the mesh axes that split the sequence, major first.
-    """
-    return gather(x, axes, _SEQ)
-
-
-def summed_and_split(
-    x: Float[Array, "batch seq ..."], axis: str | None
-) -> Float[Array, "batch local_seq ..."]:
-    """This device's tokens of the sum over all devices of a mesh axis.
-
-    **Arguments:**
-
-    - `x`: partial sums for all tokens.
-    - `axis`: the mesh axis.
-    """
-    return sum_and_split(x, axis, _SEQ)

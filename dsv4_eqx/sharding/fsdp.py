@@ -25,6 +25,7 @@ from jaxtyping import Array
 
 from dsv4_eqx.model.block import Block
 from dsv4_eqx.model.mtp import MTP
+from dsv4_eqx.model.values import observed
 from dsv4_eqx.sharding.annotations import AnnotatedLeaf, annotated_leaves
 from dsv4_eqx.sharding.gather import gather
 from dsv4_eqx.sharding.rules import axes_of, entry_of
@@ -55,6 +56,13 @@ class Gathered(eqx.Module):
         **Arguments:** those of the module's `extend`.
         """
         return self._run(lambda module, *args: module.extend(*args), *args)
+
+    def observe(self, *args: Any) -> Any:
+        """The module's output, and what its `observe` shows.
+
+        **Arguments:** those of the module.
+        """
+        return self._run(observed, *args)
 
     def _run(self, function: Any, *args: Any) -> Any:
         def run(module: Any, *args: Any) -> Any:

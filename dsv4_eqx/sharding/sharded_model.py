@@ -30,6 +30,7 @@ from dsv4_eqx.model.inputs import (
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
+from dsv4_eqx.model.values import LayerValues
 from dsv4_eqx.numerics.varying import varying
 from dsv4_eqx.sharding.fsdp import gather_in_use
 from dsv4_eqx.sharding.gather import gather
@@ -111,12 +112,26 @@ class ShardedModel(AbstractModel):
         **Raises:** ValueError as for calling, and if the number of rows is not a
         multiple of `data` x `expert`, or their length not of `context`.
         """
+        return self._run_layers(Layers.__call__, tokens, segment_ids, remat)
+
+    def observe_streams(
+        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+    ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
+        """The residual streams after the last layer, and what each layer computed.
+
+        **Arguments, raises:** as for `streams`.
+        """
+        return self._run_layers(Layers.observe, tokens, segment_ids, remat)
+
+    def _run_layers(
+        self, run_layers: Callable, tokens: Any, segment_ids: Any, remat: bool
+    ) -> Any:
         token_ids = self.model.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         split = self._split("streams", token_ids.shape)
 
-        def run(model: DeepSeekV4, ids: Array, *places: Any) -> Array:
-            return model.layers(model.embed(ids), ids, *places, remat=remat)
+        def run(model: DeepSeekV4, ids: Array, *places: Any) -> Any:
+            return run_layers(model.layers, model.embed(ids), ids, *places, remat=remat)
 
         inputs = token_ids, *places
         specs = (split.spec,) * len(inputs)

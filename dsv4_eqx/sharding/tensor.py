@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv4_eqx.attention.values import AttentionValues
 from dsv4_eqx.model.model import cross_entropy_from_logits
+from dsv4_eqx.model.values import observed
 from dsv4_eqx.sharding.gather import gather, own_part, sum_and_split
 
 
@@ -42,6 +44,20 @@ class SummedOver(eqx.Module):
         out, state = self.module.extend(*args)
         return lax.psum(out, self.axis), state
 
+    def observe(self, *args: Any) -> tuple[Array, Any]:
+        """The output added up, and what the module shows, of all heads.
+
+        **Arguments:**
+
+        - `args`: those of the module, equal on all devices of the axis.
+        """
+        out, values = observed(self.module, *args)
+        if isinstance(values, AttentionValues):
+            local = values.log_sum_exp
+            whole = lax.psum(among_all_heads(local, self.axis), self.axis)
+            values = AttentionValues(whole, values.indexer)
+        return lax.psum(out, self.axis), values
+
 
 class WithAllTokens(eqx.Module):
     """A module that needs all tokens, where mesh axes split them.
@@ -62,12 +78,41 @@ class WithAllTokens(eqx.Module):
 
         - `args`: those of the module, for this device's tokens.
         """
-        args = jax.tree.map(lambda x: gather(x, self.axes, self.dim), args)
-        out = self.module(*args)
+        return self._split(self.module(*self._gathered(args)))
+
+    def observe(self, *args: Any) -> tuple[Array, Any]:
+        """The output, and what the module shows, for this device's tokens.
+
+        **Arguments:**
+
+        - `args`: those of the module, for this device's tokens.
+        """
+        out, values = observed(self.module, *self._gathered(args))
+        own = jax.tree.map(lambda x: own_part(x, self.axes, self.dim), values)
+        return self._split(out), own
+
+    def _gathered(self, args: Any) -> Any:
+        return jax.tree.map(lambda x: gather(x, self.axes, self.dim), args)
+
+    def _split(self, out: Array) -> Array:
         for axis in self.axes:
             split = sum_and_split if axis in self.summed else own_part
             out = split(out, axis, self.dim)
         return out
+
+
+def among_all_heads(
+    x: Float[Array, "batch seq local_heads"], axis: str
+) -> Float[Array, "batch seq heads"]:
+    """The array of all heads, zero for those of other devices.
+
+    **Arguments:**
+
+    - `x`: of this device's heads.
+    - `axis`: the mesh axis that splits them.
+    """
+    is_here = jnp.arange(lax.axis_size(axis)) == lax.axis_index(axis)
+    return jnp.where(is_here[:, None], x[:, :, None], 0).reshape(*x.shape[:2], -1)
 
 
 class SplitEmbedding(eqx.Module):

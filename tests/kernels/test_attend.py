@@ -87,7 +87,7 @@ def selections(given, seed=1):
 
 
 def dense(xp, given, mask, has_entries, stored=lambda x: x):
-    """All logits in one matrix; `xp` is numpy or jax.numpy.
+    """Output and log-sum-exp, all logits in one matrix; `xp` is numpy or jax.numpy.
 
     `stored` changes the weights that the values are multiplied by, and the result.
     """
@@ -106,7 +106,8 @@ def dense(xp, given, mask, has_entries, stored=lambda x: x):
     weights = xp.exp(logits - logits.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     out = xp.einsum("bqhk,bkc->bqhc", stored(weights[..., :-1]), keys) / total
-    return stored(out)
+    log_sum_exp = xp.log(total) + logits.max(axis=-1, keepdims=True)
+    return stored(out), log_sum_exp[..., 0]
 
 
 def ours(given, kind, mask, index):
@@ -123,21 +124,26 @@ def ours(given, kind, mask, index):
 
 @functools.partial(jax.jit, compiler_options=QUICKLY)
 def of_every_kind(given, mask, index):
-    return {kind: ours(given, kind, mask, index) for kind in KINDS}
+    return {kind: ours(given, kind, mask, index)[0] for kind in KINDS}
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def log_sums_of_every_kind(given, mask, index):
+    return {kind: ours(given, kind, mask, index)[1] for kind in KINDS}
 
 
 def rounded(x):
     return np.asarray(x, jnp.bfloat16).astype("f8")
 
 
-def exact(given, kind, mask, stored=lambda x: x):
+def exact(given, kind, mask, stored=lambda x: x, log_sum=False):
     wide = {
         name: value.astype("f8") if value.dtype == np.float32 else value
         for name, value in given.items()
     }
     everything = np.ones_like(mask)
     chosen = mask if kind in ("mask", "index") else everything
-    return dense(np, wide, chosen, kind != "none", stored)
+    return dense(np, wide, chosen, kind != "none", stored)[int(log_sum)]
 
 
 @pytest.mark.parametrize("seq", tiers(LENGTHS, quick=[9, 130], in_ci=IN_CI))
@@ -147,6 +153,18 @@ def test_attend_equals_a_dense_softmax(seq):
     for kind, out in of_every_kind(given, mask, index).items():
         assert out.shape == (BATCH, seq, HEADS, DIM)
         np.testing.assert_allclose(out, exact(given, kind, mask), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("form", ["cpu", "gpu", "reference"])
+@pytest.mark.parametrize("seq", [9, 130])
+def test_log_sum_exp_equals_that_of_all_logits(seq, form):
+    given = operands(seq)
+    given["sinks"] = given["sinks"] + np.arange(HEADS, dtype=np.float32)
+    mask, index = selections(given)
+    with use_kernels(form):
+        for kind, log_sum in log_sums_of_every_kind(given, mask, index).items():
+            expected = exact(given, kind, mask, log_sum=True)
+            np.testing.assert_allclose(log_sum, expected, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +230,15 @@ def with_gradients(given, kind, mask, index):
     shape = given["queries"].shape
     cotangent = jnp.cos(jnp.arange(np.prod(shape), dtype=jnp.float32)).reshape(shape)
 
+    def total(out, log_sum_exp):
+        return jnp.sum(out * cotangent) + jnp.sum(log_sum_exp * cotangent[..., 0])
+
     def loss(floats):
         operands = given | floats
         if not kind.startswith("dense"):
-            return jnp.sum(ours(operands, kind, mask, index) * cotangent)
+            return total(*ours(operands, kind, mask, index))
         chosen = mask if kind in ("dense mask", "dense index") else mask | True
-        out = dense(jnp, operands, chosen, kind != "dense none")
-        return jnp.sum(out * cotangent)
+        return total(*dense(jnp, operands, chosen, kind != "dense none"))
 
     return jax.grad(loss)(floats)
 

@@ -65,7 +65,7 @@ def test_each_device_attends_with_its_own_queries():
 
 def backward(*given):
     out, total = given[0], jnp.zeros(given[0].shape[:2], jnp.float32)
-    return attend_lists_backward(*given, out, total, out, scale=SCALE)
+    return attend_lists_backward(*given, out, total, out, total, scale=SCALE)
 
 
 def low(*shape):
@@ -126,6 +126,8 @@ def test_no_keys_and_no_queries(window, entries, queries):
     out, total = attend_lists(*given, scale=SCALE)
     assert out.shape == given[0].shape and total.shape == out.shape[:2]
     assert not out.any() and (total == -jnp.inf).all()
-    gradients = attend_lists_backward(*given, out, total, out, scale=SCALE)
+    gradients = attend_lists_backward(
+        *given, out, total, out, jnp.zeros_like(total), scale=SCALE
+    )
     for x, of in zip(gradients, given):
         assert x.shape == of.shape and not x.any()

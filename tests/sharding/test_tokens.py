@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsv4_eqx.sharding.context import (
+from dsv4_eqx.sharding.tokens import (
     gathered_tokens,
     summed_and_split,
     tokens_before,
 )
 from tests.sharded import make_mesh, normal
 
-pytestmark = pytest.mark.xdist_group("sharding-context")
+pytestmark = pytest.mark.xdist_group("sharding-tokens")
 
 BATCH = 3
 
