@@ -110,7 +110,7 @@ class AbstractModel(eqx.Module):
     ) -> tuple[Float[Array, "batch seq dim"], tuple[LayerValues, ...]]:
         """The final hidden activations, and what each layer computed on the way.
 
-        The activations are those of `hidden`, to the bit, and have its gradients. Under
+        The activations are those of `hidden`, and have its gradients. Under
         `jit`, what you do not use is not kept.
 
         **Arguments:** as for calling.
