@@ -11,11 +11,11 @@ from tests.tiers import tiers
 
 # 5: one window, one HCA entry, a CSA entry and a rest. Around windows, one entry and
 # the next, and more CSA entries than are selected.
-TRUNCATED = {0: (1, 4, 6), 1: (1, 4, 6, 10), 2: (1, 2, 3, 6, 8, 9)}
+TRUNCATED = {0: (4, 6), 1: (4, 6, 10), 2: (1, 2, 3, 9)}
 QUICK = [(layer, 5) for layer in LAYERS]
 IN_CI = [(layer, length) for layer in TRUNCATED for length in TRUNCATED[layer]]
 # Around the window of 5, and around what a processor takes at once.
-LENGTHS = {jnp.float32: (1, 4, 6, 9, 17, 32), jnp.bfloat16: (1, 3, 5, 7, 8, 16, 33)}
+LENGTHS = {jnp.float32: (1, 4, 6, 32), jnp.bfloat16: (1, 5, 7, 33)}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_bfloat16_sliding_layer_is_finite_at_every_length(length):
     "layer, length",
     tiers(
         itertools.product([1, 2], [1, 2, 3, 5, 9, 31]),
-        in_ci=[(1, 1), (1, 5), (2, 2), (2, 3), (2, 9)],
+        in_ci=[(1, 1), (1, 5), (2, 3), (2, 9)],
     ),
 )
 def test_compressed_layers_are_finite_around_their_windows(layer, length):

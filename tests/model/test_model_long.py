@@ -21,6 +21,7 @@ LENGTH = 2304
 # selected.
 BOUNDARIES = (1, 4, 127, 128, 129, 257, 2048, 2051, 2052)
 MORE = (2, 3, 5, 7, 8, 9, 131, 132, 133, 255, 256, 511, 512, 513, 2047, 2049)
+SHORTER = (1, 129, 2051, 2052)  # a program for each
 SEEDS = (0, 1, 2, 3, 5)  # without close choices, as the first test checks
 
 
@@ -42,7 +43,7 @@ def whole(seed=0):
     return np.asarray(forward(pair(seed, M)[1], tokens(seed)))
 
 
-@pytest.mark.parametrize("seed", tiers(SEEDS, in_ci=[0, 1, 2]))
+@pytest.mark.parametrize("seed", tiers(SEEDS, in_ci=[0, 1]))
 def test_long_logits_and_layers_equal_those_of_transformers(seed):
     reference, model = pair(seed, M)
     gaps, layers = [], []
@@ -77,7 +78,7 @@ def selection_gap(scores):
     return smallest
 
 
-@pytest.mark.parametrize("length", tiers(BOUNDARIES + MORE, in_ci=BOUNDARIES))
+@pytest.mark.parametrize("length", tiers(BOUNDARIES + MORE, in_ci=SHORTER))
 def test_truncating_long_tokens_truncates_the_logits(length):
     part = np.asarray(forward_once(pair(0, M)[1], tokens()[:, :length]))
     np.testing.assert_allclose(part, whole()[:, :length], rtol=0, atol=5e-5)
