@@ -214,7 +214,10 @@ class HyperHead(eqx.Module):
         """
         _validate_streams("HyperHead", streams, self.weight.shape[1:])
         mixes = _project(streams, self.weight, self.norm_eps)
-        scale, base = self.scale.astype(mixes.dtype), _before_tokens(self.base, mixes)
+        scale, base = (
+            _before_tokens(self.scale, mixes),
+            _before_tokens(self.base, mixes),
+        )
         pre = jax.nn.sigmoid(mixes * scale + base) + self.eps
         return _collapse(streams, pre)
 
@@ -228,7 +231,7 @@ def _project(
     wide = at_least_float32(streams)
     mean_square = jnp.mean(jnp.square(wide), axis=(-2, -1))
     mixes = project(wide, weight.astype(wide.dtype), over=2, wide=True)
-    return jnp.moveaxis(mixes, -1, 0) * lax.rsqrt(mean_square + norm_eps)
+    return jnp.moveaxis(mixes, -1, 0) * lax.rsqrt(mean_square + norm_eps)[None]
 
 
 def _before_tokens(base: Float[Array, " mixes"], mixes: Array) -> Array:

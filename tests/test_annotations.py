@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState, Extended
+from dsv4_eqx.attention.values import AttentionValues, IndexerValues
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.result import Generated
 from dsv4_eqx.generation.sampling import Sampling
@@ -30,6 +31,8 @@ from dsv4_eqx.generation.steps import Chosen, Draft, Rows, Rules, State
 from dsv4_eqx.kernels.entries import LAYERS, Entries
 from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
+from dsv4_eqx.model.observed import LayerValues
+from dsv4_eqx.moe.router import Routing
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
 from dsv4_eqx.numerics.slice import Slice
 from dsv4_eqx.sharding.context import SplitSequence, SplitSequenceAndHeads
@@ -51,6 +54,10 @@ OF_ACTIVATIONS = {
     Rows: {"batch", "room"},
     Rules: {"ids"},
     Lookahead: {"batch"},
+    Routing: {"*tokens"},
+    IndexerValues: {"batch", "seq", "selected"},
+    AttentionValues: {"batch", "seq"},
+    LayerValues: {"batch", "seq"},
     MTPCache: {"batch"},
 }
 # What it stands for decides.
@@ -108,6 +115,13 @@ def entries():
     return run(compressor, np.ones((2, 9, T.hidden_size), np.float32))
 
 
+def shown():
+    scores, ids = jnp.zeros((3, 5, 2)), jnp.zeros((3, 5, 2), jnp.int32)
+    routing = Routing(ids, scores, jnp.zeros((3, 5, 7)))
+    attention = AttentionValues(scores, IndexerValues(ids, scores))
+    return LayerValues(jnp.zeros((3, 5, 4, T.hidden_size)), attention, routing)
+
+
 def trees():
     """Everything that is walked."""
     cache = model().init_cache(3, 50)
@@ -132,7 +146,7 @@ def trees():
         parallel_model(),
         entries(),
         packed(),
-        (generated, state, chosen, rules, lookahead, caches, stacks),
+        (generated, state, chosen, rules, lookahead, caches, stacks, shown()),
         of_a_mesh(),
     ]
 

@@ -216,7 +216,7 @@ class Attention(eqx.Module):
         entries = None if self.compressor is None else self.compressor(x, *documents)
         # A window longer than the sequence costs nothing more.
         num_before = min(self.window, x.shape[1]) - 1
-        before = jnp.zeros_like(keys, shape=(len(keys), num_before, keys.shape[2]))
+        before = jnp.zeros_like(keys, shape=(keys.shape[0], num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
         return positions, latent, keys, entries, *documents
 

@@ -172,7 +172,7 @@ def positions_after(
     - `lengths`: new tokens of each row.
     - `seq`: new tokens and padding of a row together.
     """
-    index = jnp.arange(seq, dtype=jnp.int32)
+    index = jnp.arange(seq, dtype=jnp.int32)[None]
     return jnp.where(index < lengths[:, None], start[:, None] + index, -1)
 
 

@@ -125,7 +125,7 @@ class Compressor(eqx.Module):
         if segment_ids is not None:
             validate_ids("Compressor", "segment_ids", segment_ids, x.shape[:2])
             starts = document_starts(segment_ids)
-            positions = jnp.arange(x.shape[1], dtype=jnp.int32) - starts
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - starts
             values, gates = self.project(x)
             return self.compress_documents(
                 values, gates, positions, starts, windows, x.dtype
@@ -162,7 +162,7 @@ class Compressor(eqx.Module):
         - `values`, `gates`: from `project`, of consecutive windows. The first one has
             no window before it.
         """
-        gates = gates + self.position_bias.astype(gates.dtype)
+        gates = gates + self.position_bias.astype(gates.dtype)[None, None]
         return pool_windows(values, gates)  # eq. 20 to 23; with overlap, eq. 9 to 12
 
     def compress_documents(
@@ -215,7 +215,7 @@ class Compressor(eqx.Module):
             return jnp.concatenate(parts, axis=2)
 
         bias = jnp.concatenate([self.position_bias[:, n] for n in range(series)])
-        gates = pooled_tokens(gates, _NO_WEIGHT) + bias.astype(gates.dtype)
+        gates = pooled_tokens(gates, _NO_WEIGHT) + bias.astype(gates.dtype)[None, None]
         values = pooled_tokens(values, 0)
         pooled = pool_windows(values[:, :, :, None], gates[:, :, :, None])  # as `pool`
         document = jnp.take_along_axis(segment_ids, last, axis=1)
@@ -273,7 +273,8 @@ class Compressor(eqx.Module):
         values = jnp.concatenate([state.values, values], axis=1)
         gates = jnp.concatenate([state.gates, gates], axis=1)
         num_windows = -(-x.shape[1] // ratio)  # that may become complete
-        window = start[:, None] // ratio + jnp.arange(num_windows, dtype=start.dtype)
+        index = jnp.arange(num_windows, dtype=start.dtype)[None]
+        window = start[:, None] // ratio + index
         is_new = (window + 1) * ratio <= (start + lengths)[:, None]
 
         def write(entries: Values, start: Int[Array, " batch"]) -> Values:
@@ -327,7 +328,7 @@ class Compressor(eqx.Module):
         size = (num_before + windows) * ratio
         first = (start // ratio - num_before) * ratio  # position of the first token
         begin = first - (start - self.num_pending)  # its index in `values`
-        position = first[:, None] + jnp.arange(size, dtype=start.dtype)
+        position = first[:, None] + jnp.arange(size, dtype=start.dtype)[None]
         is_token = (position >= 0)[..., None, None]
         padding = ((0, 0), (0, ratio - 1), (0, 0), (0, 0))
         values = rows_from(jnp.pad(values, padding), begin, size, -3)

@@ -92,8 +92,7 @@ def tokens_from(
         row, the result is arbitrary.
     - `ratio`: tokens in a window.
     """
-    index = first[..., None] + jnp.arange(ratio, dtype=first.dtype)
-    index = jnp.maximum(index, 0)
+    index = jnp.maximum(jnp.add.outer(first, jnp.arange(ratio, dtype=first.dtype)), 0)
     read = jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))
     return read(x, index)
 

@@ -122,9 +122,8 @@ def read_after(
     streams, cache = model.extend_streams(part[:, :-1], caches.model, counts[0])
     mtp = caches.mtp
     if mtp is not None:
-        following = jnp.where(
-            jnp.arange(part.shape[1] - 1) < counts[1][:, None], part[:, 1:], 0
-        )
+        index = jnp.arange(part.shape[1] - 1)[None]
+        following = jnp.where(index < counts[1][:, None], part[:, 1:], 0)
         _, mtp = model.extend_mtp(streams, following, mtp, counts[1])
     return Caches(cache, mtp), last_of(streams, counts[0])
 

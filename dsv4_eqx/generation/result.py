@@ -31,7 +31,7 @@ def result_of(state: State) -> Generated:
     - `state`: after the last step.
     """
     rows = state.rows
-    index = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
+    index = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None]
     place = rows.prompt_lengths[:, None] + index
     is_new = place < rows.lengths[:, None]
 

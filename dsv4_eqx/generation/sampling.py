@@ -162,7 +162,7 @@ class Sampling(eqx.Module):
         self, in_order: Float[Array, "batch vocab"]
     ) -> Bool[Array, "batch vocab"]:
         """Which tokens are kept, given logits in descending order."""
-        rank = jnp.arange(in_order.shape[-1])
+        rank = jnp.arange(in_order.shape[-1])[None]
         in_top_k = rank < self.top_k
         weights = jax.nn.softmax(jnp.where(in_top_k, in_order, -math.inf), axis=-1)
         before = jnp.cumsum(weights, axis=-1) - weights

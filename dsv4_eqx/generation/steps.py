@@ -58,7 +58,7 @@ class Rows(eqx.Module):
         - `log_probabilities`: of the new tokens.
         - `counts`: how many of them each row takes.
         """
-        size, index = self.tokens.shape[1], jnp.arange(tokens.shape[1])
+        size, index = self.tokens.shape[1], jnp.arange(tokens.shape[1])[None]
         is_taken = index < counts[:, None]
         place = jnp.where(is_taken, self.lengths[:, None] + index, size)
         put = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
@@ -127,7 +127,7 @@ class Rules(eqx.Module):
 
         - `tokens`: one of each row.
         """
-        return jnp.any(tokens[:, None] == self.eos_ids, axis=1)
+        return jnp.any(tokens[:, None] == self.eos_ids[None], axis=1)
 
     def room(self, rows: Rows) -> Int[Array, " batch"]:
         """How many more tokens each row may get.

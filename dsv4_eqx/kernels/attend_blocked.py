@@ -67,7 +67,8 @@ def _forward(floats, others, form):
     queries, keys, sinks, entries, positions, segment_ids, selection = operands
     wide = at_least_float32(queries)
     # The sink is where the softmax starts: one logit, without a value.
-    top = jnp.zeros_like(wide[..., :1]) + sinks.astype(wide.dtype)[:, None]
+    sinks = sinks.astype(wide.dtype)[None, None, :, None]
+    top = jnp.zeros_like(wide[..., :1]) + sinks
     softmax = _Softmax(jnp.zeros_like(wide), jnp.ones_like(top), top)
     softmax = softmax.add(queries, keys, in_window(positions, keys.shape[1]))
     if entries is not None and is_index(selection):
@@ -126,7 +127,9 @@ def _backward(form, residuals, cotangents):
         gradients = d_queries, jnp.zeros_like(d_keys, shape=transposed)
         d_queries, d_entries = lax.fori_loop(*tiles, add_tile, gradients)
         d_entries = jnp.swapaxes(d_entries, 1, 2)
-    d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - log_total) * mean, axis=(0, 1, 3))
+    d_sinks = -jnp.sum(
+        jnp.exp(sinks[None, None, :, None] - log_total) * mean, axis=(0, 1, 3)
+    )
     gradients = [d_queries, jnp.swapaxes(d_keys, 1, 2), d_sinks]
     gradients += [] if d_entries is None else [d_entries]
     return _in_form_of(floats, gradients), None
@@ -272,9 +275,8 @@ def _tile(
             (entries.last_positions, entries.segment_ids),
         ),
     )
-    seen = visible(part, positions, segment_ids) & (
-        begin + jnp.arange(tile) >= i * tile
-    )
+    is_first = begin + jnp.arange(tile) >= i * tile
+    seen = visible(part, positions, segment_ids) & is_first[None, None]
     if mask is not None:
         seen &= lax.dynamic_slice_in_dim(mask, begin, tile, axis=2)
     return begin, values, seen

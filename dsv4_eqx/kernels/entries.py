@@ -72,9 +72,9 @@ def in_window(
     block = positions.shape[1]
     window = num_keys - block + 1
     index = jnp.arange(block, dtype=positions.dtype)[:, None]
-    distance = index + window - 1 - jnp.arange(num_keys, dtype=positions.dtype)
+    distance = index + window - 1 - jnp.arange(num_keys, dtype=positions.dtype)[None]
     in_band = (distance >= 0) & (distance < window)
-    return in_band & (distance <= positions[..., None])
+    return in_band[None] & (distance[None] <= positions[..., None])
 
 
 def visible(

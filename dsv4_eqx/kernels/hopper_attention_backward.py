@@ -66,8 +66,7 @@ def attend_lists_backward(
     """
     if 0 in (len(queries), len(window) + len(entries)):
         return _nothing(queries, window, entries, lists)
-    if len(window) == 0:
-        # Then entries are the rows that a list counts from 0.
+    if len(window) == 0:  # then entries are the rows that a list counts from 0
         rest = lists, num_keys, out, log_sum_exp, d_out, d_log_sum_exp
         d_queries, d_entries, d_window = attend_lists_backward(
             queries, entries, window, *rest, scale=scale, interpret=interpret

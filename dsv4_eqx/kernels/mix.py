@@ -59,14 +59,14 @@ def sinkhorn(
 
 
 def _by_column_sums_reference(matrix, eps):
-    return matrix / (jnp.sum(matrix, axis=0) + eps)
+    return matrix / (jnp.sum(matrix, axis=0, keepdims=True) + eps)
 
 
 # Sums of slices: XLA on CPU is many times as slow at the derivative of a sum over a
 # leading dimension.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _by_column_sums(matrix, eps):
-    return matrix / (sum(matrix[1:], matrix[0]) + eps)
+    return matrix / (sum(matrix[1:], matrix[0]) + eps)[None]
 
 
 def _by_column_sums_forward(matrix, eps):
@@ -78,7 +78,7 @@ def _by_column_sums_backward(eps, residuals, cotangent):
     matrix, divided = residuals
     weighted = cotangent * divided
     total = sum(matrix[1:], matrix[0]) + eps
-    return ((cotangent - sum(weighted[1:], weighted[0])) / total,)
+    return ((cotangent - sum(weighted[1:], weighted[0])[None]) / total[None],)
 
 
 _by_column_sums.defvjp(_by_column_sums_forward, _by_column_sums_backward)

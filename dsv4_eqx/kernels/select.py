@@ -314,8 +314,9 @@ def listed(
     """
     words = _words(marks)
     ends = _prefix_sums_of_words(lax.population_count(words).astype(jnp.int32))
-    n = jnp.arange(count, dtype=jnp.int32)
-    is_before = ends[..., None, :] <= n[:, None]
+    shape = (*ends.shape[:-1], count)
+    n = lax.broadcasted_iota(jnp.int32, shape, ends.ndim - 1)
+    is_before = ends[..., None, :] <= n[..., None]
     word = jnp.sum(is_before, axis=-1, dtype=jnp.int32)
     exists = word < words.shape[-1]
     word = jnp.minimum(word, words.shape[-1] - 1)
@@ -339,7 +340,7 @@ def _words(marks: Bool[Array, "*rows entries"]) -> UInt32[Array, "*rows words"]:
     short = -marks.shape[-1] % _WORD
     marks = jnp.pad(marks, [(0, 0)] * (marks.ndim - 1) + [(0, short)])
     marks = marks.reshape(*marks.shape[:-1], -1, _WORD).astype(jnp.uint32)
-    places = jnp.arange(_WORD, dtype=jnp.uint32)
+    places = lax.broadcasted_iota(jnp.uint32, marks.shape, marks.ndim - 1)
     return jnp.sum(marks << places, axis=-1, dtype=jnp.uint32)
 
 

@@ -14,7 +14,7 @@ from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.inputs import Lengths, SegmentIds, TokenIds
 from dsv4_eqx.model.mtp import MTPCache
-from dsv4_eqx.model.values import LayerValues
+from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.numerics.validation import validate_counts
 
 
@@ -123,14 +123,16 @@ class AbstractModel(eqx.Module):
         streams, values = self.observe_streams(tokens, segment_ids, remat=remat)
         return self.collapse(streams), values
 
-    @abc.abstractmethod
     def observe_streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """The residual streams after the last layer, and what each layer computed.
 
+        A model of your own shows nothing, unless it has its own method.
+
         **Arguments:** as for calling.
         """
+        return self.streams(tokens, segment_ids, remat=remat), ()
 
     @abc.abstractmethod
     def streams(

@@ -44,7 +44,7 @@ def validate_token_ids(
     if lengths is not None:
         # Nothing may depend on the padding, not even how tokens are grouped by expert.
         where = np.where if is_concrete(tokens, lengths) else jnp.where
-        is_token = np.arange(tokens.shape[1]) < lengths[:, None]
+        is_token = np.arange(tokens.shape[1])[None] < lengths[:, None]
         tokens = where(is_token, tokens, tokens.dtype.type(0))
     _check_range(call, "token id", tokens, vocab)
     return jnp.asarray(tokens, jnp.int32)
@@ -69,7 +69,7 @@ def token_places(
         return jnp.broadcast_to(index, token_ids.shape), None
     validate_segment_ids(call, segment_ids, token_ids.shape)
     starts = document_starts(segment_ids)
-    return index - starts, starts
+    return index[None] - starts, starts
 
 
 def validate_targets(

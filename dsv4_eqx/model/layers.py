@@ -25,6 +25,7 @@ from dsv4_eqx.attention.cache import (
 )
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.block import Block
+from dsv4_eqx.model.observed import LayerValues, observed
 from dsv4_eqx.model.stacked import (
     experts_in_place,
     read_states,
@@ -32,7 +33,6 @@ from dsv4_eqx.model.stacked import (
     with_room,
     write_states,
 )
-from dsv4_eqx.model.values import LayerValues, observed
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import stack
 from dsv4_eqx.numerics.validation import invalid_argument, is_int

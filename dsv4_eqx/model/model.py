@@ -29,8 +29,8 @@ from dsv4_eqx.model.inputs import (
 )
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP, MTPCache
+from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.model.parts import make_hyper_head
-from dsv4_eqx.model.values import LayerValues
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import is_quantized
@@ -282,6 +282,11 @@ class DeepSeekV4(AbstractModel):
         """
         token_ids = validate_token_ids("DeepSeekV4", tokens, self.config.vocab_size)
         max_positions = self.config.max_position_embeddings
+        if not all(isinstance(size, int) for size in token_ids.shape):
+            raise ValueError(
+                f"DeepSeekV4: tokens of the symbolic shape {token_ids.shape}: the "
+                "programs depend on the sizes; export one for each."
+            )
         if token_ids.shape[1] > max_positions:
             raise ValueError(
                 f"{token_ids.shape[1]} tokens a row are beyond max_position_embeddings="

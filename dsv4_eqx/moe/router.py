@@ -5,8 +5,6 @@ choose the experts with the highest scores plus a balancing bias. The first laye
 the experts up by the token's id; there the scores only give the weights.
 """
 
-from typing import NamedTuple
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from dsv4_eqx.numerics.validation import (
 )
 
 
-class Routing(NamedTuple):
+class Routing(eqx.Module):
     """The experts of each token, their weights, and the scores of all experts."""
 
     experts: Int[Array, "*tokens slots"]
@@ -97,7 +95,8 @@ class TopKRouter(eqx.Module):
         """
         logits = _logits(x, self.weight)
         scores = jnp.sqrt(jax.nn.softplus(lax.stop_gradient(logits)))
-        _, experts = lax.top_k(scores + self.bias.astype(scores.dtype), self.num_slots)
+        biased = scores + self.bias.astype(scores.dtype)[None]
+        _, experts = lax.top_k(biased, self.num_slots)
         return _weigh(logits, experts, self.scaling_factor)
 
 
@@ -184,7 +183,8 @@ def _spread_table(
     order_key, rows_key = jax.random.split(key)
     order = jax.random.permutation(order_key, experts).astype(jnp.int32)
     first = jax.random.permutation(rows_key, vocab).astype(jnp.int32) * slots
-    return order[(first[:, None] + jnp.arange(slots, dtype=jnp.int32)) % experts]
+    rows = first[:, None] + jnp.arange(slots, dtype=jnp.int32)[None]
+    return order[rows % experts]
 
 
 def _logits(

@@ -131,7 +131,7 @@ class RotaryEmbedding(eqx.Module):
                 f"RotaryEmbedding got positions of dtype {positions.dtype}: they must "
                 "be integers."
             )
-        angles = positions.astype(jnp.float32)[..., None] * self.inv_freq
+        angles = jnp.multiply.outer(positions.astype(jnp.float32), self.inv_freq)
         return jnp.cos(angles), jnp.sin(angles)
 
     @jax.named_scope("RotaryEmbedding")
@@ -180,7 +180,7 @@ def _rotate(
 
 def _check_broadcast(positions: tuple[int, ...], leading: tuple[int, ...]) -> None:
     try:
-        fits = np.broadcast_shapes(positions, leading) == leading
+        fits = jnp.broadcast_shapes(positions, leading) == leading
     except ValueError:
         fits = False
     if not fits:

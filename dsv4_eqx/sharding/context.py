@@ -189,7 +189,7 @@ class SplitSequenceAndHeads(eqx.Module):
             return joined[..., 0], joined[..., 1]
         local = positions.shape[1]
         first = positions[:, :1] - lax.axis_index(self.heads_axis) * local
-        index = jnp.arange(local * size_of((self.heads_axis,)), dtype=jnp.int32)
+        index = jnp.arange(local * size_of((self.heads_axis,)), dtype=jnp.int32)[None]
         return first + index, None
 
 
@@ -277,7 +277,8 @@ def _entries(
         last, segment_ids = places[..., 0], places[..., 1]
         return [Entries(values, last, segment_ids) for values in joined]
     start = positions[:, 0]
-    windows = start[:, None] // ratio + jnp.arange(num_windows, dtype=start.dtype)
+    index = jnp.arange(num_windows, dtype=start.dtype)[None]
+    windows = start[:, None] // ratio + index
     first_positions = windows * ratio
     local_values = []
     for compressor, values, gates in pairs:

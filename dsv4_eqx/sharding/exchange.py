@@ -65,7 +65,7 @@ class ExchangePlan:
         """
         totals = jnp.sum(self.outgoing, axis=1)
         first = jnp.cumsum(totals) - totals
-        place = self._places(number)
+        place = self._places(number)[None]
         index = first[:, None] + place
         is_row = place < totals[:, None]
         return jnp.where(is_row, index, jnp.sum(totals)).reshape(-1)

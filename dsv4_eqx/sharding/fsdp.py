@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from dsv4_eqx.model.block import Block
 from dsv4_eqx.model.mtp import MTP
-from dsv4_eqx.model.values import observed
+from dsv4_eqx.model.observed import observed
 from dsv4_eqx.sharding.annotations import AnnotatedLeaf, annotated_leaves
 from dsv4_eqx.sharding.gather import gather
 from dsv4_eqx.sharding.rules import axes_of, entry_of

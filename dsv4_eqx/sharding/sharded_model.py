@@ -30,7 +30,7 @@ from dsv4_eqx.model.inputs import (
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
-from dsv4_eqx.model.values import LayerValues
+from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.numerics.varying import varying
 from dsv4_eqx.sharding.fsdp import gather_in_use
 from dsv4_eqx.sharding.gather import gather

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.attention.values import AttentionValues
 from dsv4_eqx.model.model import cross_entropy_from_logits
-from dsv4_eqx.model.values import observed
+from dsv4_eqx.model.observed import observed
 from dsv4_eqx.sharding.gather import gather, own_part, sum_and_split
 
 

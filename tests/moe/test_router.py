@@ -71,7 +71,9 @@ def test_top_k_router_equals_transformers(seed):
     np.testing.assert_array_equal(
         np.sort(routing.experts, axis=-1), np.sort(experts, axis=-1)
     )
-    close(dense(*routing), dense(experts, weights.detach()), 1e-6)
+    close(
+        dense(routing.experts, routing.weights), dense(experts, weights.detach()), 1e-6
+    )
     close(routing.weights.sum(axis=-1), np.full(TOKENS, 1.5), 1e-6)
 
 
@@ -105,7 +107,9 @@ def test_gradients_equal_transformers():
 
         def loss(router, x):
             routing = router(x, jnp.asarray(ids))
-            return jnp.sum(routing.weights * jnp.asarray(by_expert)[rows, routing[0]])
+            return jnp.sum(
+                routing.weights * jnp.asarray(by_expert)[rows, routing.experts]
+            )
 
         grads = jax.grad(loss, argnums=(0, 1), allow_int=True)(ours, jnp.asarray(x))
         tensor = torch.tensor(x, requires_grad=True)
@@ -120,11 +124,12 @@ def test_bias_only_selects():
     ours, _ = top_k_routers()
     x, ids = jnp.asarray(normal((TOKENS, 15), 3)), jnp.asarray(token_ids())
     forced = eqx.tree_at(lambda m: m.bias, ours, ours.bias.at[4].set(100.0))
-    experts, weights = forced(x, ids)
-    assert (experts[:, 0] == 4).all()
+    routing = forced(x, ids)
+    assert (routing.experts[:, 0] == 4).all()
     scores = jnp.sqrt(jax.nn.softplus(x @ ours.weight.T))
-    chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    close(weights, 1.5 * chosen / chosen.sum(axis=-1, keepdims=True), 1e-6)
+    chosen = jnp.take_along_axis(scores, routing.experts, axis=-1)
+    close(routing.scores, scores, 1e-6)
+    close(routing.weights, 1.5 * chosen / chosen.sum(axis=-1, keepdims=True), 1e-6)
 
     def loss(router):
         return jnp.sum(jnp.sin(router(x, ids).weights))
@@ -138,12 +143,12 @@ def test_ties_go_to_the_lower_index():
     ours, _ = top_k_routers()
     ours = eqx.tree_at(lambda m: m.bias, ours, jnp.zeros(7))
     zeros = jnp.zeros((TOKENS, 15))
-    experts, weights = ours(zeros, jnp.asarray(token_ids()))
-    np.testing.assert_array_equal(experts, np.tile([0, 1, 2], (TOKENS, 1)))
-    close(weights, np.full((TOKENS, 3), 0.5), 1e-6)
+    routing = ours(zeros, jnp.asarray(token_ids()))
+    np.testing.assert_array_equal(routing.experts, np.tile([0, 1, 2], (TOKENS, 1)))
+    close(routing.weights, np.full((TOKENS, 3), 0.5), 1e-6)
     bias = jnp.array([0, 1, 0, 1, 1, 1, 0.0])
     tied = eqx.tree_at(lambda m: m.bias, ours, bias)
-    experts, _ = tied(zeros, jnp.asarray(token_ids()))
+    experts = tied(zeros, jnp.asarray(token_ids())).experts
     np.testing.assert_array_equal(experts, np.tile([1, 3, 4], (TOKENS, 1)))
 
 
@@ -156,7 +161,8 @@ def test_equal_extreme_logits_are_finite(make, logit):
     x, ids = jnp.ones((TOKENS, 15)), jnp.asarray(token_ids())
 
     def loss(router, x):
-        return jnp.sum(jnp.sin(router(x, ids).weights))
+        routing = router(x, ids)
+        return jnp.sum(jnp.sin(routing.weights)) + jnp.sum(routing.scores)
 
     grads = jax.grad(loss, argnums=(0, 1), allow_int=True)(ours, x)
     close(ours(x, ids).weights, np.full((TOKENS, 3), 0.5), 1e-5)
@@ -176,7 +182,7 @@ def test_mixed_extreme_logits_are_finite(make, dtype):
     def loss(router, x):
         return jnp.sum(jnp.sin(router(x, ids).weights))
 
-    experts, weights = ours(x, ids)
+    weights = ours(x, ids).weights
     assert jnp.isfinite(weights).all() and (weights >= 0).all()
     close(weights.sum(axis=-1), np.full(TOKENS, 1.5), 1e-5)
     grads = jax.grad(loss, argnums=(0, 1), allow_int=True)(ours, x)
