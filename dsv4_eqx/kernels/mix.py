@@ -66,7 +66,7 @@ def _by_column_sums_reference(matrix, eps):
 # leading dimension.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _by_column_sums(matrix, eps):
-    return matrix / (sum(matrix[1:], matrix[0]) + eps)[None]
+    return matrix / (sum(matrix[1:, None], matrix[:1]) + eps)
 
 
 def _by_column_sums_forward(matrix, eps):
@@ -77,8 +77,9 @@ def _by_column_sums_forward(matrix, eps):
 def _by_column_sums_backward(eps, residuals, cotangent):
     matrix, divided = residuals
     weighted = cotangent * divided
-    total = sum(matrix[1:], matrix[0]) + eps
-    return ((cotangent - sum(weighted[1:], weighted[0])[None]) / total[None],)
+    # With a first dimension of 1: ranks may be kept from promotion.
+    total = sum(matrix[1:, None], matrix[:1]) + eps
+    return ((cotangent - sum(weighted[1:, None], weighted[:1])) / total,)
 
 
 _by_column_sums.defvjp(_by_column_sums_forward, _by_column_sums_backward)
