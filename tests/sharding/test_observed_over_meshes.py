@@ -8,45 +8,55 @@ import numpy as np
 import pytest
 
 import dsv4_eqx as dsv4
+from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import QUICKLY, random_model, random_tokens, small_config
 from tests.sharded import make_mesh
 
 pytestmark = pytest.mark.slow
-# A layer of each kind; sizes that two devices divide.
-CONFIG = small_config(
-    vocab_size=96,
-    n_routed_experts=6,
-    num_attention_heads=4,
-    o_groups=2,
-    o_lora_rank=14,
-    num_nextn_predict_layers=0,
-)
+RATES = {SLIDING: 0, HCA: 16, CSA: 4}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 observe = quick_jit(lambda model, *args: model.observe(*args))
 
 
 @functools.cache
-def model():
-    return random_model(CONFIG, seed=6)
+def config_of(*layers):
+    """Sizes that two devices divide."""
+    return small_config(
+        vocab_size=96,
+        n_routed_experts=6,
+        num_attention_heads=4,
+        o_groups=2,
+        o_lora_rank=14,
+        num_hidden_layers=len(layers),
+        layer_types=layers,
+        compress_ratios=tuple(RATES[layer] for layer in layers),
+        mlp_layer_types=((HASH_MOE,) + (TOPK_MOE,) * 2)[-len(layers) :],
+        num_nextn_predict_layers=0,
+    )
 
 
 @pytest.mark.parametrize(
-    "sizes, seq, fsdp, has_documents",
+    "layers, sizes, seq, fsdp, has_documents",
     [
-        (dict(data=2, context=2, tensor=2), 48, False, False),
-        (dict(context=2, tensor=2), 20, False, True),
-        (dict(expert=2, context=2), 6, False, False),  # no window is complete
-        (dict(expert=2, tensor=2), 47, True, False),  # tensor does not split tokens
+        ((SLIDING, HCA, CSA), dict(data=2, context=2, tensor=2), 48, True, False),
+        ((CSA,), dict(context=2, tensor=2), 20, False, True),
+        # No window of HCA is complete, and `tensor` does not split tokens.
+        ((HCA, CSA), dict(expert=2, context=2, tensor=2), 6, False, False),
+        ((CSA,), dict(expert=2, tensor=2), 47, True, False),
     ],
     ids=["all-tokens", "documents", "short", "odd"],
 )
-def test_values_over_a_mesh_equal_those_of_one_device(sizes, seq, fsdp, has_documents):
-    tokens = random_tokens(1, seq, batch=4, config=CONFIG)
+def test_values_over_a_mesh_equal_those_of_one_device(
+    layers, sizes, seq, fsdp, has_documents
+):
+    config = config_of(*layers)
+    model = random_model(config, seed=6)
+    tokens = random_tokens(1, seq, batch=4, config=config)
     segment_ids = ()
     if has_documents:
         segment_ids = (np.repeat([[2, 0, 5]], [11, 2, seq - 13], axis=1).repeat(4, 0),)
-    expected = observe(model(), tokens, *segment_ids)
-    sharded = dsv4.shard(model(), make_mesh(**sizes), fsdp=fsdp)
+    expected = observe(model, tokens, *segment_ids)
+    sharded = dsv4.shard(model, make_mesh(**sizes), fsdp=fsdp)
     found = observe(sharded, tokens, *segment_ids)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 

@@ -82,12 +82,9 @@ def expected():
 
 MESHES = [
     dict(context=4, tensor=2),
-    *(
-        pytest.param(sizes, marks=pytest.mark.slow)
-        for sizes in (
-            dict(data=2, expert=2, context=2),
-            dict(data=2, expert=2, tensor=2, fsdp=True),
-        )
+    pytest.param(dict(data=2, expert=2, context=2, fsdp=True), marks=pytest.mark.slow),
+    pytest.param(
+        dict(data=2, expert=2, tensor=2, fsdp=True), marks=pytest.mark.exhaustive
     ),
 ]
 

@@ -30,6 +30,7 @@ from tests.sharded import (
     random_token_ids,
     run_plain,
 )
+from tests.tiers import tiers
 
 pytestmark = pytest.mark.xdist_group("sharding-parallelize")
 
@@ -45,12 +46,12 @@ expected_of_block = functools.cache(lambda layer: run_plain(block_case(layer)))
 
 
 QUICK = [(0, dict(data=2, expert=2, tensor=2))]  # the example runs layer 2 on it
-SLOW = [
+IN_CI = [(2, dict(tensor=8)), (2, dict(expert=8))]
+MORE = [
     *((layer, QUICK[0][1]) for layer in (1, 2)),
-    *((2, sizes) for sizes in (dict(data=8), dict(tensor=8), dict(expert=8))),
-    *((2, sizes) for sizes in (dict(tensor=2), dict(expert=4))),
+    *((2, sizes) for sizes in (dict(data=8), dict(tensor=2), dict(expert=4))),
 ]
-SLOW = [pytest.param(*p, marks=pytest.mark.slow) for p in SLOW]
+BLOCKS = tiers([*QUICK, *IN_CI, *MORE], quick=QUICK, in_ci=IN_CI)
 
 
 def name_of(value):
@@ -59,7 +60,7 @@ def name_of(value):
     return f"layer{value}"
 
 
-@pytest.mark.parametrize("layer, sizes", QUICK + SLOW, ids=name_of)
+@pytest.mark.parametrize("layer, sizes", BLOCKS, ids=name_of)
 def test_a_block_over_a_mesh_equals_the_block(layer, sizes):
     case, mesh = block_case(layer), make_mesh(**sizes)
     program = Parallel(case, mesh)

@@ -27,6 +27,7 @@ from tests.sharded import (
     random_module,
     random_token_ids,
 )
+from tests.tiers import tiers
 
 pytestmark = pytest.mark.xdist_group("sharding-partial_sums")
 
@@ -189,13 +190,16 @@ def used_rules(module):
 
 OWN = [
     (("SumAttention", "OneExpert"), dict(context=2, tensor=2), True),
-    (("MeanAttention", "ScaledExperts", "LoraShared"), dict(expert=2, tensor=2), True),
-    (("MeanAttention", "ScaledExperts", "LoraShared"), dict(expert=2, tensor=2), False),
-    (("SumAttention", "SplitExpert"), dict(tensor=4), False),
+    (("SumAttention", "SplitExpert", "LoraShared"), dict(tensor=4), False),
 ]
+OF_THE_WHOLE_MODEL_TOO = [
+    (("MeanAttention", "ScaledExperts", "LoraShared"), dict(expert=2, tensor=2), splits)
+    for splits in (True, False)
+]
+BLOCKS = tiers([*OWN, *OF_THE_WHOLE_MODEL_TOO], quick=OWN)
 
 
-@pytest.mark.parametrize("names, sizes, splits_tokens", OWN, ids=str)
+@pytest.mark.parametrize("names, sizes, splits_tokens", BLOCKS, ids=str)
 def test_a_block_with_own_parts_equals_itself_on_one_device(
     names, sizes, splits_tokens
 ):
@@ -265,20 +269,26 @@ def small_model():
         hc_sinkhorn_iters=2,
     )
     model = random_module(lambda _, key: dsv4.DeepSeekV4(config, key=key))
-    shared = model.layers.repeated[0].moe.shared
+    moe = model.layers.repeated[0].moe
     down, up = normal((2, 3, DIM), 1) / DIM, normal((2, DIM, 3), 2)
-    return eqx.tree_at(
-        lambda m: (m.layers.repeated[0].moe.shared, m.layers.repeated[0].attention),
-        model,
-        (LoraShared(shared, down, up), MeanAttention(normal((2, 5, DIM), 3))),
+
+    def replaced(model):
+        block = model.layers.repeated[0]
+        return block.moe.shared, block.moe.experts, block.attention
+
+    parts = (
+        LoraShared(moe.shared, down, up),
+        ScaledExperts(moe.experts, normal((2, EXPERTS, DIM), 6)),
+        MeanAttention(normal((2, 5, DIM), 3)),
     )
+    return eqx.tree_at(replaced, model, parts)
 
 
 OF_THE_MODEL = {"lora_rank": None, "own_width": None}
 
 
 def test_a_model_with_dimensions_of_its_own_is_sharded():
-    model, mesh = small_model(), make_mesh(data=2, tensor=2)
+    model, mesh = small_model(), make_mesh(data=2, expert=2, tensor=2)
     tokens = random_token_ids(SEQ)
     sharded = dsv4.shard(model, mesh, dimensions=OF_THE_MODEL)
     assert sharded.specs.layers.repeated[0].moe.shared.up == P(None, None, None)
@@ -297,6 +307,10 @@ def test_a_model_with_dimensions_of_its_own_is_sharded():
     np.testing.assert_allclose(found, wanted, 0, 2e-5 * np.abs(wanted).max())
     # The head's are rounding: the last layer's streams are nearly parallel.
     assert_equal_gradients(grads.model.layers, wanted_grads.layers, 1e-4)
+    # So many tokens `tensor` does not split.
+    odd = jax.jit(lambda model: model(tokens[:, 1:]), compiler_options=QUICKLY)
+    wanted = odd(model)
+    np.testing.assert_allclose(odd(sharded), wanted, 0, 2e-5 * np.abs(wanted).max())
 
 
 def undeclared(part):
