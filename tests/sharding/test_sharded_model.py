@@ -28,25 +28,24 @@ from tests.tiers import tiers
 
 pytestmark = pytest.mark.xdist_group("sharded-model")
 
-# A layer that hashes, one that repeats, and a prediction block, whose attention slides:
+# A layer that hashes, one that scores, and a prediction block, whose attention slides:
 # every kind, in three blocks to compile. A mesh does not change how often the streams'
 # mixing is balanced, and each time is compiled on its own.
 CONFIG = dataclasses.replace(
     dsv4.Config.tiny(),
-    num_hidden_layers=3,
-    layer_types=(HCA, CSA, CSA),
-    compress_ratios=(8, 4, 4),
-    mlp_layer_types=(HASH_MOE, TOPK_MOE, TOPK_MOE),
+    num_hidden_layers=2,
+    layer_types=(HCA, CSA),
+    compress_ratios=(8, 4),
+    mlp_layer_types=(HASH_MOE, TOPK_MOE),
     hc_sinkhorn_iters=2,
 )
-# The layer that has everything, twice: one block to compile.
+TWO_KINDS = dataclasses.replace(CONFIG, num_nextn_predict_layers=0)
+# The layer that has everything, twice in a loop: one block to compile.
 ONE_KIND = dataclasses.replace(
-    CONFIG,
-    num_hidden_layers=2,
+    TWO_KINDS,
     layer_types=(CSA, CSA),
     compress_ratios=(4, 4),
     mlp_layer_types=(TOPK_MOE, TOPK_MOE),
-    num_nextn_predict_layers=0,
 )
 # The same once, without a loop, whose collected values take long to compile.
 LAYER = dataclasses.replace(
@@ -55,15 +54,6 @@ LAYER = dataclasses.replace(
     layer_types=(CSA,),
     compress_ratios=(4,),
     mlp_layer_types=(TOPK_MOE,),
-)
-# Both layers that compress, and both ways to route.
-TWO_KINDS = dataclasses.replace(
-    CONFIG,
-    num_hidden_layers=2,
-    layer_types=(HCA, CSA),
-    compress_ratios=(8, 4),
-    mlp_layer_types=(HASH_MOE, TOPK_MOE),
-    num_nextn_predict_layers=0,
 )
 SEQ = 48  # 12 entries for an index_topk of 8; over 8 devices, 6 tokens between windows
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -102,7 +92,7 @@ def expected(config):
 
 def name_of(value):
     if isinstance(value, dsv4.Config):
-        return f"{value.num_hidden_layers}-layers"
+        return f"{value.num_hidden_layers + value.num_nextn_predict_layers}-blocks"
     return "-".join(f"{axis}{size}" for axis, size in value.items())
 
 
@@ -148,8 +138,8 @@ def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
 
 @pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_on_one_device():
-    exact, (exact_logits,) = expected(LAYER)
-    narrow = plain(LAYER, jnp.bfloat16)
+    exact, (exact_logits,) = expected(ONE_KIND)
+    narrow = plain(ONE_KIND, jnp.bfloat16)
     mesh = make_mesh(data=2, expert=2, tensor=2)
 
     def errors(model):
@@ -314,7 +304,7 @@ def test_three_steps_of_an_optimizer_give_the_same_weights(fsdp):
             model, state = train(model, state)
         return model, state
 
-    before = plain(ONE_KIND)
+    before = plain(LAYER)
     wanted, _ = after_three(before)
     found, state = after_three(dsv4.shard(before, mesh, fsdp=fsdp))
     assert float(jnp.max(jnp.abs(wanted.embedding - before.embedding))) > 1e-2
