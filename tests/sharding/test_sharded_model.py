@@ -352,9 +352,13 @@ def test_a_model_made_on_the_mesh_has_the_same_bits():
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
 
 
-def forward_collectives(sizes):
+def forward_collectives(sizes, layers):
     config = dataclasses.replace(
-        TWO_KINDS, layer_types=(SLIDING, CSA), compress_ratios=(0, 4)
+        TWO_KINDS,
+        num_hidden_layers=len(layers),
+        layer_types=layers,
+        compress_ratios=tuple({SLIDING: 0, HCA: 8, CSA: 4}[kind] for kind in layers),
+        mlp_layer_types=(HASH_MOE,) + (TOPK_MOE,) * (len(layers) - 1),
     )
     model = over(sizes, config)
     hidden = quick_jit(lambda model, ids: model.hidden(ids))
@@ -363,37 +367,40 @@ def forward_collectives(sizes):
 
 
 SENT = [
-    (dict(data=8), {}),
-    pytest.param(dict(data=1), {}, marks=pytest.mark.exhaustive),
+    (dict(data=8), (HCA, CSA), {}),
+    pytest.param(dict(data=1), (HCA, CSA), {}, marks=pytest.mark.exhaustive),
     # Rows and weights there, results back, and how many of each; the same once more for
     # further rounds, which may not run.
     (
         dict(expert=2),
+        (SLIDING, CSA),
         {("all-to-all", ("expert",)): 2 * 3 * 2, ("all-gather", ("expert",)): 2},
     ),
     # Window and leftovers in one message; entries where there are some.
     (
         dict(context=2),
-        {("collective-permute", ("context",)): 2, ("all-gather", ("context",)): 1},
+        (SLIDING, HCA, CSA),
+        {("collective-permute", ("context",)): 3, ("all-gather", ("context",)): 2},
     ),
     (
         dict(tensor=2),
+        (SLIDING, HCA, CSA),
         {
             # Embedding, attention, experts.
-            ("reduce-scatter", ("tensor",)): 1 + 2 + 2,
+            ("reduce-scatter", ("tensor",)): 1 + 3 + 3,
             # Ids (for embedding and hash, merged), latents and keys, entries,
             # selection, activations for experts.
-            ("all-gather", ("tensor",)): 1 + 2 + 1 + 1 + 2,
-            ("collective-permute", ("tensor",)): 1,
+            ("all-gather", ("tensor",)): 1 + 3 + 2 + 1 + 3,
+            ("collective-permute", ("tensor",)): 2,
         },
     ),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes, sent", SENT)
-def test_forward_passes_send_what_is_planned(sizes, sent):
-    assert forward_collectives(sizes) == sent
+@pytest.mark.parametrize("sizes, layers, sent", SENT)
+def test_forward_passes_send_what_is_planned(sizes, layers, sent):
+    assert forward_collectives(sizes, layers) == sent
 
 
 REFUSED = [
