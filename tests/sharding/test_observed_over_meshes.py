@@ -13,6 +13,7 @@ from tests.models import QUICKLY, random_model, random_tokens, small_config
 from tests.sharded import make_mesh
 
 pytestmark = pytest.mark.slow
+REPEATING = (SLIDING, HCA, CSA, HCA, CSA)
 RATES = {SLIDING: 0, HCA: 16, CSA: 4}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 observe = quick_jit(lambda model, *args: model.observe(*args))
@@ -30,7 +31,7 @@ def config_of(*layers):
         num_hidden_layers=len(layers),
         layer_types=layers,
         compress_ratios=tuple(RATES[layer] for layer in layers),
-        mlp_layer_types=((HASH_MOE,) + (TOPK_MOE,) * 2)[-len(layers) :],
+        mlp_layer_types=((HASH_MOE,) + (TOPK_MOE,) * 4)[-len(layers) :],
         num_nextn_predict_layers=0,
     )
 
@@ -38,7 +39,8 @@ def config_of(*layers):
 @pytest.mark.parametrize(
     "layers, sizes, seq, fsdp, has_documents",
     [
-        ((SLIDING, HCA, CSA), dict(data=2, context=2, tensor=2), 48, True, False),
+        # A layer that hashes, and a unit of two that repeats.
+        (REPEATING, dict(data=2, context=2, tensor=2), 48, True, False),
         ((CSA,), dict(context=2, tensor=2), 20, False, True),
         # No window of HCA is complete, and `tensor` does not split tokens.
         ((HCA, CSA), dict(expert=2, context=2, tensor=2), 6, False, False),
