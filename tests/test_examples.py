@@ -116,7 +116,7 @@ def test_example_runs_another_layer_on_a_text_of_its_own_on_four_devices(tmp_pat
 @pytest.mark.slow
 def test_example_runs_where_64_bit_types_are_the_default(monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    done = run_python(EXAMPLE, "--data", 1, "--expert", 1, "--layer", 0)
+    done = run_python(EXAMPLE)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     check(done.stdout)
 

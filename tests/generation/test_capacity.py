@@ -49,7 +49,7 @@ def one_by_one(cache, first, last):
     return cache
 
 
-@pytest.mark.parametrize("capacity", tiers([1, 2, 5, 8, 9], in_ci=[1, 8], quick=[5]))
+@pytest.mark.parametrize("capacity", tiers([1, 2, 5, 8, 9], in_ci=[1, 8, 9], quick=[5]))
 def test_a_small_cache_has_what_one_token_at_a_time_needs_and_grows(capacity):
     small = one_by_one(model().init_cache(2, capacity), 0, capacity - 1)
     one_by_one(small, capacity - 1, capacity)  # to its end
