@@ -1,7 +1,7 @@
 """The whole model over several processes on this machine, against one process.
 
     python examples/multi_process.py [DIRECTORY] [--processes 2]
-        [--mesh expert=2,tensor=2] [--fsdp] [--steps 3]
+        [--mesh expert=2,tensor=2] [--fsdp] [--steps 3] [--layers 3]
 
 Each process holds its part of the mesh's CPU devices and reads its part of the
 checkpoint in DIRECTORY, or of a tiny one that is made first. Logits, gradients and the
@@ -57,6 +57,8 @@ def options():
     parser.add_argument("--mesh", default="expert=2,tensor=2")
     parser.add_argument("--fsdp", action="store_true", help="split weights over data")
     parser.add_argument("--steps", type=int, default=3, help="of training")
+    layers = CONFIG.num_hidden_layers
+    parser.add_argument("--layers", type=int, default=layers, help="of the tiny one")
     parser.add_argument("--timeout", type=int, default=30, help="seconds")
     # What the processes themselves are given.
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
@@ -220,7 +222,9 @@ def main():
         directory = asked.directory
         if directory is None:
             directory = pathlib.Path(scratch) / "tiny"
-            make = functools.partial(dsv4.DeepSeekV4, CONFIG, key=jax.random.key(0))
+            raw, key = CONFIG.to_hf(), jax.random.key(0)
+            config = dsv4.Config.from_hf(raw, num_hidden_layers=asked.layers)
+            make = functools.partial(dsv4.DeepSeekV4, config, key=key)
             dsv4.save_pretrained(jax.jit(make)(), directory)
         result = pathlib.Path(scratch) / "result.npz"
         size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))

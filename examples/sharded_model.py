@@ -1,7 +1,7 @@
 """The whole model over any mesh, on real text, against itself on one device.
 
     python examples/sharded_model.py [TEXT] [--mesh context=2,expert=2,tensor=2]
-        [--fsdp] [--steps 3]
+        [--fsdp] [--steps 3] [--layers 6]
 
 Each device makes its own part of a tiny DeepSeek-V4 with random weights. A few steps of
 training on the text's bytes follow, then the text is continued from a cache. The same
@@ -38,6 +38,8 @@ def options():
     parser.add_argument("--mesh", default="context=2,expert=2,tensor=2")
     parser.add_argument("--fsdp", action="store_true", help="split weights over data")
     parser.add_argument("--steps", type=int, default=3, help="of training")
+    layers = CONFIG.num_hidden_layers
+    parser.add_argument("--layers", type=int, default=layers, help="the first ones")
     return parser.parse_args()
 
 
@@ -106,7 +108,8 @@ def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     tokens = read_tokens(asked.text)
     mesh = dsv4.make_mesh(**sizes, devices=None)
-    make = functools.partial(dsv4.DeepSeekV4, CONFIG, key=jax.random.key(0))
+    config = dsv4.Config.from_hf(CONFIG.to_hf(), num_hidden_layers=asked.layers)
+    make = functools.partial(dsv4.DeepSeekV4, config, key=jax.random.key(0))
     model = dsv4.shard(make, mesh, fsdp=asked.fsdp)
     print(f"mesh {dict(mesh.shape)}, fsdp={asked.fsdp}, {asked.text.name}")
     print_placement(model)

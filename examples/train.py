@@ -1,7 +1,8 @@
 """Trains a tiny model on text, prediction block too, then decodes with speculation.
 
     python examples/train.py [--text FILE] [--steps 300] [--batch 4] [--length 128]
-        [--learning-rate 3e-3] [--new-tokens 256] [--plot LOSS.png]
+        [--learning-rate 3e-3] [--new-tokens 256] [--temperatures 0 1] [--layers 6]
+        [--plot LOSS.png]
 
 Without a file it learns this package's own source, byte by byte. The prediction block
 learns the token after next; then it drafts tokens, and what part of them stays and how
@@ -37,6 +38,8 @@ def options():
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--layers", type=int, default=6, help="the first ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=pathlib.Path)
     return parser.parse_args()
@@ -106,7 +109,8 @@ def speculate(model, tokens, asked):
     """Continues unseen text with and without drafts, and tells what they bring."""
     prompt, decode = tokens[: asked.length][None], dsv4.ByteTokenizer().decode
     print(f"\n{decode(prompt[0])}")
-    for name, temperature in (("likeliest", 0.0), ("drawn", 1.0)):
+    for temperature in asked.temperatures:
+        name = "likeliest" if temperature == 0 else "drawn"
 
         def run(speculative):
             return dsv4.generate(
@@ -155,7 +159,8 @@ def main():
             f"{len(tokens)} bytes to train on and {len(unseen)} to try are too few for "
             f"--length {asked.length}: give a longer text"
         )
-    config = dsv4.Config.tiny()
+    config = dsv4.Config.tiny().to_hf()
+    config = dsv4.Config.from_hf(config, num_hidden_layers=asked.layers)
     longest = asked.length + asked.new_tokens
     if asked.length < 3 or asked.new_tokens < 1:
         raise ValueError("--length must be at least 3, --new-tokens at least 1")

@@ -10,6 +10,7 @@ import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, TOPK_MOE
 from dsv4_eqx.generation.capacity import rounded_capacity
 from tests.models import QUICKLY, random_model, random_tokens, relative, small_config
+from tests.tiers import tiers
 
 WINDOW, LENGTH = 9, 21
 extend = jax.jit(
@@ -48,9 +49,7 @@ def one_by_one(cache, first, last):
     return cache
 
 
-@pytest.mark.parametrize(
-    "capacity", [5, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 8, 9))]
-)
+@pytest.mark.parametrize("capacity", tiers([1, 2, 5, 8, 9], in_ci=[1, 8, 9], quick=[5]))
 def test_a_small_cache_has_what_one_token_at_a_time_needs_and_grows(capacity):
     small = one_by_one(model().init_cache(2, capacity), 0, capacity - 1)
     one_by_one(small, capacity - 1, capacity)  # to its end

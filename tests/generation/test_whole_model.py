@@ -99,7 +99,7 @@ def of_transformers(reference, prompts, new):
 
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers():
-    reference, model = pair(0)
+    reference, model = pair(0, small_config())
     lengths = np.array([1, 8, 9, 23, 47])
     prompts = random_tokens(0, max(lengths), len(lengths))
     out = dsv4.generate(model, prompts, max_new_tokens=48, lengths=lengths)
@@ -112,11 +112,11 @@ def test_greedy_tokens_are_those_of_transformers():
 def test_greedy_tokens_after_long_prompts_are_those_of_transformers():
     """Past the end of a heavily compressed window, and of choosing all CSA entries."""
     reference, model = pair(0, M)
-    lengths, new = np.array([500] * 2 + [2040] * 2), 24
+    lengths, new = np.array([500, 2040]), 24
     _, heavy, sparse, _ = M.compress_ratios
     assert 500 < 4 * heavy < 520 and 2040 < sparse * M.index_topk < 2060
     prompts = random_tokens(0, max(lengths), len(lengths))
     out = dsv4.generate(model, prompts, max_new_tokens=new, lengths=lengths)
-    for rows in (slice(0, 2), slice(2, 4)):
+    for rows in (slice(0, 1), slice(1, 2)):
         expected = of_transformers(reference, prompts[rows, : lengths[rows][0]], new)
         np.testing.assert_array_equal(out.tokens[rows], expected)
