@@ -40,7 +40,7 @@ def plain(queries, window, rows, lists, num_keys, *, scale, splits=1):
 
 
 def plain_backward(
-    queries, window, rows, lists, num_keys, out, log_total, d_out, *, scale
+    queries, window, rows, lists, num_keys, out, log_total, d_out, d_log_total, *, scale
 ):
     """Gradients of queries, window keys and entries, from what was kept."""
 
@@ -50,7 +50,7 @@ def plain_backward(
         logits = scale * jnp.einsum("qhc,qkc->qhk", queries, keys)
         # The total, with the sink, is given; its own derivative is subtracted.
         weights = jnp.where(used[:, None], jnp.exp(logits - log_total[..., None]), 0)
-        mean = jnp.sum(out * d_out, axis=-1)[..., None]
+        mean = (jnp.sum(out * d_out, axis=-1) - d_log_total)[..., None]
         fixed = jax.lax.stop_gradient(weights)
         values = jnp.einsum("qhk,qkc->qhc", fixed, keys)
         return jnp.sum(values * d_out), jnp.sum(
