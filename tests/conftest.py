@@ -15,6 +15,14 @@ from tests.compiling import CACHE, compile_once, compile_quickly
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Begun last, they would keep one worker busy while the others wait.
+LONG = {
+    "test_examples_of_models.py",
+    "test_sharded_model.py",
+    "test_package.py",
+    "test_benchmarks.py",
+    "test_plan.py",
+}
 # Without the oracle, only what does not need it is collected.
 ORACLE = (
     "torch",
@@ -43,7 +51,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is exhaustive is left out where `-m` does not name it."""
+    """Long files first; what is exhaustive is left out where `-m` does not name it."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if "exhaustive" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]

@@ -25,7 +25,7 @@ from dsv4_eqx.attention.checks import validate_parts, validate_sequences
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
 from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.indexer import Indexer
-from dsv4_eqx.attention.values import AttentionValues
+from dsv4_eqx.attention.values import AttentionValues, observed
 from dsv4_eqx.kernels.attend import attend, query_block
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.kernels.query_blocks import map_queries
@@ -201,7 +201,8 @@ class Attention(eqx.Module):
         )
         selection = indexer = None
         if self.indexer is not None:
-            selection, indexer = self.indexer.observe(x, latent, positions, *documents)
+            operands = x, latent, positions, *documents
+            selection, indexer = observed(self.indexer, *operands)
         out, log_sum_exp = self.attend_observed(
             latent, positions, keys, entries, selection, *documents
         )

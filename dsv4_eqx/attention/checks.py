@@ -1,5 +1,7 @@
 """Whether an attention's parts fit together, and whether its arguments fit it."""
 
+from typing import Any
+
 from jaxtyping import Array
 
 from dsv4_eqx.attention.compressor import Compressor
@@ -41,14 +43,14 @@ def validate_parts(
 
 
 def validate_sequences(
-    x: Array, weight: Array, positions: Array, segment_ids: Array | None
+    x: Array, weight: Any, positions: Array, segment_ids: Array | None
 ) -> None:
     """Refuses arguments of `Attention` that do not belong together.
 
     **Arguments:**
 
     - `x`, `positions`, `segment_ids`: the arguments.
-    - `weight`: whose last dimension is that of `x`.
+    - `weight`: an array or a `QuantizedWeight`, whose last dimension is that of `x`.
 
     **Raises:** ValueError as calling `Attention` does.
     """

@@ -130,7 +130,7 @@ class Indexer(eqx.Module):
         if windows == 0:
             return selection, no_selected(*x.shape[:2])
         operands = self._operands(x, latent, positions, segment_ids)
-        return selection, self.selected(*operands, most=windows)
+        return selection, self.selected(*operands, num_windows=windows)
 
     def _operands(
         self,
@@ -217,19 +217,20 @@ class Indexer(eqx.Module):
         keys: Entries,
         segment_ids: Int[Array, "batch seq"] | None = None,
         *,
-        most: int,
+        num_windows: int,
     ) -> IndexerValues:
         """The entries that `select` selects, by their windows, and their scores.
 
         **Arguments:** as for `select`, and
 
-        - `most`: the most entries that a query can see.
+        - `num_windows`: in the sequence, the most that a query can see.
         """
         best, scores = self._by_blocks(
             best_with_scores, latent, weights, positions, keys, segment_ids
         )
-        best, scores = best[..., :most], scores[..., :most]  # -1 are last
-        rows = jnp.arange(len(best))[:, None, None]
+        # No query sees more: what is cut off is -1.
+        best, scores = best[..., :num_windows], scores[..., :num_windows]
+        rows = jnp.arange(len(best), dtype=best.dtype)[:, None, None]
         windows = keys.last_positions[rows, best] // self.compressor.ratio
         return IndexerValues(jnp.where(best < 0, -1, windows), scores)
 

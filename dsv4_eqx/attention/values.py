@@ -1,6 +1,9 @@
 """What attention and its indexer can show of a call: the results of `observe`."""
 
+from typing import Any
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -9,7 +12,8 @@ class IndexerValues(eqx.Module):
     """The compressed entries that each query selected; they have no gradient.
 
     An entry is named by its window: entry w has the tokens from `ratio * w` to
-    `ratio * w + ratio - 1` of the query's document. Each query's come in this order.
+    `ratio * w + ratio - 1` of the query's document. Each query's windows ascend, then
+    come -1.
     """
 
     windows: Int[Array, "batch seq selected"]  # -1 where it sees fewer entries
@@ -17,7 +21,7 @@ class IndexerValues(eqx.Module):
 
 
 def no_selected(batch: int, seq: int) -> IndexerValues:
-    """Of sequences without a complete window.
+    """What the indexer shows of sequences too short for an entry.
 
     **Arguments:**
 
@@ -33,3 +37,26 @@ class AttentionValues(eqx.Module):
     # Logarithm of the sum of the exponentials of all logits of a query, the sink's too.
     log_sum_exp: Float[Array, "batch seq heads"]
     indexer: IndexerValues | None  # None without an indexer
+
+
+def observed(part: Any, *args: Any) -> tuple[Any, Any]:
+    """A part's output, and what its `observe` shows, or None if it has none.
+
+    **Arguments:**
+
+    - `part`: a module, or a wrapper around one.
+    - `args`: those of the part, first an array that begins with batch and seq.
+
+    **Raises:** ValueError if the part shows an array that does not begin with these.
+    """
+    if not hasattr(part, "observe"):
+        return part(*args), None
+    out, values = part.observe(*args)
+    for x in jax.tree.leaves(values):
+        if jnp.shape(x)[:2] != args[0].shape[:2]:
+            raise ValueError(
+                f"{type(part).__name__}.observe shows an array of shape {jnp.shape(x)}:"
+                " each must begin with the dimensions batch and seq of its input, "
+                f"{args[0].shape[:2]}."
+            )
+    return out, values

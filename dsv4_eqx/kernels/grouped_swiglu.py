@@ -36,7 +36,9 @@ def grouped_swiglu_reference(
     **Arguments:** as for `grouped_swiglu`.
     """
     ends = jnp.cumsum(group_sizes)
-    group = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= ends[None], axis=1)
+    index = jnp.arange(rows.shape[0], dtype=ends.dtype)
+    is_past = index[:, None] >= ends[None]
+    group = jnp.sum(is_past, axis=1, dtype=jnp.int32)
     own = first + jnp.minimum(group, len(group_sizes) - 1)
     matrices = dequantize((gate_up, down))
     gate_up, down = (x[own] for x in matrices)

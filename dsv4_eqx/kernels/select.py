@@ -43,7 +43,7 @@ def select(
     form = current_form()
     if is_reference():
         return select_reference(queries, weights, seen, keys, topk)
-    scores = _scores_of_seen(queries, weights, seen, keys)
+    scores = jnp.where(seen, score(queries, weights, keys, seen), -jnp.inf)
     if form.hopper:
         return listed(seen & highest(scores, topk), min(topk, scores.shape[-1]))
     if scores.shape[-1] <= GATHER_COST * topk:
@@ -59,7 +59,9 @@ def select_reference(queries, weights, seen, keys, topk):
 
     **Arguments:** as for `select`.
     """
-    scores = _scores_of_seen(queries, weights, seen, keys)
+    values = tile_of(keys.values, 0, keys.shape[1])
+    scores = score_reference(queries, weights, values)
+    scores = jnp.where(seen, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
     order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
     rank = jnp.argsort(order, axis=-1, stable=True)
     return seen & (rank < topk)
@@ -78,22 +80,16 @@ def best_with_scores(
 
     **Arguments:** as for `select`.
     """
-    scores = _scores_of_seen(queries, weights, seen, keys)
-    count = min(topk, scores.shape[-1])
-    index = listed(seen & highest(scores, topk), count)
-    best = jnp.take_along_axis(scores, jnp.maximum(index, 0), axis=-1)
-    return index, jnp.where(index < 0, -jnp.inf, best)
-
-
-def _scores_of_seen(queries, weights, seen, keys):
-    """Scores of all entries, minus infinity for what a query may not see."""
     if is_reference():
         values = tile_of(keys.values, 0, keys.shape[1])
         scores = score_reference(queries, weights, values)
-        scores = jnp.where(scores == 0, 0.0, scores)
+        marks = select_reference(queries, weights, seen, keys, topk)
     else:
-        scores = score(queries, weights, keys, seen)
-    return jnp.where(seen, scores, -jnp.inf)
+        scores = jnp.where(seen, score(queries, weights, keys, seen), -jnp.inf)
+        marks = seen & highest(scores, topk)
+    index = listed(marks, min(topk, scores.shape[-1]))
+    best = jnp.take_along_axis(scores, jnp.maximum(index, 0), axis=-1)
+    return index, jnp.where(index < 0, -jnp.inf, best)
 
 
 def score_reference(

@@ -110,15 +110,17 @@ class AbstractModel(eqx.Module):
     ) -> tuple[Float[Array, "batch seq dim"], tuple[LayerValues, ...]]:
         """The final hidden activations, and what each layer computed on the way.
 
-        The activations are those of `hidden`, and have its gradients. Under
-        `jit`, what you do not use is not kept.
+        The activations are those of `hidden`, and have its gradients. Inside `jit`, a
+        value that your function neither uses nor returns is not kept; where layers
+        repeat, it is kept for all repetitions or for none. The prediction block is not
+        shown.
 
         **Arguments:** as for calling.
 
         **Returns:** the activations, and for each layer its output, the log-sum-exp of
-        its attention, what its indexer selected, and the scores and counts of its
-        routing. Each array begins with the dimensions batch and seq; over a mesh these
-        are split like the tokens.
+        its attention, what its indexer selected, and its routing's experts, weights and
+        scores. These arrays begin with the dimensions batch and seq, which over a mesh
+        are split like the tokens; `routing.counts` counts all tokens together.
         """
         streams, values = self.observe_streams(tokens, segment_ids, remat=remat)
         return self.collapse(streams), values

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.cache import AttentionCache, Extended
+from dsv4_eqx.attention.values import observed
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
-from dsv4_eqx.model.observed import LayerValues, observed
+from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.model.parts import make_attention, make_hyper_connection, make_moe
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.compile_once import compiled_once

@@ -23,9 +23,10 @@ from dsv4_eqx.attention.cache import (
     Extended,
     States,
 )
+from dsv4_eqx.attention.values import observed
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.block import Block
-from dsv4_eqx.model.observed import LayerValues, observed
+from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.model.stacked import (
     experts_in_place,
     read_states,
@@ -124,7 +125,7 @@ class Layers(eqx.Module):
 
         def run(block: Any, streams: Array) -> tuple[Array, LayerValues]:
             out, values = observed(block, streams, token_ids, positions, *documents)
-            return out, values or LayerValues(out, None, None)
+            return out, LayerValues(out, None, None) if values is None else values
 
         streams, first, repeated, last = self._run(run, streams, remat)
         middle = (

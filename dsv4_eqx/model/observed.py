@@ -10,21 +10,12 @@ from dsv4_eqx.moe.router import Routing
 
 
 class LayerValues(eqx.Module):
-    """What one layer computed; a part of your own without `observe` shows None."""
+    """What one layer computed.
+
+    A part of your own without `observe` shows None. One that has it returns its output
+    and a tree of arrays, each of which begins with the dimensions batch and seq.
+    """
 
     streams: Float[Array, "batch seq streams dim"]  # the layer's output
-    attention: AttentionValues | None
-    routing: Routing | None
-
-
-def observed(part: Any, *args: Any) -> tuple[Any, Any]:
-    """A part's output, and what its `observe` shows, or None if it has none.
-
-    **Arguments:**
-
-    - `part`: a module, or a wrapper around one.
-    - `args`: those of the part.
-    """
-    if hasattr(part, "observe"):
-        return part.observe(*args)
-    return part(*args), None
+    attention: AttentionValues | Any
+    routing: Routing | Any

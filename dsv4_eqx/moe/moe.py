@@ -52,8 +52,15 @@ class MoE(eqx.Module):
         **Arguments, raises:** as for calling.
         """
         out, routing = self._run(x, token_ids)
-        rows = x.shape[:2]
-        return out, jax.tree.map(lambda y: y.reshape(*rows, *y.shape[1:]), routing)
+
+        def by_token(rows: Array) -> Array:
+            return rows.reshape(*x.shape[:2], -1)
+
+        experts, weights = by_token(routing.experts), by_token(routing.weights)
+        # A router of one's own may give no scores.
+        scores = getattr(routing, "scores", None)
+        scores = None if scores is None else by_token(scores)
+        return out, Routing(experts, weights, scores)
 
     def _run(self, x, token_ids):
         validate_activations("MoE", x, self.router.weight, ("batch", "seq", "dim"))

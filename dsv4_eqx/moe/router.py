@@ -26,11 +26,17 @@ class Routing(eqx.Module):
 
     experts: Int[Array, "*tokens slots"]
     weights: Float[Array, "*tokens slots"]
-    scores: Float[Array, "*tokens routes"]  # without the balancing bias
+    # Without the balancing bias; None if a router of your own does not give them.
+    scores: Float[Array, "*tokens routes"] | None = None
 
     @property
     def counts(self) -> Int[Array, " routes"]:
-        """How many slots of all tokens went to each expert."""
+        """How often each expert was chosen, by all tokens together, padding included.
+
+        **Raises:** ValueError without scores, which tell how many experts there are.
+        """
+        if self.scores is None:
+            raise ValueError("Routing.counts: the router gives no scores of experts.")
         return jnp.bincount(self.experts.reshape(-1), length=self.scores.shape[-1])
 
 

@@ -23,7 +23,7 @@ from dsv4_eqx.attention.values import AttentionValues, IndexerValues, no_selecte
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.sharding.gather import size_of
-from dsv4_eqx.sharding.tensor import among_all_heads
+from dsv4_eqx.sharding.tensor import with_zeros_for_other_heads
 from dsv4_eqx.sharding.tokens import (
     gathered_tokens,
     summed_and_split,
@@ -98,7 +98,7 @@ class SplitSequence(eqx.Module):
         if not is_observed:
             return out, None
         if self.heads_axis is not None:
-            parts = among_all_heads(log_sum_exp, self.heads_axis)
+            parts = with_zeros_for_other_heads(log_sum_exp, self.heads_axis)
             log_sum_exp = lax.psum(parts, self.heads_axis)
         return out, AttentionValues(log_sum_exp, indexer)
 
@@ -173,7 +173,7 @@ class SplitSequenceAndHeads(eqx.Module):
         out = summed_and_split(out, self.heads_axis)
         if not is_observed:
             return out, None
-        parts = among_all_heads(log_sum_exp, self.heads_axis)
+        parts = with_zeros_for_other_heads(log_sum_exp, self.heads_axis)
         log_sum_exp = summed_and_split(parts, self.heads_axis)
         return out, AttentionValues(log_sum_exp, indexer)
 
@@ -322,7 +322,7 @@ def _selection(
         if windows > indexer.topk:
             selection = indexer.select(*operands)
         if is_observed:
-            values = indexer.selected(*operands, most=windows)
+            values = indexer.selected(*operands, num_windows=windows)
     elif is_observed:
         values = no_selected(*x.shape[:2])
     return selection, values

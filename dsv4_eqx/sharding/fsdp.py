@@ -23,9 +23,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from dsv4_eqx.attention.values import observed
 from dsv4_eqx.model.block import Block
 from dsv4_eqx.model.mtp import MTP
-from dsv4_eqx.model.observed import observed
 from dsv4_eqx.sharding.annotations import AnnotatedLeaf, annotated_leaves
 from dsv4_eqx.sharding.gather import gather
 from dsv4_eqx.sharding.rules import axes_of, entry_of

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.attention.values import AttentionValues
+from dsv4_eqx.attention.values import AttentionValues, observed
 from dsv4_eqx.model.model import cross_entropy_from_logits
-from dsv4_eqx.model.observed import observed
 from dsv4_eqx.sharding.gather import gather, own_part, sum_and_split
 
 
@@ -52,11 +51,7 @@ class SummedOver(eqx.Module):
         - `args`: those of the module, equal on all devices of the axis.
         """
         out, values = observed(self.module, *args)
-        if isinstance(values, AttentionValues):
-            local = values.log_sum_exp
-            whole = lax.psum(among_all_heads(local, self.axis), self.axis)
-            values = AttentionValues(whole, values.indexer)
-        return lax.psum(out, self.axis), values
+        return lax.psum(out, self.axis), _of_all_heads(values, self.axis)
 
 
 class WithAllTokens(eqx.Module):
@@ -88,8 +83,10 @@ class WithAllTokens(eqx.Module):
         - `args`: those of the module, for this device's tokens.
         """
         out, values = observed(self.module, *self._gathered(args))
-        own = jax.tree.map(lambda x: own_part(x, self.axes, self.dim), values)
-        return self._split(out), own
+        for axis in self.summed:
+            values = _of_all_heads(values, axis)
+        values = jax.tree.map(lambda x: own_part(x, self.axes, self.dim), values)
+        return self._split(out), values
 
     def _gathered(self, args: Any) -> Any:
         return jax.tree.map(lambda x: gather(x, self.axes, self.dim), args)
@@ -101,10 +98,18 @@ class WithAllTokens(eqx.Module):
         return out
 
 
-def among_all_heads(
+def _of_all_heads(values: Any, axis: str) -> Any:
+    """What a part shows, with the log-sum-exps of all devices' heads."""
+    if not isinstance(values, AttentionValues):
+        return values
+    parts = with_zeros_for_other_heads(values.log_sum_exp, axis)
+    return AttentionValues(lax.psum(parts, axis), values.indexer)
+
+
+def with_zeros_for_other_heads(
     x: Float[Array, "batch seq local_heads"], axis: str
 ) -> Float[Array, "batch seq heads"]:
-    """The array of all heads, zero for those of other devices.
+    """An array of all heads, zero for those of other devices.
 
     **Arguments:**
 

@@ -55,6 +55,7 @@ def over_two_devices(f, is_split):
     return jax.shard_map(checked, mesh=mesh, in_specs=specs, out_specs=P("data"))
 
 
+@pytest.mark.exhaustive  # on few cores the devices' interpreters may wait for ever
 def test_each_device_attends_with_its_own_queries():
     given = operands()
     sharded = over_two_devices(interpreted, (True, False, False, True, True))

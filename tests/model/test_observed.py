@@ -1,6 +1,7 @@
 """What a model shows of its layers, against the formulas."""
 
 import functools
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx import layer_mask
+from dsv4_eqx import layer_mask, use_kernels
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import QUICKLY, random_model, random_tokens, relative
 from tests.tiny import tiny_config
@@ -194,15 +195,73 @@ def test_what_is_not_used_is_not_kept():
 
 
 class Doubled(eqx.Module):
-    """A part of one's own that shows nothing."""
+    """A mixture of one's own that shows nothing."""
 
-    def __call__(self, x, *args):
+    def __call__(self, x, token_ids):
         return 2 * x
 
 
-def test_a_part_of_ones_own_shows_nothing():
-    changed = eqx.tree_at(lambda m: m.layers.first[0].moe, model(), Doubled())
+class Loud(Doubled):
+    """One that shows the largest channel of each token."""
+
+    def observe(self, x, token_ids):
+        return 2 * x, {"largest": x.max(axis=-1)}
+
+
+class Total(Doubled):
+    """One that shows what is no array over tokens."""
+
+    def observe(self, x, token_ids):
+        return 2 * x, x.sum(axis=(0, 1))
+
+
+class Chosen(NamedTuple):
+    experts: jax.Array
+    weights: jax.Array
+
+
+class FirstExperts(eqx.Module):
+    """A router of one's own, which gives no scores."""
+
+    weight: jax.Array
+
+    def __call__(self, x, token_ids):
+        experts = jnp.zeros((len(x), 3), jnp.int32) + jnp.arange(3)
+        return Chosen(experts, jnp.ones((len(x), 3)))
+
+
+def with_mixture(part):
+    return eqx.tree_at(lambda m: m.layers.first[0].moe, model(), part)
+
+
+def test_a_part_of_ones_own_shows_what_it_has():
     tokens = random_tokens(5, 9, config=CONFIG)
-    _, values = observe(changed, tokens)
+    _, values = observe(with_mixture(Doubled()), tokens)
     assert values[0].routing is None and values[0].attention is not None
     assert values[1].routing is not None
+    _, values = observe(with_mixture(Loud()), tokens)
+    assert values[0].routing["largest"].shape == tokens.shape
+    with pytest.raises(ValueError, match=r"Total.observe shows .* \(60,\): each must"):
+        with_mixture(Total()).observe(tokens)
+    moe = model().layers[0].moe
+    moe = eqx.tree_at(lambda m: m.router, moe, FirstExperts(moe.router.weight))
+    _, values = observe(with_mixture(moe), tokens)
+    assert values[0].routing.experts.shape == (*tokens.shape, 3)
+    with pytest.raises(ValueError, match="counts: the router gives no scores"):
+        _ = values[0].routing.counts
+
+
+def test_values_are_seen_in_float64():
+    with jax.enable_x64(True), use_kernels("reference"):
+        exact = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model()
+        )
+        _, values = observe(exact, random_tokens(1, 29, config=CONFIG))
+    _, expected = observe(model(), random_tokens(1, 29, config=CONFIG))
+    assert values[2].attention.log_sum_exp.dtype == jnp.float64
+    for one, other in zip(values, expected):
+        np.testing.assert_allclose(
+            one.attention.log_sum_exp, other.attention.log_sum_exp, 1e-5, 1e-5
+        )
+    shown, wanted = (x[2].attention.indexer.windows for x in (values, expected))
+    np.testing.assert_array_equal(shown, wanted)
