@@ -14,6 +14,7 @@ from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import QUICKLY, random_model, random_tokens, relative
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.slow
 # A layer that hashes, and a unit that repeats.
 CONFIG = tiny_config(
     num_hidden_layers=5,

@@ -29,6 +29,7 @@ def without_rank_promotion():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cpu", "tpu", "reference"])
 def test_no_operation_promotes_ranks(form, without_rank_promotion):
     tokens = random_tokens(0, 133, config=CONFIG)
@@ -51,6 +52,7 @@ def test_no_operation_promotes_ranks(form, without_rank_promotion):
         jax.eval_shape(extend, model())
 
 
+@pytest.mark.slow
 def test_no_operation_promotes_ranks_over_a_mesh(without_rank_promotion):
     mesh = make_mesh(expert=2, context=2, tensor=2)
     sharded = shard(model(), mesh)
