@@ -39,7 +39,8 @@ def options():
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--layers", type=int, default=6, help="the first ones")
+    layers = dsv4.Config.tiny().num_hidden_layers
+    parser.add_argument("--layers", type=int, default=layers, help="the first ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=pathlib.Path)
     return parser.parse_args()

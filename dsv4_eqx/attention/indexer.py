@@ -25,7 +25,7 @@ from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.values import IndexerValues, no_selected
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
 from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
-from dsv4_eqx.kernels.select import best_with_scores, query_block, select
+from dsv4_eqx.kernels.select import query_block, select, select_with_scores
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.precision import at_least_float32
@@ -125,12 +125,11 @@ class Indexer(eqx.Module):
 
         **Arguments:** as for calling.
         """
-        selection = self(x, latent, positions, segment_ids)
         windows = x.shape[1] // self.compressor.ratio
         if windows == 0:
-            return selection, no_selected(*x.shape[:2])
+            return None, no_selected(*x.shape[:2])
         operands = self._operands(x, latent, positions, segment_ids)
-        return selection, self.selected(*operands, num_windows=windows)
+        return self.select_observed(*operands, num_windows=windows)
 
     def _operands(
         self,
@@ -209,7 +208,7 @@ class Indexer(eqx.Module):
         """
         return self._by_blocks(select, latent, weights, positions, keys, segment_ids)
 
-    def selected(
+    def select_observed(
         self,
         latent: Float[Array, "batch seq q_rank"],
         weights: Float[Array, "batch seq index_heads"],
@@ -218,21 +217,22 @@ class Indexer(eqx.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         *,
         num_windows: int,
-    ) -> IndexerValues:
-        """The entries that `select` selects, by their windows, and their scores.
+    ) -> tuple[Selection, IndexerValues]:
+        """The selection, None if all are selected, and what it consists of.
 
         **Arguments:** as for `select`, and
 
         - `num_windows`: in the sequence, the most that a query can see.
         """
-        best, scores = self._by_blocks(
-            best_with_scores, latent, weights, positions, keys, segment_ids
+        selection, best, scores = self._by_blocks(
+            select_with_scores, latent, weights, positions, keys, segment_ids
         )
         # No query sees more: what is cut off is -1.
         best, scores = best[..., :num_windows], scores[..., :num_windows]
         rows = jnp.arange(len(best), dtype=best.dtype)[:, None, None]
         windows = keys.last_positions[rows, best] // self.compressor.ratio
-        return IndexerValues(jnp.where(best < 0, -1, windows), scores)
+        values = IndexerValues(jnp.where(best < 0, -1, windows), scores)
+        return selection if num_windows > self.topk else None, values
 
     def _by_blocks(
         self,

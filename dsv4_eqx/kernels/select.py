@@ -40,17 +40,25 @@ def select(
     - `keys`: the indexer's entries.
     - `topk`: how many each query selects at most.
     """
-    form = current_form()
     if is_reference():
         return select_reference(queries, weights, seen, keys, topk)
-    scores = jnp.where(seen, score(queries, weights, keys, seen), -jnp.inf)
+    return _choose(_scores_of_seen(queries, weights, seen, keys), seen, topk)
+
+
+def _scores_of_seen(queries, weights, seen, keys):
+    return jnp.where(seen, score(queries, weights, keys, seen), -jnp.inf)
+
+
+def _choose(scores, seen, topk):
+    """The best entries, in the form of a selection that suits the machine."""
+    form, num_entries = current_form(), scores.shape[-1]
     if form.hopper:
-        return listed(seen & highest(scores, topk), min(topk, scores.shape[-1]))
-    if scores.shape[-1] <= GATHER_COST * topk:
+        return listed(seen & highest(scores, topk), min(topk, num_entries))
+    if num_entries <= GATHER_COST * topk:
         return seen & highest(scores, topk)
     if not form.stops_early:
         return listed(seen & highest(scores, topk), topk)
-    best, index = lax.top_k(scores, min(topk, scores.shape[-1]))
+    best, index = lax.top_k(scores, min(topk, num_entries))
     return jnp.where(best == -jnp.inf, -1, index)
 
 
@@ -67,14 +75,14 @@ def select_reference(queries, weights, seen, keys, topk):
     return seen & (rank < topk)
 
 
-def best_with_scores(
+def select_with_scores(
     queries: Float[Array, "batch block index_heads index_dim"],
     weights: Float[Array, "batch block index_heads"],
     seen: Bool[Array, "batch block entries"],
     keys: Entries,
     topk: int,
-) -> tuple[Int[Array, "batch block best"], Float[Array, "batch block best"]]:
-    """Indices of what `select` selects, in their order, and their scores.
+) -> tuple[Selection, Int[Array, "batch block best"], Float[Array, "batch block best"]]:
+    """What `select` gives; the indices of the same entries in order; their scores.
 
     Lists are filled up with -1 and minus infinity.
 
@@ -83,13 +91,13 @@ def best_with_scores(
     if is_reference():
         values = tile_of(keys.values, 0, keys.shape[1])
         scores = score_reference(queries, weights, values)
-        marks = select_reference(queries, weights, seen, keys, topk)
+        selection = marks = select_reference(queries, weights, seen, keys, topk)
     else:
-        scores = jnp.where(seen, score(queries, weights, keys, seen), -jnp.inf)
-        marks = seen & highest(scores, topk)
+        scores = _scores_of_seen(queries, weights, seen, keys)
+        selection, marks = _choose(scores, seen, topk), seen & highest(scores, topk)
     index = listed(marks, min(topk, scores.shape[-1]))
     best = jnp.take_along_axis(scores, jnp.maximum(index, 0), axis=-1)
-    return index, jnp.where(index < 0, -jnp.inf, best)
+    return selection, index, jnp.where(index < 0, -jnp.inf, best)
 
 
 def score_reference(

@@ -23,7 +23,7 @@ from dsv4_eqx.attention.values import AttentionValues, IndexerValues, no_selecte
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.sharding.gather import size_of
-from dsv4_eqx.sharding.tensor import with_zeros_for_other_heads
+from dsv4_eqx.sharding.tensor import of_all_heads, with_zeros_for_other_heads
 from dsv4_eqx.sharding.tokens import (
     gathered_tokens,
     summed_and_split,
@@ -83,24 +83,17 @@ class SplitSequence(eqx.Module):
         selection, indexer = _selection(
             attention,
             entries,
+            (x, latent, positions, segment_ids),
             self.axes,
-            x,
-            latent,
-            positions,
-            segment_ids,
             is_observed,
         )
         attended = entries[0] if entries else None  # not those of the indexer
         operands = latent, positions, keys, attended, selection, segment_ids
         out, log_sum_exp = _attend(attention, operands, is_observed)
-        if self.heads_axis is not None:
-            out = lax.psum(out, self.heads_axis)
-        if not is_observed:
-            return out, None
-        if self.heads_axis is not None:
-            parts = with_zeros_for_other_heads(log_sum_exp, self.heads_axis)
-            log_sum_exp = lax.psum(parts, self.heads_axis)
-        return out, AttentionValues(log_sum_exp, indexer)
+        values = AttentionValues(log_sum_exp, indexer) if is_observed else None
+        if self.heads_axis is None:
+            return out, values
+        return lax.psum(out, self.heads_axis), of_all_heads(values, self.heads_axis)
 
 
 class SplitSequenceAndHeads(eqx.Module):
@@ -152,11 +145,8 @@ class SplitSequenceAndHeads(eqx.Module):
         selection, indexer = _selection(
             attention,
             entries,
+            (x, latent, positions, segment_ids),
             self.axes,
-            x,
-            latent,
-            positions,
-            segment_ids,
             is_observed,
         )
         joined = gathered_tokens(jnp.concatenate([latent, keys], 2), self.heads_axis)
@@ -303,29 +293,24 @@ def _gathered_values(
 def _selection(
     attention: Attention,
     entries: list,
+    tokens: tuple,
     axes: tuple[str, ...],
-    x: Float[Array, "batch local_seq dim"],
-    latent: Float[Array, "batch local_seq q_rank"],
-    positions: Int[Array, "batch local_seq"],
-    segment_ids: Int[Array, "batch local_seq"] | None,
     is_observed: bool,
 ) -> tuple[Selection, IndexerValues | None]:
-    """The entries that this device's tokens attend to; None where they see all."""
-    indexer = attention.indexer
+    """The entries that this device's tokens attend to; None where they see all.
+
+    `tokens` are its activations, latents, positions and segment ids.
+    """
+    indexer, (x, latent, *places) = attention.indexer, tokens
     if indexer is None:
         return None, None
+    if len(entries) < 2:
+        return None, no_selected(*x.shape[:2]) if is_observed else None
+    operands = latent, indexer.project_weights(x), places[0], entries[1], places[1]
+    if not is_observed:
+        return indexer.select(*operands), None
     windows = x.shape[1] * size_of(axes) // indexer.compressor.ratio
-    selection = values = None
-    if len(entries) == 2:
-        weights = indexer.project_weights(x)
-        operands = latent, weights, positions, entries[1], segment_ids
-        if windows > indexer.topk:
-            selection = indexer.select(*operands)
-        if is_observed:
-            values = indexer.selected(*operands, num_windows=windows)
-    elif is_observed:
-        values = no_selected(*x.shape[:2])
-    return selection, values
+    return indexer.select_observed(*operands, num_windows=windows)
 
 
 def _attend(

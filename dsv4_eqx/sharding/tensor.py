@@ -51,7 +51,7 @@ class SummedOver(eqx.Module):
         - `args`: those of the module, equal on all devices of the axis.
         """
         out, values = observed(self.module, *args)
-        return lax.psum(out, self.axis), _of_all_heads(values, self.axis)
+        return lax.psum(out, self.axis), of_all_heads(values, self.axis)
 
 
 class WithAllTokens(eqx.Module):
@@ -84,7 +84,7 @@ class WithAllTokens(eqx.Module):
         """
         out, values = observed(self.module, *self._gathered(args))
         for axis in self.summed:
-            values = _of_all_heads(values, axis)
+            values = of_all_heads(values, axis)
         values = jax.tree.map(lambda x: own_part(x, self.axes, self.dim), values)
         return self._split(out), values
 
@@ -98,8 +98,14 @@ class WithAllTokens(eqx.Module):
         return out
 
 
-def _of_all_heads(values: Any, axis: str) -> Any:
-    """What a part shows, with the log-sum-exps of all devices' heads."""
+def of_all_heads(values: Any, axis: str) -> Any:
+    """What a part shows, with the log-sum-exps of all devices' heads.
+
+    **Arguments:**
+
+    - `values`: what it shows on this device.
+    - `axis`: the mesh axis that splits its heads, if it has any.
+    """
     if not isinstance(values, AttentionValues):
         return values
     parts = with_zeros_for_other_heads(values.log_sum_exp, axis)

@@ -3,13 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv4_eqx.sharding.exchange import exchange, plan_exchange
 from tests.sharded import make_mesh
-
-pytestmark = pytest.mark.xdist_group("sharding-exchange")
 
 # Rows of device 0 for the experts 0 0 1 3, of device 1 for 0 2 2 2; two experts each.
 COUNTS = np.array([[[2, 1], [0, 1]], [[1, 0], [3, 0]]], np.int32)

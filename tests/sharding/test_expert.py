@@ -29,8 +29,6 @@ from tests.sharded import (
 )
 from tests.tiers import tiers
 
-pytestmark = pytest.mark.xdist_group("sharding-expert")
-
 SEQ = 5  # an odd number of tokens for each device
 
 
@@ -77,20 +75,10 @@ ROUTINGS = {
 }
 
 
-def on_mesh(expert, tensor, *marks):
-    """All routings over a mesh share its program."""
-    group = pytest.mark.xdist_group(f"experts-over-{expert}-{tensor}")
-    return pytest.param(expert, tensor, marks=[group, *marks])
-
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(
     "expert, tensor",
-    [
-        on_mesh(8, 1),
-        on_mesh(2, 1, pytest.mark.exhaustive),
-        on_mesh(2, 4, pytest.mark.slow),
-    ],
+    tiers([(8, 1), (2, 1), (2, 4)], quick=[(8, 1)], in_ci=[(2, 4)]),
 )
 def test_no_token_is_dropped_whatever_the_routing(expert, tensor, routing):
     case = routed_by(ROUTINGS[routing])

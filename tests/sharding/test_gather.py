@@ -13,8 +13,6 @@ from dsv4_eqx.sharding import gather as gathering
 from dsv4_eqx.sharding.gather import gather, sum_and_split
 from tests.sharded import assert_equal_gradients, make_mesh, normal
 
-pytestmark = pytest.mark.xdist_group("sharding-gather")
-
 
 @pytest.mark.parametrize("axes", ["tensor", ("context", "tensor")])
 @pytest.mark.parametrize("dim", [0, 1])

@@ -8,8 +8,6 @@ from jax.sharding import AxisType
 
 from dsv4_eqx import make_mesh
 
-pytestmark = pytest.mark.xdist_group("sharding-mesh")
-
 REFUSED = (ValueError, jaxtyping.TypeCheckError)  # the latter under the type checker
 AXES = ("data", "expert", "context", "tensor")
 

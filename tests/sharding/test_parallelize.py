@@ -32,8 +32,6 @@ from tests.sharded import (
 )
 from tests.tiers import tiers
 
-pytestmark = pytest.mark.xdist_group("sharding-parallelize")
-
 
 @functools.cache
 def block_case(layer):

@@ -29,8 +29,6 @@ from tests.sharded import (
 )
 from tests.tiers import tiers
 
-pytestmark = pytest.mark.xdist_group("sharding-partial_sums")
-
 SEQ, DIM, EXPERTS = 12, CONFIG.hidden_size, CONFIG.n_routed_experts
 DIMENSIONS = {"own_heads": "tensor", "own_width": None, "lora_rank": None}
 

@@ -16,8 +16,6 @@ import dsv4_eqx as dsv4
 from dsv4_eqx.plan.collectives import collectives
 from tests.models import QUICKLY
 
-pytestmark = pytest.mark.xdist_group("sharding-primitives")
-
 ROWS, SEQ, GROUPS, IN, OUT = 8, 3, 8, 5, 7  # OUT is of each group
 WAYS = ["jit", "shard_map"]
 

@@ -16,8 +16,6 @@ from dsv4_eqx.sharding.annotations import annotated_leaves
 from dsv4_eqx.sharding.mesh import AXES
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.xdist_group("sharding-rules")
-
 
 def make_linear(key):
     return dsv4.GroupedLinear(5, 8 * 7, 8, key=key)

@@ -26,8 +26,6 @@ from tests.sharded import (
 )
 from tests.tiers import tiers
 
-pytestmark = pytest.mark.xdist_group("sharded-model")
-
 # A layer that hashes, one that scores, and a prediction block, whose attention slides:
 # every kind, in three blocks to compile. A mesh does not change how often the streams'
 # mixing is balanced, and each time is compiled on its own.

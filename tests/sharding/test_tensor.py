@@ -12,8 +12,6 @@ from dsv4_eqx import make_mesh
 from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding.tensor import cross_entropy_split_vocab, embed_split_vocab
 
-pytestmark = pytest.mark.xdist_group("sharding-tensor")
-
 BATCH, SEQ, VOCAB, DIM = 4, 7, 24, 5
 MESHES = [dict(tensor=8), dict(data=4, tensor=2), dict(data=2, expert=2, tensor=2)]
 

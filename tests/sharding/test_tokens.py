@@ -15,8 +15,6 @@ from dsv4_eqx.sharding.tokens import (
 )
 from tests.sharded import make_mesh, normal
 
-pytestmark = pytest.mark.xdist_group("sharding-tokens")
-
 BATCH = 3
 
 
