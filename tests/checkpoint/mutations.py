@@ -25,7 +25,7 @@ from tests.checkpoint.hostile import (
     with_header,
     write,
 )
-from tests.checkpoint.watched import nothing_outside, quickly
+from tests.checkpoint.watched import nothing_outside, without_hanging
 
 STRANGE = (
     *(None, True, False, 0, 1, -1, 2, 3, 63, 64, 128, 2**31 - 1, 2**31, 2**63, 10**300),
@@ -161,7 +161,11 @@ def check_mutations(directory, form, numbers):
         (directory / name).write_bytes(raw)
         keep = number % 2 == 0
         try:
-            with nothing_outside(directory), quickly(), warnings.catch_warnings():
+            with (
+                nothing_outside(directory),
+                without_hanging(),
+                warnings.catch_warnings(),
+            ):
                 # An optional key of another name is said in a warning.
                 warnings.filterwarnings("ignore", "Config.from_hf: keys that are not")
                 try:

@@ -26,7 +26,7 @@ from tests.checkpoint.hostile import (
     with_header,
     write,
 )
-from tests.checkpoint.watched import in_little_memory, nothing_outside, quickly
+from tests.checkpoint.watched import in_little_memory, nothing_outside, without_hanging
 
 CASES = {
     f"{kind}: {name}": case
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_refused(case, tmp_path):
     with (
         in_little_memory(directory, traced=False),
         nothing_outside(directory),
-        quickly(),
+        without_hanging(),
     ):
         text = refused(directory, **options)
     if LARGE.search(case):
