@@ -1,5 +1,6 @@
 """Eight CPU devices and strict promotion; pyproject.toml adds the other checks."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -58,6 +59,12 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """The garbage collector need not look again at all that is imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

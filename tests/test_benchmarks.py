@@ -20,13 +20,13 @@ def test_both_sides_compute_the_same():
     assert float(difference) <= 5e-5 and int(compared) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_sides_generate_the_same():
     sizes = "--batches", "2", "--prompt", "9", "--new-tokens", "5", "--units", "1"
     assert last_row("decoding.py", *sizes).split()[0] == "2"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_of_a_prompt_is_about_what_is_predicted():
     sizes = "--contexts", "40", "--steps", "2", "--prompts", "1024"
     length, _, _, cache, predicted, peak = last_row("contexts.py", *sizes).split()

@@ -92,7 +92,7 @@ def test_readme_shows_the_collectives_that_the_example_prints():
     assert shown == collective_lines(printed(run=run_python))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_example_on_one_device_sends_nothing():
     output = printed("--data", 1, "--expert", 1, "--tensor", 1, "--layer", 0)
     check(output)
@@ -103,22 +103,17 @@ def test_example_on_one_device_sends_nothing():
 
 
 @pytest.mark.slow
-def test_example_runs_another_layer_on_a_text_of_its_own_on_four_devices(tmp_path):
+def test_example_runs_another_layer_on_its_own_text_with_64_bit_types(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
     path = tmp_path / "of my own.txt"
     path.write_text("Every good boy deserves favour. " * 40)
-    output = printed(path, "--data", 1, "--layer", 3)
+    output = printed(path, "--data", 1, "--layer", 3, run=run_python)
     check(output)
     assert "'data': 1, 'expert': 2, 'context': 1, 'tensor': 2" in output
     assert "layer 3, of my own.txt" in output
     assert {"data" in line for line in collective_lines(output)} == {False}
-
-
-@pytest.mark.slow
-def test_example_runs_where_64_bit_types_are_the_default(monkeypatch):
-    monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    done = run_python(EXAMPLE)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    check(done.stdout)
 
 
 def invalid_argument(*args):

@@ -63,7 +63,7 @@ def test_example_refuses_texts_that_are_no_tokens_of_the_model(text, wrong, tmp_
 
 @pytest.mark.slow
 def test_example_runs_the_whole_model_over_a_mesh():
-    sizes = "--mesh data=2,tensor=2 --fsdp --steps 2 --layers 2".split()
+    sizes = "--mesh data=2 --fsdp --steps 2 --layers 1".split()
     done = run("sharded_model.py", *sizes)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "continued alike: True" in done.stdout
@@ -73,7 +73,7 @@ def test_example_runs_the_whole_model_over_a_mesh():
         r"([\d,]+) bytes of.* ([\d,]+) on each", done.stdout
     ).groups()
     whole, held = (int(x.replace(",", "")) for x in (whole, held))
-    assert whole / 4 < held < whole / 3  # experts and heads by four, the rest by two
+    assert whole / 2 < held < 0.55 * whole  # what has few elements is on both
     assert re.search(r"reduce-scatter +over data ", done.stdout)
 
 
@@ -89,8 +89,8 @@ def test_example_of_the_whole_model_says_what_does_not_fit(mesh, wrong, monkeypa
 
 
 MESHES = [
+    "expert=2 --layers 1",
     "data=2,expert=2 --fsdp --layers 2",
-    "expert=2",
     "data=2,context=2 --fsdp",
 ]
 
@@ -103,8 +103,8 @@ def test_example_of_several_processes_agrees_with_one(mesh):
     size = int(re.search(r"([\d,]+) bytes in tiny", done.stdout)[1].replace(",", ""))
     found = re.findall(r"process (\d): [12] devices, read ([\d,]+) bytes", done.stdout)
     assert sorted(index for index, _ in found) == ["0", "1"]
-    for _, read in found:  # half of the experts, or of almost everything
-        assert 0 < int(read.replace(",", "")) < 0.8 * size
+    for _, read in found:  # half of the experts, which are a third, or of almost all
+        assert 0 < int(read.replace(",", "")) < 0.85 * size
 
 
 @pytest.mark.slow

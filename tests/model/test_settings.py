@@ -11,6 +11,7 @@ import pytest
 from dsv4_eqx import Sampling, generate, shard, use_kernels
 from tests.models import random_model, random_tokens, small_config
 from tests.sharded import make_mesh
+from tests.tiers import tiers
 
 # Sizes that two devices divide.
 CONFIG = small_config(
@@ -30,7 +31,7 @@ def without_rank_promotion():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["cpu", "tpu", "reference"])
+@pytest.mark.parametrize("form", tiers(["cpu", "tpu", "reference"], in_ci=["cpu"]))
 def test_no_operation_promotes_ranks(form, without_rank_promotion):
     tokens = random_tokens(0, 133, config=CONFIG)
     segment_ids = np.repeat([[0, 4, 7]], [1, 32, 100], axis=1).repeat(2, 0)

@@ -18,6 +18,7 @@ from tests.sharded import (
     normal,
     random_module,
 )
+from tests.tiers import tiers
 
 # One layer of each kind that compresses, windows of 8 and of 4 tokens, and a prediction
 # block that does not.
@@ -82,14 +83,12 @@ def expected():
 
 MESHES = [
     dict(context=4, tensor=2),
-    pytest.param(dict(data=2, expert=2, context=2, fsdp=True), marks=pytest.mark.slow),
-    pytest.param(
-        dict(data=2, expert=2, tensor=2, fsdp=True), marks=pytest.mark.exhaustive
-    ),
+    dict(data=2, expert=2, context=2, fsdp=True),
+    dict(data=2, expert=2, tensor=2, fsdp=True),
 ]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", tiers(MESHES, in_ci=MESHES[:1]), ids=str)
 def test_logits_and_gradients_of_packed_rows_equal_those_of_one_device(sizes):
     sizes = dict(sizes)
     fsdp = sizes.pop("fsdp", False)
