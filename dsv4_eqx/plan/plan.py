@@ -57,20 +57,8 @@ def make_plan(
     """Traces a step of training and one of decoding, over a mesh without devices.
 
     Bytes that are held follow from shapes and shardings, but for activations, which are
-    an estimate: `live.peak_bytes`.
-
-    **Arguments:**
-
-    - `config`: of the model.
-    - `sizes`: of the mesh axes, from `mesh_sizes`.
-    - `batch`: rows, over the whole mesh.
-    - `seq`: tokens of a row in training, and of the cache when decoding.
-    - `fsdp`: as for `shard`.
-    - `dtype`: of the weights that need not stay float32.
-    - `optimizer_dtype`: of the two moments that Adam keeps of each trained number.
-
-    **Raises:** ValueError that lists all that the mesh does not divide, or if `sizes`
-    are not those of all axes, or `batch` or `seq` is no integer or out of its range.
+    an estimate: `live.peak_bytes`. `batch` counts the rows over the whole mesh, `seq`
+    the tokens of a row in training and of the cache when decoding.
     """
     counts = [sizes.get(axis, 0) for axis in AXES]
     if len(sizes) != len(AXES) or not all(is_int(n) and n > 0 for n in counts):
@@ -112,14 +100,7 @@ def make_plan(
 def undivided(
     model: DeepSeekV4, sizes: Mapping[str, int], *, batch: int, seq: int
 ) -> list[str]:
-    """All that the mesh does not divide, in words.
-
-    **Arguments:**
-
-    - `model`: not over the mesh yet.
-    - `sizes`: of the mesh axes.
-    - `batch`, `seq`: as for `make_plan`.
-    """
+    """All that the mesh does not divide, in words; the model is not over it yet."""
     rows = sizes["data"] * sizes["expert"]
     faults = []
     if batch % rows != 0:
@@ -147,22 +128,13 @@ def _abstract_mesh(sizes: tuple[tuple[str, int], ...]) -> AbstractMesh:
 def abstract_sharded(
     config: Config, sizes: Mapping[str, int], *, fsdp: bool, dtype: DTypeLike
 ) -> ShardedModel:
-    """The model over a mesh, without a number in it or a device behind it.
-
-    **Arguments:** as for `make_plan`.
-    """
+    """The model over a mesh, without a number in it or a device behind it."""
     mesh = _abstract_mesh(tuple(sizes.items()))
     return shard(abstract_model(config, dtype), mesh, fsdp=fsdp)
 
 
 def bytes_per_device(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of arrays on each device, from their shardings.
-
-    **Arguments:**
-
-    - `tree`: arrays, abstract or not, each with the sharding it has or would have.
-    - `itemsize`: bytes of a number, if not those of its dtype.
-    """
+    """Bytes of arrays on each device; `itemsize` is a number's, if not its dtype's."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding: Sharding = leaf.sharding

@@ -17,13 +17,7 @@ GB = 10**9
 
 
 def report(plan: Plan, memory: float | None = None) -> tuple[str, bool]:
-    """The tables, and whether a device has memory enough.
-
-    **Arguments:**
-
-    - `plan`: from `make_plan`.
-    - `memory`: of a device, in GB of 10**9 bytes.
-    """
+    """The tables, and whether a device with `memory` GB of 10**9 bytes has enough."""
     mesh = plan.model.mesh
     shown = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     dtype = plan.model.model.embedding.dtype

@@ -53,23 +53,12 @@ def sent(program: Jaxpr, sizes: Mapping[str, int]) -> list[Sent]:
 
     A branch counts in `Sent.most` alone, as where experts exchange tokens: a loop has
     further rounds enough for any routing, of which a balanced one needs none.
-
-    **Arguments:**
-
-    - `program`: from `program_of`.
-    - `sizes`: of the mesh axes.
     """
     return list(_walk(program, sizes, _Often(1, 1), OUTSIDE))
 
 
 def on_the_wire(item: Sent, sizes: Mapping[str, int]) -> float:
-    """Bytes that leave a device in a step, by ring algorithms.
-
-    **Arguments:**
-
-    - `item`: from `sent`.
-    - `sizes`: of the mesh axes.
-    """
+    """Bytes that leave a device in a step, by ring algorithms."""
     devices = int(np.prod([sizes[axis] for axis in item.axes]))
     others = (devices - 1) / devices
     share = {
@@ -81,24 +70,14 @@ def on_the_wire(item: Sent, sizes: Mapping[str, int]) -> float:
 
 
 def bytes_of(variable: Any) -> int:
-    """Bytes of a value in a program.
-
-    **Arguments:**
-
-    - `variable`: of a jaxpr.
-    """
+    """Bytes of a value in a program."""
     shape = getattr(variable.aval, "shape", ())
     dtype = getattr(variable.aval, "dtype", None)
     return 0 if dtype is None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 def inner_programs(equation: Any) -> list[Jaxpr]:
-    """The bodies, branches and called functions of an equation.
-
-    **Arguments:**
-
-    - `equation`: of a jaxpr.
-    """
+    """The bodies, branches and called functions of an equation."""
     found = []
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
