@@ -13,12 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-Axes = str | tuple[str | None, ...]
+Axes = str | tuple[str, ...]
 
 
-def gather(
-    x: Shaped[Array, "*part"], axes: Axes | None, dim: int
-) -> Shaped[Array, "*whole"]:
+def gather(x: Shaped[Array, "*part"], axes: Axes, dim: int) -> Shaped[Array, "*whole"]:
     """The parts of all devices of some mesh axes, major first, joined along `dim`."""
     if _sums_whole() and jnp.issubdtype(x.dtype, jnp.inexact):
         return _gather(x, axes, dim)
@@ -26,7 +24,7 @@ def gather(
 
 
 def sum_and_split(
-    x: Float[Array, "*whole"], axes: Axes | None, dim: int
+    x: Float[Array, "*whole"], axes: Axes, dim: int
 ) -> Float[Array, "*part"]:
     """This device's part along `dim` of the sum over all devices of some mesh axes."""
     if not _sums_whole():
@@ -35,14 +33,14 @@ def sum_and_split(
 
 
 def own_part(
-    x: Shaped[Array, "*whole"], axes: Axes | None, dim: int
+    x: Shaped[Array, "*whole"], axes: Axes, dim: int
 ) -> Shaped[Array, "*part"]:
     """This device's part along `dim` of an array that is equal on all devices."""
     part = x.shape[dim] // size_of(axes)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dim)
 
 
-def size_of(axes: Axes | None) -> int:
+def size_of(axes: Axes) -> int:
     """The product of the sizes of some mesh axes."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(map(lax.axis_size, names))

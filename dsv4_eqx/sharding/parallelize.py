@@ -24,11 +24,7 @@ from dsv4_eqx.model.block import Block
 from dsv4_eqx.moe.experts import Experts
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.validation import invalid_argument
-from dsv4_eqx.sharding.context import (
-    SplitSequence,
-    SplitSequenceAndHeads,
-    split_sequence,
-)
+from dsv4_eqx.sharding.context import SplitSequence, SplitSequenceAndHeads
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import validate_mesh
 from dsv4_eqx.sharding.partial_sums import (
@@ -173,7 +169,9 @@ def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Surroundings)
     """The node with wrapped children, in the wrappers that it needs itself."""
     splits_tokens = "tensor" in here.sequence
     if isinstance(node, Attention) and here.sequence:
-        return split_sequence(wrapped, here.sequence, "tensor" if is_partial else None)
+        if is_partial and splits_tokens:
+            return SplitSequenceAndHeads(wrapped, here.sequence, "tensor")
+        return SplitSequence(wrapped, here.sequence, "tensor" if is_partial else None)
     if is_partial and not splits_tokens:
         wrapped = SummedOver(wrapped, "tensor")
     summed = ("tensor",) if is_partial and splits_tokens else ()
