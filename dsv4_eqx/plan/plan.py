@@ -1,6 +1,5 @@
 """A model over a mesh before there is one: what a device holds and what it sends."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -119,17 +118,12 @@ def undivided(
     return list(dict.fromkeys(faults))
 
 
-@functools.lru_cache(maxsize=2)
-def _abstract_mesh(sizes: tuple[tuple[str, int], ...]) -> AbstractMesh:
-    names, numbers = zip(*sizes)
-    return AbstractMesh(numbers, names, axis_types=(AxisType.Auto,) * len(names))
-
-
 def abstract_sharded(
     config: Config, sizes: Mapping[str, int], *, fsdp: bool, dtype: DTypeLike
 ) -> ShardedModel:
     """The model over a mesh, without a number in it or a device behind it."""
-    mesh = _abstract_mesh(tuple(sizes.items()))
+    kinds = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
     return shard(abstract_model(config, dtype), mesh, fsdp=fsdp)
 
 

@@ -49,15 +49,14 @@ def _held_table(plan: Plan) -> Iterator[str]:
 def _verdicts(plan: Plan, memory: float | None) -> tuple[list[str], bool]:
     if memory is None:
         return [], True
-    lines, fits = [], True
+    lines, all_fit = [], True
     for name, step in (("training", plan.training), ("decoding", plan.decoding)):
         needed = sum(step.held.values()) / GB
-        if needed <= memory:
-            lines.append(f"{name} fits: {needed:,.1f} of {memory:,.1f} GB")
-        else:
-            fits = False
-            lines.append(f"{name} does not fit: {needed:,.1f} of {memory:,.1f} GB")
-    return lines, fits
+        fits = needed <= memory
+        verdict = "fits" if fits else "does not fit"
+        lines.append(f"{name} {verdict}: {needed:,.1f} of {memory:,.1f} GB")
+        all_fit = all_fit and fits
+    return lines, all_fit
 
 
 def _sent_table(title: str, plan: Plan, step: StepPlan) -> Iterator[str]:

@@ -128,14 +128,12 @@ class ShardedModel(AbstractModel):
     ) -> Any:
         token_ids = self.model.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
-        split = self._split("streams", token_ids.shape)
+        split = token_split("streams", token_ids.shape, self.mesh)
 
         def run(model: DeepSeekV4, ids: Array, *places: Any) -> Any:
             return run_layers(model.layers, model.embed(ids), ids, *places, remat=remat)
 
-        inputs = token_ids, *places
-        specs = (split.spec,) * len(inputs)
-        return self._map(run, split, specs, split.spec, remat=remat)(*inputs)
+        return self._run(run, split, split.spec, token_ids, *places, remat=remat)
 
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
@@ -146,11 +144,8 @@ class ShardedModel(AbstractModel):
 
         - `streams`: from `streams` or `extend_streams`.
         """
-        split = self._split("collapse", streams.shape[:-2])
-        run = self._map(
-            lambda model, x: model.collapse(x), split, (split.spec,), split.spec
-        )
-        return run(streams)
+        split = token_split("collapse", streams.shape[:-2], self.mesh)
+        return self._run(DeepSeekV4.collapse, split, split.spec, streams)
 
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
@@ -161,7 +156,7 @@ class ShardedModel(AbstractModel):
 
         - `hidden`: from `hidden` or `collapse`.
         """
-        split = self._split("unembed", hidden.shape[:-1])
+        split = token_split("unembed", hidden.shape[:-1], self.mesh)
         join, spec = self._for_vocab(split)
 
         def run(model: DeepSeekV4, hidden: Array) -> Array:
@@ -169,7 +164,7 @@ class ShardedModel(AbstractModel):
 
         leading = [*spec, *[None] * hidden.ndim][: hidden.ndim - 1]
         out = P(*leading, self._vocab_axis)
-        return self._map(run, split, (split.spec,), out)(hidden)
+        return self._run(run, split, out, hidden)
 
     def cross_entropy(
         self,
@@ -194,15 +189,14 @@ class ShardedModel(AbstractModel):
         """
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
-        split = self._split("cross_entropy", targets.shape)
+        split = token_split("cross_entropy", targets.shape, self.mesh)
         join, spec = self._for_vocab(split)
 
         def run(model: DeepSeekV4, hidden: Array, targets: Array) -> Array:
             logits = model.unembed(join(hidden))
             return cross_entropy_split_vocab(logits, join(targets), self._vocab_axis)
 
-        specs = split.spec, split.spec
-        nats = self._map(run, split, specs, spec)(hidden, targets)
+        nats = self._run(run, split, spec, hidden, targets)
         return nats if mask is None else jnp.where(mask, nats, 0)
 
     def multi_token_logits(
@@ -220,16 +214,14 @@ class ShardedModel(AbstractModel):
         token_ids = self.model.validate_ahead(tokens)
         places = token_places("multi_token_logits", token_ids, segment_ids)
         streams = self.streams(token_ids, segment_ids, remat=remat)
-        split = self._split("multi_token_logits", token_ids.shape)
+        split = token_split("multi_token_logits", token_ids.shape, self.mesh)
         # The last position has no next token. Any will do: its output is dropped.
         following = jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
 
         def run(model: DeepSeekV4, streams: Array, ids: Array, *places: Any):
             return model.mtp[0](streams, model.embedding[ids], ids, *places)
 
-        inputs = streams, following, *places
-        specs = (split.spec,) * len(inputs)
-        ahead = self._map(run, split, specs, split.spec)(*inputs)
+        ahead = self._run(run, split, split.spec, streams, following, *places)
         logits = self.unembed(self.collapse(streams))
         return logits, self.unembed(ahead)[:, :-1]
 
@@ -305,23 +297,19 @@ class ShardedModel(AbstractModel):
         lengths do not match, as for `extend`.
         """
         following, lengths = self.model.validate_following(following, cache, lengths)
-        split = self._split("extend_mtp", lengths.shape)
-        rows = split.spec  # rows are the first dimension of every array of a state
-        return self._map(
-            lambda model, *args: model.extend_mtp(*args), split, (rows,) * 4, rows
-        )(streams, following, cache, lengths)
+        split = token_split("extend_mtp", lengths.shape, self.mesh)
+        inputs = streams, following, cache, lengths
+        return self._run(DeepSeekV4.extend_mtp, split, split.spec, *inputs)
 
     def _extend(self, extend: Callable, tokens: Any, cache: Any, lengths: Any) -> Any:
         token_ids, lengths = self.model.validate_new(tokens, cache, lengths)
-        split = self._split("extend", token_ids.shape[:1])
+        split = token_split("extend", token_ids.shape[:1], self.mesh)
 
         def run(model: DeepSeekV4, ids: Array, *state: Any) -> Any:
             return extend(model.layers, model.embed(ids), ids, *state)
 
-        rows = split.spec  # rows are the first dimension of every array of a state
-        streams, layers = self._map(run, split, (rows,) * 4, rows)(
-            token_ids, cache.layers, cache.lengths, lengths
-        )
+        inputs = token_ids, cache.layers, cache.lengths, lengths
+        streams, layers = self._run(run, split, split.spec, *inputs)
         return streams, layers, lengths
 
     @property
@@ -336,33 +324,30 @@ class ShardedModel(AbstractModel):
             return lambda x: x, split.spec
         return lambda x: gather(x, _HEADS, _SEQ), split.without(_HEADS).spec
 
-    def _split(self, call: str, shape: tuple[int, ...]) -> TokenSplit:
-        return token_split(call, shape, self.mesh)
-
-    def _map(
+    def _run(
         self,
         function: Callable,
         split: TokenSplit,
-        in_specs: Any,
-        out_specs: Any,
-        *,
+        out_spec: P,
+        *inputs: Any,
         remat: bool = False,
-    ) -> Callable:
-        """Makes a function of one device's model and arrays one of whole arrays.
+    ) -> Any:
+        """Runs a function of one device's model and inputs, over the mesh.
 
-        The model is not an argument of the function that is returned.
+        All inputs are split like the tokens. Of a state, rows come first in all arrays.
         """
         specs = self.specs
 
-        def run(model: DeepSeekV4, *args: Any) -> Any:
-            return function(self._on_device(model, specs, split, remat), *args)
+        def run(model: DeepSeekV4, *inputs: Any) -> Any:
+            return function(self._on_device(model, specs, split, remat), *inputs)
 
+        in_specs = specs, *(split.spec for _ in inputs)
         mapped = jax.shard_map(
-            run, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs
+            run, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec
         )
         # Constrained outside too, so that gradients have the weights' sharding.
         placed = jax.lax.with_sharding_constraint(self.model, self._shardings(specs))
-        return functools.partial(mapped, placed)
+        return mapped(placed, *inputs)
 
     def _on_device(
         self, model: DeepSeekV4, specs: Any, split: TokenSplit, remat: bool
@@ -388,7 +373,7 @@ class ShardedModel(AbstractModel):
     def _placed(self, call: str, batch: int, make: Callable[[], Any]) -> Any:
         """A cache split by rows; abstract if the model is."""
         shapes = eqx.filter_eval_shape(make)
-        rows = self._split(call, (batch,)).spec
+        rows = token_split(call, (batch,), self.mesh).spec
         specs = jax.tree.map(lambda _: rows, shapes)
         if isinstance(self.model.embedding, jax.ShapeDtypeStruct):
             return place(shapes, specs, self.mesh)
