@@ -12,12 +12,11 @@ from jax.typing import DTypeLike
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
-from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_int
+from dsv4_eqx.numerics.validation import validate_int
 from dsv4_eqx.plan.live import peak_bytes
 from dsv4_eqx.plan.programs import decoding_step, program_of, training_step
 from dsv4_eqx.plan.sent import Sent, sent
 from dsv4_eqx.sharding.annotations import annotated_leaves
-from dsv4_eqx.sharding.mesh import AXES
 from dsv4_eqx.sharding.rules import DEFAULT_RULES, axes_of
 from dsv4_eqx.sharding.shard import shard
 from dsv4_eqx.sharding.sharded_model import ShardedModel
@@ -59,9 +58,6 @@ def make_plan(
     an estimate: `live.peak_bytes`. `batch` counts the rows over the whole mesh, `seq`
     the tokens of a row in training and of the cache when decoding.
     """
-    counts = [sizes.get(axis, 0) for axis in AXES]
-    if len(sizes) != len(AXES) or not all(is_int(n) and n > 0 for n in counts):
-        raise invalid_argument("plan", "sizes", dict(sizes), "as from mesh_sizes")
     batch = validate_int("plan", "batch", batch, most=_MOST_ROWS)
     seq = validate_int("plan", "seq", seq, most=config.max_position_embeddings)
     faults = undivided(abstract_model(config, dtype), sizes, batch=batch, seq=seq)

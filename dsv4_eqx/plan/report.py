@@ -71,14 +71,16 @@ def _sent_table(title: str, plan: Plan, step: StepPlan) -> Iterator[str]:
     )
     groups: dict[tuple, list[Sent]] = collections.defaultdict(list)
     for item in step.sent:
-        groups[item.place, item.kind, item.axes].append(item)
-    for (place, kind, axes), items in groups.items():
-        yield f"  {_layers(plan, place):22}" + _row(kind, axes, items, sizes)
-    totals: dict[tuple, list[Sent]] = collections.defaultdict(list)
+        groups[_layers(plan, item.place), item.kind, item.axes].append(item)
     for item in step.sent:
-        totals[item.kind, item.axes].append(item)
-    for (kind, axes), items in totals.items():
-        yield f"  {'all':22}" + _row(kind, axes, items, sizes)
+        groups["all", item.kind, item.axes].append(item)
+    for (where, kind, axes), items in groups.items():
+        times = sum(item.times for item in items)
+        results = sum(item.num_bytes * item.times for item in items)
+        wire = sum(on_the_wire(item, sizes) for item in items)
+        yield f"  {where:22}{kind:20}{' x '.join(axes):22}{times:>7,}" + (
+            f"{results:>20,}{wire:>20,.0f}"
+        )
     if not step.sent:
         yield "  nothing"
     uneven = sum(x.num_bytes * (x.most - x.times) for x in step.sent)
@@ -87,16 +89,6 @@ def _sent_table(title: str, plan: Plan, step: StepPlan) -> Iterator[str]:
             f"  and at most {uneven:,} bytes of results more, if all tokens choose "
             "experts of the same device"
         )
-
-
-def _row(
-    kind: str, axes: tuple[str, ...], items: list[Sent], sizes: dict[str, int]
-) -> str:
-    times = sum(item.times for item in items)
-    results = sum(item.num_bytes * item.times for item in items)
-    wire = sum(on_the_wire(item, sizes) for item in items)
-    over = " x ".join(axes)
-    return f"{kind:20}{over:22}{times:>7,}{results:>20,}{wire:>20,.0f}"
 
 
 def _layers(plan: Plan, place: str) -> str:

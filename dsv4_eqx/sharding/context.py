@@ -9,6 +9,7 @@ attention. They then gather latents and keys, which are narrow, before the heads
 a reduce-scatter adds up the heads' outputs and splits the tokens again.
 """
 
+import abc
 import itertools
 from typing import Any
 
@@ -29,15 +30,11 @@ from dsv4_eqx.sharding.tokens import with_tokens_before
 _SEQ = 1  # the dimension of tokens
 
 
-class SplitSequence(eqx.Module):
-    """Attention of a sequence that is split over mesh axes, called like `Attention`.
+class AbstractSplitSequence(eqx.Module):
+    """Attention of a sequence that is split over mesh axes, called like `Attention`."""
 
-    Where another axis splits the heads, the output is the sum over its devices.
-    """
-
-    attention: Attention
-    axes: tuple[str, ...] = eqx.field(static=True)  # that split tokens, major first
-    heads_axis: str | None = eqx.field(static=True)  # that splits heads, if one does
+    attention: eqx.AbstractVar[Attention]
+    axes: eqx.AbstractVar[tuple[str, ...]]  # that split tokens, major first
 
     def __call__(
         self,
@@ -61,6 +58,18 @@ class SplitSequence(eqx.Module):
         """The output, and what `Attention.observe` shows of this device's tokens."""
         return self._run(x, positions, segment_ids, is_observed=True)
 
+    @abc.abstractmethod
+    def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
+        """The output and, where it is observed, what is shown."""
+
+
+class SplitSequence(AbstractSplitSequence):
+    """Heads are whole, or split over another axis: the output is then added up."""
+
+    attention: Attention
+    axes: tuple[str, ...] = eqx.field(static=True)
+    heads_axis: str | None = eqx.field(static=True)  # that splits heads, if one does
+
     def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
         attention, axes = dequantize(self.attention), self.axes
         latent = attention.project_latent(x)
@@ -83,8 +92,8 @@ class SplitSequence(eqx.Module):
         return lax.psum(out, self.heads_axis), of_all_heads(values, self.heads_axis)
 
 
-class SplitSequenceAndHeads(eqx.Module):
-    """`SplitSequence` where the axis that splits the heads splits the tokens too.
+class SplitSequenceAndHeads(AbstractSplitSequence):
+    """The axis that splits the heads splits the tokens too.
 
     Each device compresses and selects for its own tokens. Then the devices that split
     the heads gather each other's latents and keys, and each attends with its heads for
@@ -98,26 +107,8 @@ class SplitSequenceAndHeads(eqx.Module):
     """
 
     attention: Attention
-    axes: tuple[str, ...] = eqx.field(static=True)  # that split tokens, major first
+    axes: tuple[str, ...] = eqx.field(static=True)
     heads_axis: str = eqx.field(static=True)  # the last of them
-
-    def __call__(
-        self,
-        x: Float[Array, "batch local_seq dim"],
-        positions: Int[Array, "batch local_seq"],
-        segment_ids: Int[Array, "batch local_seq"] | None = None,
-    ) -> Float[Array, "batch local_seq dim"]:
-        """The output for this device's tokens, as of `SplitSequence`."""
-        return self._run(x, positions, segment_ids, is_observed=False)[0]
-
-    def observe(
-        self,
-        x: Float[Array, "batch local_seq dim"],
-        positions: Int[Array, "batch local_seq"],
-        segment_ids: Int[Array, "batch local_seq"] | None = None,
-    ) -> tuple[Float[Array, "batch local_seq dim"], AttentionValues]:
-        """The output, and what `Attention.observe` shows of this device's tokens."""
-        return self._run(x, positions, segment_ids, is_observed=True)
 
     def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
         attention, axes = dequantize(self.attention), self.axes

@@ -24,7 +24,11 @@ from dsv4_eqx.model.block import Block
 from dsv4_eqx.moe.experts import Experts
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.validation import invalid_argument
-from dsv4_eqx.sharding.context import SplitSequence, SplitSequenceAndHeads
+from dsv4_eqx.sharding.context import (
+    AbstractSplitSequence,
+    SplitSequence,
+    SplitSequenceAndHeads,
+)
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import validate_mesh
 from dsv4_eqx.sharding.partial_sums import (
@@ -40,10 +44,7 @@ from dsv4_eqx.sharding.partial_sums import (
 from dsv4_eqx.sharding.rules import rules_with
 from dsv4_eqx.sharding.tensor import SummedOver, WithAllTokens
 
-_WRAPPERS: Final = (
-    *(ExpertParallel, SummedOver, WithAllTokens),
-    *(SplitSequence, SplitSequenceAndHeads),
-)
+_WRAPPERS: Final = (ExpertParallel, SummedOver, WithAllTokens, AbstractSplitSequence)
 # The dimension of the tokens in arguments of a mixture's parts, and of a mixture.
 _ROWS, _SEQ = 0, 1
 

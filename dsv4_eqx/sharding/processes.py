@@ -206,8 +206,9 @@ def _settings(num_processes: int, settings: Mapping[str, Any]) -> dict[str, str]
     values |= {option: getattr(jax.config, option) for option in _OPTIONS}
     values["num_processes"] = num_processes
     for name, value in settings.items():
-        is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
-        values[name] = dataclasses.asdict(value) if is_data else value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        values[name] = value
     leaves = jax.tree.leaves_with_path(values, is_leaf=lambda x: x is None)
     keystr = jax.tree_util.keystr
     return {keystr(at, simple=True, separator="."): repr(x) for at, x in leaves}

@@ -7,7 +7,7 @@ hidden channels are split, over `tensor`. Of a cache, only the rows are split.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -46,41 +46,17 @@ class ShardedModel(AbstractModel):
     """A DeepSeek-V4 whose arrays are split over a mesh; made by `shard`.
 
     The number of rows must be a multiple of `data` x `expert`, and the length of a
-    sequence without cache a multiple of `context`. With a cache, the devices of
-    `context` repeat each other's work.
+    sequence without cache a multiple of `context`; methods raise a ValueError
+    otherwise. With a cache, the devices of `context` repeat each other's work.
     """
 
     model: DeepSeekV4
     mesh: Mesh | AbstractMesh = eqx.field(static=True)
     leaf_specs: tuple[P, ...] = eqx.field(static=True)  # of `model`, array by array
-    splits_vocab: bool = eqx.field(static=True)
+    splits_vocab: bool = eqx.field(static=True)  # whether `tensor` does
     dimensions: tuple[tuple[str, str | None], ...] = eqx.field(static=True)
-    fsdp: bool = eqx.field(static=True)
+    fsdp: bool = eqx.field(static=True)  # whether `data` splits weights
     config: Config = eqx.field(static=True)
-
-    def __init__(
-        self,
-        model: DeepSeekV4,
-        mesh: Mesh | AbstractMesh,
-        specs: Any,
-        *,
-        splits_vocab: bool,
-        dimensions: Mapping[str, str | None],
-        fsdp: bool,
-    ):
-        """**Arguments:**
-
-        - `model`: placed as `specs` say.
-        - `mesh`: from `make_mesh`.
-        - `specs`: the model's tree with a PartitionSpec in place of each array.
-        - `splits_vocab`: whether `tensor` splits embedding and unembedding.
-        - `dimensions`: of the user's own modules, as for `shard`.
-        - `fsdp`: whether `data` splits weights.
-        """
-        self.model, self.config, self.mesh = model, model.config, mesh
-        self.leaf_specs = tuple(jax.tree.structure(model).flatten_up_to(specs))
-        self.dimensions = tuple(dimensions.items())
-        self.splits_vocab, self.fsdp = splits_vocab, fsdp
 
     @property
     def num_mtp(self) -> int:
@@ -107,10 +83,7 @@ class ShardedModel(AbstractModel):
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the last layer.
 
-        **Arguments:** as for calling.
-
-        **Raises:** ValueError as for calling, and if the number of rows is not a
-        multiple of `data` x `expert`, or their length not of `context`.
+        **Arguments, raises:** as for `AbstractModel.streams`.
         """
         return self._run_layers(Layers.__call__, tokens, segment_ids, remat)
 
@@ -119,7 +92,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """The residual streams after the last layer, and what each layer computed.
 
-        **Arguments, raises:** as for `streams`.
+        **Arguments, raises:** as for `AbstractModel.streams`.
         """
         return self._run_layers(Layers.observe, tokens, segment_ids, remat)
 
@@ -140,9 +113,7 @@ class ShardedModel(AbstractModel):
     ) -> Float[Array, "*batch dim"]:
         """Collapses residual streams into the final hidden activations.
 
-        **Arguments:**
-
-        - `streams`: from `streams` or `extend_streams`.
+        **Arguments:** as for `AbstractModel.collapse`.
         """
         split = token_split("collapse", streams.shape[:-2], self.mesh)
         return self._run(DeepSeekV4.collapse, split, split.spec, streams)
@@ -152,9 +123,7 @@ class ShardedModel(AbstractModel):
     ) -> Float[Array, "*batch vocab"]:
         """Logits, at least float32; split where `tensor` splits the vocabulary.
 
-        **Arguments:**
-
-        - `hidden`: from `hidden` or `collapse`.
+        **Arguments:** as for `AbstractModel.unembed`.
         """
         split = token_split("unembed", hidden.shape[:-1], self.mesh)
         join, spec = self._for_vocab(split)
@@ -176,16 +145,7 @@ class ShardedModel(AbstractModel):
 
         Logits are not gathered: devices exchange a few numbers for each token.
 
-        **Arguments:**
-
-        - `hidden`: from `hidden` or `collapse`.
-        - `targets`: the next token at each position.
-        - `mask`: which targets count; all by default. The cross-entropy of the others
-            is 0, whatever they are.
-
-        **Raises:** ValueError if targets or mask do not have one value for each
-        position, or a target that counts is outside the vocabulary. Under `jit`, where
-        values are unknown, the cross-entropy of such a target is NaN.
+        **Arguments, raises:** as for `AbstractModel.cross_entropy`.
         """
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
@@ -204,12 +164,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
         """Logits of the next token, and of the token after next.
 
-        The second array has one position less, since it needs the next token itself.
-
-        **Arguments:** as for calling; at least two tokens.
-
-        **Raises:** ValueError if the model has no prediction block or there is a single
-        token, and as for calling.
+        **Arguments, raises:** as for `AbstractModel.multi_token_logits`.
         """
         token_ids = self.model.validate_ahead(tokens)
         places = token_places("multi_token_logits", token_ids, segment_ids)
@@ -228,23 +183,15 @@ class ShardedModel(AbstractModel):
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """The state before any token, for `extend`; only its rows are split.
 
-        **Arguments:**
-
-        - `batch`: number of rows, a multiple of `data` x `expert`.
-        - `capacity`: the most tokens that a row can have.
-
-        **Raises:** ValueError if either is not a positive integer, `batch` is not such
-        a multiple, or the capacity is above `max_position_embeddings`.
+        **Arguments, raises:** as for `AbstractModel.init_cache`.
         """
         make = functools.partial(self.model.init_cache, batch, capacity)
         return self._placed("init_cache", batch, make)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
-        """The state of the prediction block before any token.
+        """The state of the prediction block before any token; only its rows are split.
 
-        **Arguments:** as for `init_cache`.
-
-        **Raises:** ValueError as `init_cache` does, and without a prediction block.
+        **Arguments, raises:** as for `AbstractModel.init_mtp_cache`.
         """
         make = functools.partial(self.model.init_mtp_cache, batch, capacity)
         return self._placed("init_mtp_cache", batch, make)
@@ -254,10 +201,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
         """The residual streams of new tokens after the last layer, and the cache.
 
-        **Arguments:** as for `extend`.
-
-        **Raises:** ValueError as `extend` does, and if the number of rows is not a
-        multiple of `data` x `expert`.
+        **Arguments, raises:** as for `AbstractModel.extend`.
         """
         streams, layers, new = self._extend(Layers.extend, tokens, cache, lengths)
         return streams, Cache(cache.lengths + new, layers, cache.capacity)
@@ -267,12 +211,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
         """Runs new tokens like `extend_streams`; how many are kept is decided later.
 
-        **Arguments:** as for `extend`.
-
-        **Returns:** the streams, and a `Lookahead`: its method `keep` returns the cache
-        after the tokens that are kept.
-
-        **Raises:** ValueError as `extend_streams` does.
+        **Arguments, returns, raises:** as for `AbstractModel.lookahead`.
         """
         streams, layers, new = self._extend(Layers.lookahead, tokens, cache, lengths)
         return streams, Lookahead(cache.lengths, new, layers, cache.capacity)
@@ -286,15 +225,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
         """The prediction block's hidden activations, as `unembed` takes them.
 
-        **Arguments:**
-
-        - `streams`: of the main model at new tokens, then padding of any values.
-        - `following`: the token after each new token.
-        - `cache`: from `init_mtp_cache` or another call.
-        - `lengths`: new tokens of each row.
-
-        **Raises:** ValueError if there is no prediction block, or ids, cache and
-        lengths do not match, as for `extend`.
+        **Arguments, raises:** as for `AbstractModel.extend_mtp`.
         """
         following, lengths = self.model.validate_following(following, cache, lengths)
         split = token_split("extend_mtp", lengths.shape, self.mesh)
