@@ -150,16 +150,9 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 def _operation(line: str) -> str:
     """What a line does: after its type, which may be a tuple of types."""
-    rest = line.split(" = ", 1)[1]
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character in "({") - (character in ")}")
-        if depth == 0 and character == " ":
-            rest = rest[i + 1 :]
-            break
-    found = re.match(r"[\w\-]+", rest)
+    found = re.search(r" = (?:\(.*?\)|\S+) ([\w\-]+)\(", line)
     assert found is not None, line
-    return found.group(0)
+    return found.group(1)
 
 
 def _called(line: str) -> Sequence[str]:
