@@ -19,12 +19,7 @@ _CONFIGS = {"flash": Config.flash, "pro": Config.pro, "tiny": Config.tiny}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit code is 1 if something does not divide or fit.
-
-    **Arguments:**
-
-    - `arguments`: those of the command line by default.
-    """
+    """Runs the command; the exit code is 1 if something does not divide or fit."""
     options = _parser().parse_args(arguments)
     try:
         sizes = mesh_sizes(options.mesh)

@@ -46,26 +46,16 @@ class Launches(NamedTuple):
 
 
 def is_gpu(target: str) -> bool:
-    """Whether a target is one or more GPUs.
-
-    **Arguments:**
-
-    - `target`: as for `absent_devices`.
-    """
+    """Whether a target of `absent_devices` is one or more GPUs."""
     return re.fullmatch(r"v\d\w*:\d+(x\d+)*", target) is None
 
 
 def absent_devices(target: str, count: int = 1) -> list[Any]:
     """Devices to compile for. It must be called before JAX is asked for real ones.
 
-    **Arguments:**
-
-    - `target`: `"h100"`, `"h200"`, the file of another GPU's description (XLA's
-        `GpuTargetConfigProto` as text), or a TPU and its chips, `"v5p:2x2x1"`.
-    - `count`: of GPUs, all in one host.
-
-    **Raises:** ValueError if there is no such target; ImportError if its compiler is
-    not installed.
+    The target is "h100", "h200", the file of another GPU's description (XLA's
+    `GpuTargetConfigProto` as text), or a TPU and its chips, "v5p:2x2x1". `count` is of
+    GPUs, all in one host.
     """
     if not is_gpu(target):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -99,14 +89,7 @@ def _devices(name: str, platform: str, extra: str, **options: str) -> list[Any]:
 
 
 def compile_for(device: Any, function: Callable[..., Any], *shapes: Any) -> Any:
-    """A function compiled for one absent device.
-
-    **Arguments:**
-
-    - `device`: from `absent_devices`.
-    - `function`: as for `jax.jit`.
-    - `shapes`: trees of `jax.ShapeDtypeStruct`, its arguments.
-    """
+    """A function compiled for one absent device; its arguments are given as shapes."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def on_device(x: Any) -> jax.ShapeDtypeStruct:
@@ -123,12 +106,7 @@ _NO_KERNEL: Final = frozenset(
 
 
 def launches(program: str) -> Launches:
-    """Kernels that a compiled GPU program launches; of branches, the longest one's.
-
-    **Arguments:**
-
-    - `program`: `compiled.as_text()`.
-    """
+    """Kernels that a compiled GPU program launches; of branches, the longest one's."""
     computations, entry = _computations(program)
     unknown: list[str] = []
 
@@ -172,16 +150,9 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 def _operation(line: str) -> str:
     """What a line does: after its type, which may be a tuple of types."""
-    rest = line.split(" = ", 1)[1]
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character in "({") - (character in ")}")
-        if depth == 0 and character == " ":
-            rest = rest[i + 1 :]
-            break
-    found = re.match(r"[\w\-]+", rest)
+    found = re.search(r" = (?:\(.*?\)|\S+) ([\w\-]+)\(", line)
     assert found is not None, line
-    return found.group(0)
+    return found.group(1)
 
 
 def _called(line: str) -> Sequence[str]:

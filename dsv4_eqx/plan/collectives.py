@@ -39,16 +39,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
-    """Every collective of a compiled program; one in a loop counts once.
-
-    **Arguments:**
-
-    - `program`: from `jax.jit(f).lower(...).compile()`, or its HLO text.
-    - `mesh`: the mesh that it runs on.
-
-    **Raises:** ValueError if the groups of a collective are written in a form that is
-    not known here.
-    """
+    """Every collective of a compiled program; one in a loop counts once."""
     text = program if isinstance(program, str) else program.as_text() or ""
     found = []
     for line in text.splitlines():

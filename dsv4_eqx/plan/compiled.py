@@ -44,16 +44,7 @@ def compile_steps(
     fsdp: bool = False,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> dict[str, CompiledStep]:
-    """A step of training and one of decoding, compiled: Flash takes minutes.
-
-    **Arguments:**
-
-    - `target`: as for `absent_devices`.
-    - `config`, `sizes`, `batch`, `seq`, `fsdp`, `dtype`: as for `make_plan`.
-
-    **Raises:** ValueError and ImportError as `absent_devices` does, and ValueError if
-    the target has not as many devices as the mesh.
-    """
+    """A step of training and one of decoding, compiled: Flash takes minutes."""
     devices = absent_devices(target, math.prod(sizes.values()))
     mesh = make_mesh(**sizes, devices=devices)
     model = shard(abstract_model(config, dtype), mesh, fsdp=fsdp)
@@ -83,13 +74,7 @@ def _said(program: jax.stages.Compiled, mesh: Any, target: str) -> CompiledStep:
 
 
 def compiled_report(target: str, steps: Mapping[str, CompiledStep]) -> Iterator[str]:
-    """Lines of text.
-
-    **Arguments:**
-
-    - `target`: that was compiled for.
-    - `steps`: from `compile_steps`.
-    """
+    """Lines of text."""
     yield f"{'compiled for ' + target + ', bytes on each device':52}" + "".join(
         f"{name:>18}" for name in steps
     )

@@ -64,8 +64,9 @@ def _block_sums(config: Config, layer: int, seq: int) -> float:
         sums += a_score * _mean_seen(seq, ratio, seq)
     sums += 2 * config.num_attention_heads * config.head_dim * seen
     streams = config.hc_mult
+    matrix = (2 + streams) * streams * streams * config.hidden_size
     mixing = (streams + (streams + 1) * streams) * config.hidden_size
-    return sums + 2 * (_connection_matrix(config) + mixing)
+    return sums + 2 * (matrix + mixing)
 
 
 def _mean_seen(seq: int, ratio: int, most: int) -> float:
@@ -98,17 +99,9 @@ def _moe_matrices(config: Config) -> int:
     return (config.num_experts_per_tok + 1) * expert + router
 
 
-def _connection_matrix(config: Config) -> int:
-    streams = config.hc_mult
-    return (2 + streams) * streams * streams * config.hidden_size
-
-
-def _series(kind: str) -> int:
-    return 2 if kind == CSA else 1  # windows that a token is pooled in
-
-
 def _compressor_sums(
     config: Config, kind: str, ratio: int, head_dim: int, seq: int
 ) -> float:
-    a_token = _series(kind) * head_dim * (2 * config.hidden_size + 1)
+    series = 2 if kind == CSA else 1  # windows that a token is pooled in
+    a_token = series * head_dim * (2 * config.hidden_size + 1)
     return a_token * (seq // ratio * ratio) / seq

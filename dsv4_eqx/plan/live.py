@@ -37,10 +37,8 @@ class _Lives(NamedTuple):
 def peak_bytes(program: Jaxpr) -> int:
     """The most bytes that are alive at once on one device, in a step of a program.
 
-    **Arguments:**
-
-    - `program`: from `program_of`; what it computes outside of `jax.shard_map` is
-        small, or split as what it reads.
+    What it computes outside of `jax.shard_map` is taken to be small, or split as what
+    it reads.
     """
     return _peak(program, range(len(program.outvars)), whole=True)
 

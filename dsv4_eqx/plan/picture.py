@@ -10,16 +10,9 @@ _MOST_NAMED = 256  # devices with a number in them
 
 
 def plot_mesh(sizes: Mapping[str, int], path: str | os.PathLike) -> None:
-    """Draws the devices in their order, a panel for each pair of `data` and `expert`
-    rows and columns of `context` and `tensor` inside.
+    """Draws the devices in order, a panel for each pair of `data` and `expert`.
 
-    **Arguments:**
-
-    - `sizes`: of the mesh axes.
-    - `path`: of the picture; its ending says the format.
-
-    **Raises:** ImportError without matplotlib, OSError or ValueError if the file cannot
-    be written.
+    In a panel are rows of `context` and columns of `tensor`.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,6 +1,5 @@
 """A model over a mesh before there is one: what a device holds and what it sends."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -13,12 +12,11 @@ from jax.typing import DTypeLike
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
-from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_int
+from dsv4_eqx.numerics.validation import validate_int
 from dsv4_eqx.plan.live import peak_bytes
 from dsv4_eqx.plan.programs import decoding_step, program_of, training_step
 from dsv4_eqx.plan.sent import Sent, sent
 from dsv4_eqx.sharding.annotations import annotated_leaves
-from dsv4_eqx.sharding.mesh import AXES
 from dsv4_eqx.sharding.rules import DEFAULT_RULES, axes_of
 from dsv4_eqx.sharding.shard import shard
 from dsv4_eqx.sharding.sharded_model import ShardedModel
@@ -57,24 +55,9 @@ def make_plan(
     """Traces a step of training and one of decoding, over a mesh without devices.
 
     Bytes that are held follow from shapes and shardings, but for activations, which are
-    an estimate: `live.peak_bytes`.
-
-    **Arguments:**
-
-    - `config`: of the model.
-    - `sizes`: of the mesh axes, from `mesh_sizes`.
-    - `batch`: rows, over the whole mesh.
-    - `seq`: tokens of a row in training, and of the cache when decoding.
-    - `fsdp`: as for `shard`.
-    - `dtype`: of the weights that need not stay float32.
-    - `optimizer_dtype`: of the two moments that Adam keeps of each trained number.
-
-    **Raises:** ValueError that lists all that the mesh does not divide, or if `sizes`
-    are not those of all axes, or `batch` or `seq` is no integer or out of its range.
+    an estimate: `live.peak_bytes`. `batch` counts the rows over the whole mesh, `seq`
+    the tokens of a row in training and of the cache when decoding.
     """
-    counts = [sizes.get(axis, 0) for axis in AXES]
-    if len(sizes) != len(AXES) or not all(is_int(n) and n > 0 for n in counts):
-        raise invalid_argument("plan", "sizes", dict(sizes), "as from mesh_sizes")
     batch = validate_int("plan", "batch", batch, most=_MOST_ROWS)
     seq = validate_int("plan", "seq", seq, most=config.max_position_embeddings)
     faults = undivided(abstract_model(config, dtype), sizes, batch=batch, seq=seq)
@@ -112,14 +95,7 @@ def make_plan(
 def undivided(
     model: DeepSeekV4, sizes: Mapping[str, int], *, batch: int, seq: int
 ) -> list[str]:
-    """All that the mesh does not divide, in words.
-
-    **Arguments:**
-
-    - `model`: not over the mesh yet.
-    - `sizes`: of the mesh axes.
-    - `batch`, `seq`: as for `make_plan`.
-    """
+    """All that the mesh does not divide, in words; the model is not over it yet."""
     rows = sizes["data"] * sizes["expert"]
     faults = []
     if batch % rows != 0:
@@ -138,31 +114,17 @@ def undivided(
     return list(dict.fromkeys(faults))
 
 
-@functools.lru_cache(maxsize=2)
-def _abstract_mesh(sizes: tuple[tuple[str, int], ...]) -> AbstractMesh:
-    names, numbers = zip(*sizes)
-    return AbstractMesh(numbers, names, axis_types=(AxisType.Auto,) * len(names))
-
-
 def abstract_sharded(
     config: Config, sizes: Mapping[str, int], *, fsdp: bool, dtype: DTypeLike
 ) -> ShardedModel:
-    """The model over a mesh, without a number in it or a device behind it.
-
-    **Arguments:** as for `make_plan`.
-    """
-    mesh = _abstract_mesh(tuple(sizes.items()))
+    """The model over a mesh, without a number in it or a device behind it."""
+    kinds = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
     return shard(abstract_model(config, dtype), mesh, fsdp=fsdp)
 
 
 def bytes_per_device(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of arrays on each device, from their shardings.
-
-    **Arguments:**
-
-    - `tree`: arrays, abstract or not, each with the sharding it has or would have.
-    - `itemsize`: bytes of a number, if not those of its dtype.
-    """
+    """Bytes of arrays on each device; `itemsize` is a number's, if not its dtype's."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding: Sharding = leaf.sharding

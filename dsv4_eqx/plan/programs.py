@@ -25,12 +25,6 @@ def training_step(
 
     Each layer's input alone is kept for the backward pass. What the loss does not
     reach, as prediction blocks, has no gradient: see `trainable`.
-
-    **Arguments:**
-
-    - `model`: over a mesh, or on one device.
-    - `tokens`: token ids.
-    - `targets`: the token that follows each.
     """
     trained, others = eqx.partition(model, trainable(model))
 
@@ -45,25 +39,12 @@ def training_step(
 def decoding_step(
     model: ShardedModel, tokens: Int[Array, "batch 1"], cache: Cache
 ) -> tuple[Float[Array, "batch 1 vocab"], Cache]:
-    """Logits after one more token of each row, and the cache with it.
-
-    **Arguments:**
-
-    - `model`: over a mesh.
-    - `tokens`: the newest token of each row.
-    - `cache`: the state before it.
-    """
+    """Logits after one more token of each row, and the cache with it."""
     hidden, cache = model.extend(tokens, cache)
     return model.unembed(hidden), cache
 
 
 def program_of(step: Callable[..., Any], *args: Any) -> Jaxpr:
-    """The traced step, without what nobody uses, as XLA leaves it out.
-
-    **Arguments:**
-
-    - `step`: one of those here, or another function.
-    - `args`: its own; arrays may be abstract.
-    """
+    """The traced step, without what nobody uses, as XLA leaves it out."""
     jaxpr = jax.jit(step).trace(*args).jaxpr.jaxpr
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]

@@ -17,13 +17,7 @@ GB = 10**9
 
 
 def report(plan: Plan, memory: float | None = None) -> tuple[str, bool]:
-    """The tables, and whether a device has memory enough.
-
-    **Arguments:**
-
-    - `plan`: from `make_plan`.
-    - `memory`: of a device, in GB of 10**9 bytes.
-    """
+    """The tables, and whether a device with `memory` GB of 10**9 bytes has enough."""
     mesh = plan.model.mesh
     shown = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     dtype = plan.model.model.embedding.dtype
@@ -55,15 +49,14 @@ def _held_table(plan: Plan) -> Iterator[str]:
 def _verdicts(plan: Plan, memory: float | None) -> tuple[list[str], bool]:
     if memory is None:
         return [], True
-    lines, fits = [], True
+    lines, all_fit = [], True
     for name, step in (("training", plan.training), ("decoding", plan.decoding)):
         needed = sum(step.held.values()) / GB
-        if needed <= memory:
-            lines.append(f"{name} fits: {needed:,.1f} of {memory:,.1f} GB")
-        else:
-            fits = False
-            lines.append(f"{name} does not fit: {needed:,.1f} of {memory:,.1f} GB")
-    return lines, fits
+        fits = needed <= memory
+        verdict = "fits" if fits else "does not fit"
+        lines.append(f"{name} {verdict}: {needed:,.1f} of {memory:,.1f} GB")
+        all_fit = all_fit and fits
+    return lines, all_fit
 
 
 def _sent_table(title: str, plan: Plan, step: StepPlan) -> Iterator[str]:
@@ -78,14 +71,16 @@ def _sent_table(title: str, plan: Plan, step: StepPlan) -> Iterator[str]:
     )
     groups: dict[tuple, list[Sent]] = collections.defaultdict(list)
     for item in step.sent:
-        groups[item.place, item.kind, item.axes].append(item)
-    for (place, kind, axes), items in groups.items():
-        yield f"  {_layers(plan, place):22}" + _row(kind, axes, items, sizes)
-    totals: dict[tuple, list[Sent]] = collections.defaultdict(list)
+        groups[_layers(plan, item.place), item.kind, item.axes].append(item)
     for item in step.sent:
-        totals[item.kind, item.axes].append(item)
-    for (kind, axes), items in totals.items():
-        yield f"  {'all':22}" + _row(kind, axes, items, sizes)
+        groups["all", item.kind, item.axes].append(item)
+    for (where, kind, axes), items in groups.items():
+        times = sum(item.times for item in items)
+        results = sum(item.num_bytes * item.times for item in items)
+        wire = sum(on_the_wire(item, sizes) for item in items)
+        yield f"  {where:22}{kind:20}{' x '.join(axes):22}{times:>7,}" + (
+            f"{results:>20,}{wire:>20,.0f}"
+        )
     if not step.sent:
         yield "  nothing"
     uneven = sum(x.num_bytes * (x.most - x.times) for x in step.sent)
@@ -94,16 +89,6 @@ def _sent_table(title: str, plan: Plan, step: StepPlan) -> Iterator[str]:
             f"  and at most {uneven:,} bytes of results more, if all tokens choose "
             "experts of the same device"
         )
-
-
-def _row(
-    kind: str, axes: tuple[str, ...], items: list[Sent], sizes: dict[str, int]
-) -> str:
-    times = sum(item.times for item in items)
-    results = sum(item.num_bytes * item.times for item in items)
-    wire = sum(on_the_wire(item, sizes) for item in items)
-    over = " x ".join(axes)
-    return f"{kind:20}{over:22}{times:>7,}{results:>20,}{wire:>20,.0f}"
 
 
 def _layers(plan: Plan, place: str) -> str:

@@ -4,11 +4,11 @@ Bytes are those of a collective's result on one device, as in `sharding.collecti
 so that plan and compiled program can be compared.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 # As in HLO.
@@ -43,34 +43,18 @@ class Sent(NamedTuple):
     most: int  # the same if experts are chosen in the most uneven way
 
 
-class _Often(NamedTuple):
-    times: int
-    most: int
-
-
 def sent(program: Jaxpr, sizes: Mapping[str, int]) -> list[Sent]:
     """Every collective of a traced program.
 
     A branch counts in `Sent.most` alone, as where experts exchange tokens: a loop has
     further rounds enough for any routing, of which a balanced one needs none.
-
-    **Arguments:**
-
-    - `program`: from `program_of`.
-    - `sizes`: of the mesh axes.
     """
-    return list(_walk(program, sizes, _Often(1, 1), OUTSIDE))
+    return list(_walk(program, sizes, OUTSIDE, 1, 1))
 
 
 def on_the_wire(item: Sent, sizes: Mapping[str, int]) -> float:
-    """Bytes that leave a device in a step, by ring algorithms.
-
-    **Arguments:**
-
-    - `item`: from `sent`.
-    - `sizes`: of the mesh axes.
-    """
-    devices = int(np.prod([sizes[axis] for axis in item.axes]))
+    """Bytes that leave a device in a step, by ring algorithms."""
+    devices = math.prod(sizes[axis] for axis in item.axes)
     others = (devices - 1) / devices
     share = {
         "all-reduce": 2 * others,
@@ -81,24 +65,14 @@ def on_the_wire(item: Sent, sizes: Mapping[str, int]) -> float:
 
 
 def bytes_of(variable: Any) -> int:
-    """Bytes of a value in a program.
-
-    **Arguments:**
-
-    - `variable`: of a jaxpr.
-    """
+    """Bytes of a value in a program."""
     shape = getattr(variable.aval, "shape", ())
     dtype = getattr(variable.aval, "dtype", None)
-    return 0 if dtype is None else int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return 0 if dtype is None else math.prod(shape) * dtype.itemsize
 
 
 def inner_programs(equation: Any) -> list[Jaxpr]:
-    """The bodies, branches and called functions of an equation.
-
-    **Arguments:**
-
-    - `equation`: of a jaxpr.
-    """
+    """The bodies, branches and called functions of an equation."""
     found = []
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
@@ -110,8 +84,9 @@ def inner_programs(equation: Any) -> list[Jaxpr]:
 
 
 def _walk(
-    program: Jaxpr, sizes: Mapping[str, int], often: _Often, place: str
+    program: Jaxpr, sizes: Mapping[str, int], place: str, times: int, most: int
 ) -> Iterator[Sent]:
+    """The collectives of a program that runs `times`, or at most `most` times."""
     for equation in program.eqns:
         scope = _SCOPE.search(str(equation.source_info.name_stack))
         here = scope[0] if scope else place
@@ -119,22 +94,14 @@ def _walk(
         axes = tuple(axis for axis in _axes(equation) if sizes.get(axis, 1) > 1)
         if name in _KINDS and axes:
             num_bytes = sum(map(bytes_of, equation.outvars))
-            yield Sent(here, _KINDS[name], axes, num_bytes, often.times, often.most)
+            yield Sent(here, _KINDS[name], axes, num_bytes, times, most)
         inner = inner_programs(equation)
         # A collective that is not known here must not go unseen.
         assert name in _KINDS or name in _LOCAL or inner or not axes, name
+        rounds = equation.params["length"] if name == "scan" else 1
+        at_least = 0 if name == "cond" else rounds
         for body in inner:
-            yield from _walk(body, sizes, _how_often(equation, often), here)
-
-
-def _how_often(equation: Any, often: _Often) -> _Often:
-    name = equation.primitive.name
-    if name == "scan":
-        length = equation.params["length"]
-        return _Often(often.times * length, often.most * length)
-    if name == "cond":
-        return often._replace(times=0)
-    return often
+            yield from _walk(body, sizes, here, times * at_least, most * rounds)
 
 
 def _axes(equation: Any) -> tuple[str, ...]:

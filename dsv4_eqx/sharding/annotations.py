@@ -23,15 +23,7 @@ class AnnotatedLeaf(typing.NamedTuple):
 
 
 def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
-    """Every array of a module, in the order of `jax.tree.leaves`.
-
-    **Arguments:**
-
-    - `module`: any Equinox module; containers of modules too.
-
-    **Raises:** ValueError if a field holds several arrays of different annotations, or
-    its annotation is a string.
-    """
+    """Every array of a module, in the order of `jax.tree.leaves`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(module)
     annotated = []
     for path, leaf in leaves:

@@ -9,6 +9,7 @@ attention. They then gather latents and keys, which are narrow, before the heads
 a reduce-scatter adds up the heads' outputs and splits the tokens again.
 """
 
+import abc
 import itertools
 from typing import Any
 
@@ -22,24 +23,18 @@ from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.values import AttentionValues, IndexerValues, no_selected
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.numerics.quantized_weight import dequantize
-from dsv4_eqx.sharding.gather import size_of
+from dsv4_eqx.sharding.gather import gather, size_of, sum_and_split
 from dsv4_eqx.sharding.tensor import of_all_heads, with_zeros_for_other_heads
-from dsv4_eqx.sharding.tokens import (
-    gathered_tokens,
-    summed_and_split,
-    with_tokens_before,
-)
+from dsv4_eqx.sharding.tokens import with_tokens_before
+
+_SEQ = 1  # the dimension of tokens
 
 
-class SplitSequence(eqx.Module):
-    """Attention of a sequence that is split over mesh axes, called like `Attention`.
+class AbstractSplitSequence(eqx.Module):
+    """Attention of a sequence that is split over mesh axes, called like `Attention`."""
 
-    Where another axis splits the heads, the output is the sum over its devices.
-    """
-
-    attention: Attention
-    axes: tuple[str, ...] = eqx.field(static=True)  # that split tokens, major first
-    heads_axis: str | None = eqx.field(static=True)  # that splits heads, if one does
+    attention: eqx.AbstractVar[Attention]
+    axes: eqx.AbstractVar[tuple[str, ...]]  # that split tokens, major first
 
     def __call__(
         self,
@@ -47,12 +42,10 @@ class SplitSequence(eqx.Module):
         positions: Int[Array, "batch local_seq"],
         segment_ids: Int[Array, "batch local_seq"] | None = None,
     ) -> Float[Array, "batch local_seq dim"]:
-        """**Arguments:**
+        """The output for this device's tokens; `positions` are in the whole sequence.
 
-        - `x`: normalised activations of this device's tokens.
-        - `positions`: of these tokens, in the whole sequence or in their documents.
-        - `segment_ids`: their documents, where a row has several, as
-            `document_starts` of the whole rows gives them.
+        Where a row has several documents, positions are in these, and `segment_ids` are
+        those that `document_starts` gives for the whole rows.
         """
         return self._run(x, positions, segment_ids, is_observed=False)[0]
 
@@ -62,31 +55,34 @@ class SplitSequence(eqx.Module):
         positions: Int[Array, "batch local_seq"],
         segment_ids: Int[Array, "batch local_seq"] | None = None,
     ) -> tuple[Float[Array, "batch local_seq dim"], AttentionValues]:
-        """The output, and what `Attention.observe` shows of this device's tokens.
-
-        **Arguments:** as for calling.
-        """
+        """The output, and what `Attention.observe` shows of this device's tokens."""
         return self._run(x, positions, segment_ids, is_observed=True)
 
+    @abc.abstractmethod
     def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
-        attention = dequantize(self.attention)
+        """The output and, where it is observed, what is shown."""
+
+
+class SplitSequence(AbstractSplitSequence):
+    """Heads are whole, or split over another axis: the output is then added up."""
+
+    attention: Attention
+    axes: tuple[str, ...] = eqx.field(static=True)
+    heads_axis: str | None = eqx.field(static=True)  # that splits heads, if one does
+
+    def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
+        attention, axes = dequantize(self.attention), self.axes
         latent = attention.project_latent(x)
         keys = attention.project_keys(x, positions)
-        compressors = _compressors(attention, x.shape[1], self.axes, is_observed)
-        tokens, counts = _projected(compressors, x)
-        num_before = _num_before(attention, x.shape[1], self.axes)
+        compressors = _compressors(attention, x.shape[1], axes, is_observed)
+        projected, counts = _projected(compressors, x)
+        counts.append(_num_before(attention, x.shape[1], axes))
         # One message for everything.
-        *tokens, keys = with_tokens_before(
-            [*tokens, keys], [*counts, num_before], self.axes
-        )
-        entries = _entries(compressors, tokens, positions, segment_ids, self.axes, x)
-        selection, indexer = _selection(
-            attention,
-            entries,
-            (x, latent, positions, segment_ids),
-            self.axes,
-            is_observed,
-        )
+        *projected, keys = with_tokens_before([*projected, keys], counts, axes)
+        places = positions, segment_ids
+        entries = _entries(compressors, projected, *places, axes, x.dtype)
+        tokens = x, latent, *places
+        selection, indexer = _selection(attention, entries, tokens, axes, is_observed)
         attended = entries[0] if entries else None  # not those of the indexer
         operands = latent, positions, keys, attended, selection, segment_ids
         out, log_sum_exp = _attend(attention, operands, is_observed)
@@ -96,8 +92,8 @@ class SplitSequence(eqx.Module):
         return lax.psum(out, self.heads_axis), of_all_heads(values, self.heads_axis)
 
 
-class SplitSequenceAndHeads(eqx.Module):
-    """`SplitSequence` where the axis that splits the heads splits the tokens too.
+class SplitSequenceAndHeads(AbstractSplitSequence):
+    """The axis that splits the heads splits the tokens too.
 
     Each device compresses and selects for its own tokens. Then the devices that split
     the heads gather each other's latents and keys, and each attends with its heads for
@@ -111,60 +107,34 @@ class SplitSequenceAndHeads(eqx.Module):
     """
 
     attention: Attention
-    axes: tuple[str, ...] = eqx.field(static=True)  # that split tokens, major first
+    axes: tuple[str, ...] = eqx.field(static=True)
     heads_axis: str = eqx.field(static=True)  # the last of them
 
-    def __call__(
-        self,
-        x: Float[Array, "batch local_seq dim"],
-        positions: Int[Array, "batch local_seq"],
-        segment_ids: Int[Array, "batch local_seq"] | None = None,
-    ) -> Float[Array, "batch local_seq dim"]:
-        """**Arguments:** as for `SplitSequence`."""
-        return self._run(x, positions, segment_ids, is_observed=False)[0]
-
-    def observe(
-        self,
-        x: Float[Array, "batch local_seq dim"],
-        positions: Int[Array, "batch local_seq"],
-        segment_ids: Int[Array, "batch local_seq"] | None = None,
-    ) -> tuple[Float[Array, "batch local_seq dim"], AttentionValues]:
-        """The output, and what `Attention.observe` shows of this device's tokens.
-
-        **Arguments:** as for calling.
-        """
-        return self._run(x, positions, segment_ids, is_observed=True)
-
     def _run(self, x, positions, segment_ids, *, is_observed) -> tuple[Array, Any]:
-        attention = dequantize(self.attention)
+        attention, axes = dequantize(self.attention), self.axes
         latent = attention.project_latent(x)
         keys = attention.project_keys(x, positions)
-        compressors = _compressors(attention, x.shape[1], self.axes, is_observed)
-        tokens = with_tokens_before(*_projected(compressors, x), self.axes)
-        entries = _entries(compressors, tokens, positions, segment_ids, self.axes, x)
-        selection, indexer = _selection(
-            attention,
-            entries,
-            (x, latent, positions, segment_ids),
-            self.axes,
-            is_observed,
-        )
-        joined = gathered_tokens(jnp.concatenate([latent, keys], 2), self.heads_axis)
+        compressors = _compressors(attention, x.shape[1], axes, is_observed)
+        projected = with_tokens_before(*_projected(compressors, x), axes)
+        places = positions, segment_ids
+        entries = _entries(compressors, projected, *places, axes, x.dtype)
+        tokens = x, latent, *places
+        selection, indexer = _selection(attention, entries, tokens, axes, is_observed)
+        joined = gather(jnp.concatenate([latent, keys], 2), self.heads_axis, _SEQ)
         latent, keys = jnp.split(joined, [latent.shape[2]], axis=2)
-        positions, segment_ids = self._of_all_heads(positions, segment_ids)
+        positions, segment_ids = self._of_all_heads(*places)
         if selection is not None:
-            selection = gathered_tokens(selection, self.heads_axis)
-        num_before = _num_before(attention, x.shape[1], self.axes)
-        context = tuple(axis for axis in self.axes if axis != self.heads_axis)
-        (keys,) = with_tokens_before([keys], [num_before], context)
+            selection = gather(selection, self.heads_axis, _SEQ)
+        num_before = _num_before(attention, x.shape[1], axes)
+        (keys,) = with_tokens_before([keys], [num_before], axes[:-1])
         attended = entries[0] if entries else None  # not those of the indexer
         operands = latent, positions, keys, attended, selection, segment_ids
         out, log_sum_exp = _attend(attention, operands, is_observed)
-        out = summed_and_split(out, self.heads_axis)
+        out = sum_and_split(out, self.heads_axis, _SEQ)
         if not is_observed:
             return out, None
         parts = with_zeros_for_other_heads(log_sum_exp, self.heads_axis)
-        log_sum_exp = summed_and_split(parts, self.heads_axis)
+        log_sum_exp = sum_and_split(parts, self.heads_axis, _SEQ)
         return out, AttentionValues(log_sum_exp, indexer)
 
     def _of_all_heads(
@@ -175,29 +145,12 @@ class SplitSequenceAndHeads(eqx.Module):
         """Positions and documents of the tokens of all devices of `heads_axis`."""
         if segment_ids is not None:
             joined = jnp.stack([positions, segment_ids], axis=2)
-            joined = gathered_tokens(joined, self.heads_axis)
+            joined = gather(joined, self.heads_axis, _SEQ)
             return joined[..., 0], joined[..., 1]
         local = positions.shape[1]
         first = positions[:, :1] - lax.axis_index(self.heads_axis) * local
-        index = jnp.arange(local * size_of((self.heads_axis,)), dtype=jnp.int32)[None]
+        index = jnp.arange(local * size_of(self.heads_axis), dtype=jnp.int32)[None]
         return first + index, None
-
-
-def split_sequence(
-    attention: Attention, axes: tuple[str, ...], heads_axis: str | None
-) -> SplitSequence | SplitSequenceAndHeads:
-    """Attention of a sequence that is split over mesh axes.
-
-    **Arguments:**
-
-    - `attention`: one device's part of the weights.
-    - `axes`: the mesh axes that split the tokens, major first.
-    - `heads_axis`: the mesh axis that splits the heads, if any; it may be the last of
-        `axes`.
-    """
-    if heads_axis is not None and heads_axis in axes:
-        return SplitSequenceAndHeads(attention, axes, heads_axis)
-    return SplitSequence(attention, axes, heads_axis)
 
 
 def _num_before(attention: Attention, local: int, axes: tuple[str, ...]) -> int:
@@ -233,29 +186,20 @@ def _projected(
 
 def _entries(
     compressors: list,
-    tokens: list,
+    projected: list,
     positions: Int[Array, "batch local_seq"],
     segment_ids: Int[Array, "batch local_seq"] | None,
     axes: tuple[str, ...],
-    x: Float[Array, "batch local_seq dim"],
+    dtype: np.dtype,
 ) -> list:
-    """The whole sequence's `Entries`, for compressors with the same windows.
-
-    **Arguments:**
-
-    - `compressors`: of the layer.
-    - `tokens`: values and gates of each compressor, with those of the tokens before.
-    - `positions`, `segment_ids`: of this device's tokens.
-    - `axes`: the mesh axes that split the sequence, major first.
-    - `x`: activations, whose dtype the entries have.
-    """
+    """The whole sequence's `Entries`, for compressors with the same windows."""
     if not compressors:
         return []
     ratio, local = compressors[0].ratio, positions.shape[1]
     num_windows = -(-local // ratio)  # that may end among these tokens
-    pairs = list(zip(compressors, tokens[::2], tokens[1::2], strict=True))
+    pairs = list(zip(compressors, projected[::2], projected[1::2], strict=True))
     if segment_ids is not None:
-        arguments = positions, segment_ids, num_windows, x.dtype
+        arguments = positions, segment_ids, num_windows, dtype
         local_entries = [
             compressor.compress_documents(*pair, *arguments)
             for compressor, *pair in pairs
@@ -263,16 +207,15 @@ def _entries(
         joined = _gathered_values([entries.values for entries in local_entries], axes)
         first = local_entries[0]
         places = jnp.stack([first.last_positions, first.segment_ids], axis=2)
-        places = gathered_tokens(places, axes)
+        places = gather(places, axes, _SEQ)
         last, segment_ids = places[..., 0], places[..., 1]
         return [Entries(values, last, segment_ids) for values in joined]
     start = positions[:, 0]
     index = jnp.arange(num_windows, dtype=start.dtype)[None]
-    windows = start[:, None] // ratio + index
-    first_positions = windows * ratio
+    first_positions = (start[:, None] // ratio + index) * ratio
     local_values = []
     for compressor, values, gates in pairs:
-        pooled = compressor.pool_after(values, gates, start).astype(x.dtype)
+        pooled = compressor.pool_after(values, gates, start).astype(dtype)
         local_values.append(compressor.finish(pooled, first_positions).values)
     place = _places_of_windows(size_of(axes), local, ratio)
     joined = _gathered_values(local_values, axes, place)
@@ -285,7 +228,7 @@ def _gathered_values(
     parts: list, axes: tuple[str, ...], place: np.ndarray | slice = slice(None)
 ) -> list:
     """Entries of all devices; one message for all compressors."""
-    joined = gathered_tokens(jnp.concatenate(parts, axis=2), axes)[:, place]
+    joined = gather(jnp.concatenate(parts, axis=2), axes, _SEQ)[:, place]
     ends = itertools.accumulate(part.shape[2] for part in parts)
     return jnp.split(joined, list(ends)[:-1], axis=2)
 
@@ -297,16 +240,14 @@ def _selection(
     axes: tuple[str, ...],
     is_observed: bool,
 ) -> tuple[Selection, IndexerValues | None]:
-    """The entries that this device's tokens attend to; None where they see all.
-
-    `tokens` are its activations, latents, positions and segment ids.
-    """
-    indexer, (x, latent, *places) = attention.indexer, tokens
+    """The entries that this device's tokens attend to; None where they see all."""
+    indexer, (x, latent, positions, segment_ids) = attention.indexer, tokens
     if indexer is None:
         return None, None
     if len(entries) < 2:
         return None, no_selected(*x.shape[:2]) if is_observed else None
-    operands = latent, indexer.project_weights(x), places[0], entries[1], places[1]
+    weights = indexer.project_weights(x)
+    operands = latent, weights, positions, entries[1], segment_ids
     if not is_observed:
         return indexer.select(*operands), None
     windows = x.shape[1] * size_of(axes) // indexer.compressor.ratio

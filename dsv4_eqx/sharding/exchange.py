@@ -39,30 +39,15 @@ class ExchangePlan:
     is_ragged: bool
 
     def sent(self, number: Int[Array, ""]) -> Int[Array, " devices"]:
-        """How many rows this device sends to each device in a round.
-
-        **Arguments:**
-
-        - `number`: of the round.
-        """
+        """How many rows this device sends to each device in a round."""
         return self._sizes(self.outgoing, number)
 
     def received(self, number: Int[Array, ""]) -> Int[Array, " devices"]:
-        """How many rows this device receives from each device in a round.
-
-        **Arguments:**
-
-        - `number`: of the round.
-        """
+        """How many rows this device receives from each device in a round."""
         return self._sizes(self.incoming, number)
 
     def rows(self, number: Int[Array, ""]) -> Int[Array, " places"]:
-        """The sorted row in each place that is sent; the number of rows if empty.
-
-        **Arguments:**
-
-        - `number`: of the round.
-        """
+        """The sorted row in each place that is sent; the number of rows if empty."""
         totals = jnp.sum(self.outgoing, axis=1)
         first = jnp.cumsum(totals) - totals
         place = self._places(number)[None]
@@ -71,12 +56,7 @@ class ExchangePlan:
         return jnp.where(is_row, index, jnp.sum(totals)).reshape(-1)
 
     def experts(self, number: Int[Array, ""]) -> Int[Array, " places"]:
-        """The local expert of each place received; the number of experts if empty.
-
-        **Arguments:**
-
-        - `number`: of the round.
-        """
+        """The local expert of each place received; the number of experts if empty."""
         ends = jnp.cumsum(self.incoming, axis=1)
         place = self._places(number)
         find = jax.vmap(lambda ends: jnp.searchsorted(ends, place, side="right"))
@@ -102,12 +82,7 @@ def plan_exchange(
 ) -> ExchangePlan:
     """Gathers how many rows every device has for every expert.
 
-    **Arguments:**
-
-    - `counts`: this device's rows for each expert of each device.
-    - `capacity`: rows that a round carries from one device to another.
-    - `axis`: of the mesh.
-    - `is_ragged`: whether rows are sent without padding up to the capacity.
+    A round carries `capacity` rows from one device to another, padded unless ragged.
     """
     all_counts = lax.all_gather(counts, axis)
     # As many as the pair of devices with the most rows needs.
@@ -128,14 +103,7 @@ def exchange(
 ) -> Float[Array, "places ..."]:
     """Sends a round's rows to their experts, or the experts' outputs back.
 
-    **Arguments:**
-
-    - `plan`: from `plan_exchange`.
-    - `values`: in `plan.capacity` places for each device.
-    - `number`: of the round.
-    - `back`: whether they return to where the rows came from.
-
-    **Returns:** the rows that the devices sent to this one, in the same places.
+    There are `plan.capacity` places for each device, before and after.
     """
     if not plan.is_ragged:
         return lax.all_to_all(values, plan.axis, 0, 0, tiled=True)

@@ -46,12 +46,7 @@ class ExpertParallel(eqx.Module):
         chosen: Int[Array, "tokens slots"],
         weights: Float[Array, "tokens slots"],
     ) -> Float[Array, "tokens dim"]:
-        """**Arguments:** as for `Experts`, with `chosen` among all devices' experts.
-
-        **Returns:** the weighted sum, at least float32.
-
-        **Raises:** ValueError as `Experts` does.
-        """
+        """The weighted sum, at least float32; `chosen` are ids among all experts."""
         validate_routing(x, chosen, weights)
         experts = self.experts
         if not self.are_whole:

@@ -44,24 +44,15 @@ class Gathered(eqx.Module):
     recomputed: bool = eqx.field(static=True, default=False)
 
     def __call__(self, *args: Any) -> Any:
-        """The module's output.
-
-        **Arguments:** those of the module.
-        """
+        """The module's output."""
         return self._run(lambda module, *args: module(*args), *args)
 
     def extend(self, *args: Any) -> Any:
-        """What the module's `extend` returns.
-
-        **Arguments:** those of the module's `extend`.
-        """
+        """What the module's `extend` returns."""
         return self._run(lambda module, *args: module.extend(*args), *args)
 
     def observe(self, *args: Any) -> Any:
-        """The module's output, and what its `observe` shows.
-
-        **Arguments:** those of the module.
-        """
+        """The module's output, and what its `observe` shows."""
         return self._run(observed, *args)
 
     def _run(self, function: Any, *args: Any) -> Any:
@@ -75,14 +66,7 @@ class Gathered(eqx.Module):
 
 
 def gathered(module: Any, axis: str, dims: tuple[int | None, ...]) -> Any:
-    """The module with whole weights.
-
-    **Arguments:**
-
-    - `module`: with weights split over the axis.
-    - `axis`: of the mesh.
-    - `dims`: the dimension of each array that is split, counted from the end, or None.
-    """
+    """The module with whole weights; `dims` as in `Gathered`."""
 
     def whole(x: Array, dim: int | None) -> Array:
         if dim is None:
@@ -101,13 +85,6 @@ def split_further(module: Any, specs: Any, mesh: Mesh | AbstractMesh, axis: str)
     A dimension that the axis divides is split: preferably one that is not split yet,
     then the largest. Leading dimensions without a name, as of stacked layers, are not
     split, nor are arrays of integers, which are not trained.
-
-    **Arguments:**
-
-    - `module`: a module.
-    - `specs`: its specs, from `partition_specs`.
-    - `mesh`: the mesh.
-    - `axis`: a mesh axis that the specs do not use.
     """
     structure = jax.tree.structure(module)
     pairs = zip(annotated_leaves(module), structure.flatten_up_to(specs), strict=True)
@@ -143,16 +120,9 @@ def _split_leaf(
 def gather_in_use(
     model: Any, specs: Any, axis: str, *, recomputed: bool = False
 ) -> Any:
-    """The model with wrappers that gather each block's weights while it runs.
+    """The model, inside `shard_map`, with blocks that gather weights while they run.
 
     Weights outside of blocks are gathered at once.
-
-    **Arguments:**
-
-    - `model`: one device's part of the model, inside `shard_map`.
-    - `specs`: from `split_further`, in the model's tree.
-    - `axis`: the mesh axis that splits the weights further.
-    - `recomputed`: whether the backward pass recomputes whole blocks.
     """
 
     def is_block(node: Any) -> bool:

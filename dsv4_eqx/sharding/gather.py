@@ -13,63 +13,35 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-Axes = str | tuple[str | None, ...]
+Axes = str | tuple[str, ...]
 
 
-def gather(
-    x: Shaped[Array, "*part"], axes: Axes | None, dim: int
-) -> Shaped[Array, "*whole"]:
-    """The parts of all devices of some mesh axes, in order.
-
-    **Arguments:**
-
-    - `x`: this device's part.
-    - `axes`: the mesh axes that split the array, major first.
-    - `dim`: the dimension that is split.
-    """
+def gather(x: Shaped[Array, "*part"], axes: Axes, dim: int) -> Shaped[Array, "*whole"]:
+    """The parts of all devices of some mesh axes, major first, joined along `dim`."""
     if _sums_whole() and jnp.issubdtype(x.dtype, jnp.inexact):
         return _gather(x, axes, dim)
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
 def sum_and_split(
-    x: Float[Array, "*whole"], axes: Axes | None, dim: int
+    x: Float[Array, "*whole"], axes: Axes, dim: int
 ) -> Float[Array, "*part"]:
-    """This device's part of the sum over all devices of some mesh axes.
-
-    **Arguments:**
-
-    - `x`: this device's summand.
-    - `axes`: the mesh axes to sum over, which then split the sum, major first.
-    - `dim`: the dimension that is split.
-    """
+    """This device's part along `dim` of the sum over all devices of some mesh axes."""
     if not _sums_whole():
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     return own_part(lax.psum(x, axes), axes, dim)
 
 
 def own_part(
-    x: Shaped[Array, "*whole"], axes: Axes | None, dim: int
+    x: Shaped[Array, "*whole"], axes: Axes, dim: int
 ) -> Shaped[Array, "*part"]:
-    """This device's part of an array that is equal on all devices of some mesh axes.
-
-    **Arguments:**
-
-    - `x`: the whole array.
-    - `axes`: the mesh axes that are to split it, major first.
-    - `dim`: the dimension that is split.
-    """
+    """This device's part along `dim` of an array that is equal on all devices."""
     part = x.shape[dim] // size_of(axes)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * part, part, dim)
 
 
-def size_of(axes: Axes | None) -> int:
-    """The product of the sizes of some mesh axes.
-
-    **Arguments:**
-
-    - `axes`: of the mesh.
-    """
+def size_of(axes: Axes) -> int:
+    """The product of the sizes of some mesh axes."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(map(lax.axis_size, names))
 

@@ -60,17 +60,7 @@ def make_mesh(
 
 
 def validate_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a mesh that is not like those of `make_mesh`.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `mesh`: the argument.
-
-    **Raises:** ValueError if it is not a mesh, lacks an axis, has the axes in another
-    order, or has axes that are not `Auto` (those of `jax.make_mesh` are `Explicit` by
-    default).
-    """
+    """Refuses a mesh that is not like those of `make_mesh`."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise invalid_argument(call, "mesh", mesh, "from make_mesh")
     # In this order: `lax.ppermute` counts devices in the order of the mesh's axes.
@@ -89,15 +79,7 @@ def validate_mesh(call: str, mesh: Mesh | AbstractMesh) -> None:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The size of every axis, from text like `data=8,expert=64`; 1 by default.
-
-    **Arguments:**
-
-    - `text`: axes and sizes.
-
-    **Raises:** ValueError if the text has another form, or an axis in it does not exist
-    or is given twice.
-    """
+    """The size of every axis, from text like `data=8,expert=64`; 1 by default."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")

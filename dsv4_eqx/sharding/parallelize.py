@@ -25,9 +25,9 @@ from dsv4_eqx.moe.experts import Experts
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.numerics.validation import invalid_argument
 from dsv4_eqx.sharding.context import (
+    AbstractSplitSequence,
     SplitSequence,
     SplitSequenceAndHeads,
-    split_sequence,
 )
 from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.mesh import validate_mesh
@@ -44,10 +44,7 @@ from dsv4_eqx.sharding.partial_sums import (
 from dsv4_eqx.sharding.rules import rules_with
 from dsv4_eqx.sharding.tensor import SummedOver, WithAllTokens
 
-_WRAPPERS: Final = (
-    *(ExpertParallel, SummedOver, WithAllTokens),
-    *(SplitSequence, SplitSequenceAndHeads),
-)
+_WRAPPERS: Final = (ExpertParallel, SummedOver, WithAllTokens, AbstractSplitSequence)
 # The dimension of the tokens in arguments of a mixture's parts, and of a mixture.
 _ROWS, _SEQ = 0, 1
 
@@ -173,7 +170,9 @@ def _wrap_around(node: Any, wrapped: Any, is_partial: bool, here: _Surroundings)
     """The node with wrapped children, in the wrappers that it needs itself."""
     splits_tokens = "tensor" in here.sequence
     if isinstance(node, Attention) and here.sequence:
-        return split_sequence(wrapped, here.sequence, "tensor" if is_partial else None)
+        if is_partial and splits_tokens:
+            return SplitSequenceAndHeads(wrapped, here.sequence, "tensor")
+        return SplitSequence(wrapped, here.sequence, "tensor" if is_partial else None)
     if is_partial and not splits_tokens:
         wrapped = SummedOver(wrapped, "tensor")
     summed = ("tensor",) if is_partial and splits_tokens else ()

@@ -43,14 +43,7 @@ _OURS: Final = (
 
 
 def partial_dims(part: Any) -> frozenset[str]:
-    """The dimensions over which a part declares its output to be a partial sum.
-
-    **Arguments:**
-
-    - `part`: any module.
-
-    **Raises:** ValueError if `partial_over` is not a tuple of dimensions of its arrays.
-    """
+    """The dimensions over which a part declares its output to be a partial sum."""
     declared = getattr(part, "partial_over", ())
     name = f"{type(part).__name__}.partial_over"
     is_tuple = isinstance(declared, tuple)
@@ -75,46 +68,22 @@ def partial_dims(part: Any) -> frozenset[str]:
 
 
 def dims_of(module: Any) -> frozenset[str]:
-    """The dimensions of all arrays in a module.
-
-    **Arguments:**
-
-    - `module`: any module.
-    """
+    """The dimensions of all arrays in a module."""
     return frozenset(d for leaf in annotated_leaves(module) for d in leaf.dims or ())
 
 
 def is_ours(node: Any) -> bool:
-    """Whether a node is a module of the library.
-
-    **Arguments:**
-
-    - `node`: any node of a tree.
-    """
+    """Whether a node of a tree is a module of the library."""
     return isinstance(node, _OURS)
 
 
 def declares_sum(node: Any) -> bool:
-    """Whether a node is a module with `partial_over`.
-
-    **Arguments:**
-
-    - `node`: any node of a tree.
-    """
+    """Whether a node of a tree is a module with `partial_over`."""
     return isinstance(node, eqx.Module) and hasattr(node, "partial_over")
 
 
 def validate_split(part: Any, path: str, split: frozenset[str]) -> None:
-    """Refuses a part without `partial_over` whose arrays are split.
-
-    **Arguments:**
-
-    - `part`: without `partial_over`.
-    - `path`: its path in the model.
-    - `split`: dimensions that are split.
-
-    **Raises:** ValueError if an array of the part itself has one of those dimensions.
-    """
+    """Refuses a part without `partial_over` of which an array of its own is split."""
     # The model itself handles a split vocabulary: nothing is summed over it.
     split_dims = sorted((_own_dims(part) & split) - {"vocab"})
     if split_dims:
@@ -128,15 +97,9 @@ def validate_split(part: Any, path: str, split: frozenset[str]) -> None:
 
 
 def validate_inside(part: Any, path: str) -> None:
-    """Refuses other modules inside a split part, unless they declare that they fit.
+    """Refuses modules in a part of which each device has some heads or tokens.
 
-    **Arguments:**
-
-    - `part`: a part of which each device has some heads or some tokens.
-    - `path`: its path in the model.
-
-    **Raises:** ValueError if a module inside of it has no `partial_over`, or one that
-    is not empty.
+    They fit where they declare it by an empty `partial_over`.
     """
 
     def is_foreign(node: Any) -> bool:
@@ -156,16 +119,7 @@ def validate_inside(part: Any, path: str) -> None:
 
 
 def refuse_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
-    """Refuses a part without `partial_over` where each device has other tokens.
-
-    **Arguments:**
-
-    - `part`: without `partial_over`.
-    - `path`: its path in the model.
-    - `axes`: the mesh axes that split tokens.
-
-    **Raises:** ValueError, always.
-    """
+    """Refuses a part without `partial_over` where each device has other tokens."""
     name = type(part).__name__
     raise ValueError(
         f"{_at(path)}{name} would be called with some tokens of a "
@@ -175,15 +129,7 @@ def refuse_by_token(part: Any, path: str, axes: tuple[str, ...]) -> None:
 
 
 def validate_num_local(part: Any, path: str) -> None:
-    """Refuses split experts that do not say how many of them a device holds.
-
-    **Arguments:**
-
-    - `part`: the module in the place of `Experts`.
-    - `path`: its path in the model.
-
-    **Raises:** ValueError if it has no `num_local`.
-    """
+    """Refuses split experts that do not say how many of them a device holds."""
     if not hasattr(part, "num_local"):
         raise ValueError(
             f"{_at(path)}{type(part).__name__} has arrays that are split "

@@ -48,11 +48,6 @@ class Processes:
     """This process as one of several; made by `initialize`."""
 
     def __init__(self, index: int, timeout: int):
-        """**Arguments:**
-
-        - `index`: of this process.
-        - `timeout`: default timeout of a region, in seconds.
-        """
         self.index, self.timeout = index, timeout
         self._name = f"process {index} ({socket.gethostname()}, pid {os.getpid()})"
         self._client: Any = distributed.global_state.client
@@ -156,13 +151,11 @@ def initialize(
     naming the process, the item and both values, if settings or versions differ.
     """
     num_processes = validate_size("initialize", "num_processes", num_processes)
-    last = num_processes - 1
-    index = validate_int("initialize", "index", index, least=0, most=last)
-    _validate(address, settings)
+    index = validate_int("initialize", "index", index, least=0, most=num_processes - 1)
     timeout = validate_size("initialize", "timeout", timeout)
     heartbeat = validate_size("initialize", "heartbeat_timeout", heartbeat_timeout)
-    start = initialization_timeout
-    start = validate_size("initialize", "initialization_timeout", start)
+    wait = validate_size("initialize", "initialization_timeout", initialization_timeout)
+    _validate(address, settings)
     entries = _settings(num_processes, settings or {})
     if not faulthandler.is_enabled():
         faulthandler.enable(_STDERR)
@@ -170,13 +163,13 @@ def initialize(
         address,
         num_processes,
         index,
-        initialization_timeout=start,
+        initialization_timeout=wait,
         heartbeat_timeout_seconds=heartbeat,
         shutdown_timeout_seconds=timeout + heartbeat,
         **options,
     )
     processes = Processes(index, timeout)
-    if differences := _differences(processes, entries, 1000 * start):
+    if differences := _differences(processes, entries, 1000 * wait):
         jax.distributed.shutdown()
         raise ValueError(f"initialize: {differences}: start all of them alike.")
     watch = threading.Thread(target=processes._watch, daemon=True)
@@ -191,8 +184,8 @@ def initialize(
         processes._raised = True
         why = f"{processes._name} failed: {type(error).__name__}: {error}"
         # If another process that died caused it, JAX finds that one in the meantime.
-        wait = heartbeat + 1 if error is processes._region_error else 0
-        _start_timer(wait, lambda: processes._tell(why))
+        delay = heartbeat + 1 if error is processes._region_error else 0
+        _start_timer(delay, lambda: processes._tell(why))
         raise
 
 
@@ -223,20 +216,20 @@ def _settings(num_processes: int, settings: Mapping[str, Any]) -> dict[str, str]
 
 def _differences(processes: Processes, entries: Mapping[str, str], wait: int) -> str:
     """How processes differ from process 0, the same text on all; empty if equal."""
-    client, index = processes._client, processes.index
-    if index == 0:
+    client = processes._client
+    if processes.index == 0:
         client.key_value_set(_SETTINGS, json.dumps(entries))
     first = json.loads(client.blocking_key_value_get(_SETTINGS, wait))
     differ = []
     for item in sorted(first.keys() | entries.keys()):
-        here, there = (x.get(item, "nothing")[:_LONGEST] for x in (entries, first))
         if entries.get(item) != first.get(item):
+            here, there = (x.get(item, "nothing")[:_LONGEST] for x in (entries, first))
             differ.append(f"{item} {here}, process 0 has {there}")
     if len(differ) > _MOST_SHOWN:
         differ[_MOST_SHOWN:] = [f"{len(differ) - _MOST_SHOWN} more"]
     if differ:
         text = f"{processes._name} has {'; '.join(differ)}"
-        client.key_value_set(f"{_DIFFERENCES}/{index:09}", text)
+        client.key_value_set(f"{_DIFFERENCES}/{processes.index:09}", text)
     client.wait_at_barrier(_DIFFERENCES, wait)
     return "; ".join(text for _, text in sorted(client.key_value_dir_get(_DIFFERENCES)))
 

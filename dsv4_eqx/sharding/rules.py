@@ -79,18 +79,7 @@ def rules_with(
     *,
     split_vocab: bool = True,
 ) -> Rules:
-    """`DEFAULT_RULES` and rules for the user's own dimensions.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `dimensions`: for each name of the user's: `"tensor"`, or None for a dimension
-        that is whole on every device.
-    - `split_vocab`: whether `tensor` splits the vocabulary.
-
-    **Raises:** ValueError if `dimensions` is not such a mapping, or has a name that is
-    in `DIMENSIONS`.
-    """
+    """`DEFAULT_RULES` and the rules for the user's own dimensions."""
     dimensions = {} if dimensions is None else dimensions
     allowed = 'a mapping like {"lora_rank": None, "my_heads": "tensor"}'
     if not isinstance(dimensions, Mapping):
@@ -115,12 +104,6 @@ def place(module: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The module with every array split over the mesh as its spec says.
 
     Abstract arrays become abstract arrays with the sharding.
-
-    **Arguments:**
-
-    - `module`: what to place.
-    - `specs`: from `partition_specs`.
-    - `mesh`: from `make_mesh`.
     """
 
     def put(leaf: Any, spec: P) -> Any:

@@ -73,12 +73,13 @@ def shard(
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
         placed = jax.jit(model, out_shardings=shardings)()
     return ShardedModel(
-        placed,
-        mesh,
-        specs,
+        model=placed,
+        mesh=mesh,
+        leaf_specs=tuple(jax.tree.structure(placed).flatten_up_to(specs)),
         splits_vocab=split_vocab,
-        dimensions=dimensions or {},
+        dimensions=tuple((dimensions or {}).items()),
         fsdp=fsdp,
+        config=placed.config,
     )
 
 

@@ -7,7 +7,7 @@ hidden channels are split, over `tensor`. Of a cache, only the rows are split.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -46,41 +46,17 @@ class ShardedModel(AbstractModel):
     """A DeepSeek-V4 whose arrays are split over a mesh; made by `shard`.
 
     The number of rows must be a multiple of `data` x `expert`, and the length of a
-    sequence without cache a multiple of `context`. With a cache, the devices of
-    `context` repeat each other's work.
+    sequence without cache a multiple of `context`; methods raise a ValueError
+    otherwise. With a cache, the devices of `context` repeat each other's work.
     """
 
     model: DeepSeekV4
     mesh: Mesh | AbstractMesh = eqx.field(static=True)
     leaf_specs: tuple[P, ...] = eqx.field(static=True)  # of `model`, array by array
-    splits_vocab: bool = eqx.field(static=True)
+    splits_vocab: bool = eqx.field(static=True)  # whether `tensor` does
     dimensions: tuple[tuple[str, str | None], ...] = eqx.field(static=True)
-    fsdp: bool = eqx.field(static=True)
+    fsdp: bool = eqx.field(static=True)  # whether `data` splits weights
     config: Config = eqx.field(static=True)
-
-    def __init__(
-        self,
-        model: DeepSeekV4,
-        mesh: Mesh | AbstractMesh,
-        specs: Any,
-        *,
-        splits_vocab: bool,
-        dimensions: Mapping[str, str | None],
-        fsdp: bool,
-    ):
-        """**Arguments:**
-
-        - `model`: placed as `specs` say.
-        - `mesh`: from `make_mesh`.
-        - `specs`: the model's tree with a PartitionSpec in place of each array.
-        - `splits_vocab`: whether `tensor` splits embedding and unembedding.
-        - `dimensions`: of the user's own modules, as for `shard`.
-        - `fsdp`: whether `data` splits weights.
-        """
-        self.model, self.config, self.mesh = model, model.config, mesh
-        self.leaf_specs = tuple(jax.tree.structure(model).flatten_up_to(specs))
-        self.dimensions = tuple(dimensions.items())
-        self.splits_vocab, self.fsdp = splits_vocab, fsdp
 
     @property
     def num_mtp(self) -> int:
@@ -107,10 +83,7 @@ class ShardedModel(AbstractModel):
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the last layer.
 
-        **Arguments:** as for calling.
-
-        **Raises:** ValueError as for calling, and if the number of rows is not a
-        multiple of `data` x `expert`, or their length not of `context`.
+        **Arguments, raises:** as for `AbstractModel.streams`.
         """
         return self._run_layers(Layers.__call__, tokens, segment_ids, remat)
 
@@ -119,7 +92,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """The residual streams after the last layer, and what each layer computed.
 
-        **Arguments, raises:** as for `streams`.
+        **Arguments, raises:** as for `AbstractModel.streams`.
         """
         return self._run_layers(Layers.observe, tokens, segment_ids, remat)
 
@@ -128,40 +101,31 @@ class ShardedModel(AbstractModel):
     ) -> Any:
         token_ids = self.model.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
-        split = self._split("streams", token_ids.shape)
+        split = token_split("streams", token_ids.shape, self.mesh)
 
         def run(model: DeepSeekV4, ids: Array, *places: Any) -> Any:
             return run_layers(model.layers, model.embed(ids), ids, *places, remat=remat)
 
-        inputs = token_ids, *places
-        specs = (split.spec,) * len(inputs)
-        return self._map(run, split, specs, split.spec, remat=remat)(*inputs)
+        return self._run(run, split, split.spec, token_ids, *places, remat=remat)
 
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
         """Collapses residual streams into the final hidden activations.
 
-        **Arguments:**
-
-        - `streams`: from `streams` or `extend_streams`.
+        **Arguments:** as for `AbstractModel.collapse`.
         """
-        split = self._split("collapse", streams.shape[:-2])
-        run = self._map(
-            lambda model, x: model.collapse(x), split, (split.spec,), split.spec
-        )
-        return run(streams)
+        split = token_split("collapse", streams.shape[:-2], self.mesh)
+        return self._run(DeepSeekV4.collapse, split, split.spec, streams)
 
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
         """Logits, at least float32; split where `tensor` splits the vocabulary.
 
-        **Arguments:**
-
-        - `hidden`: from `hidden` or `collapse`.
+        **Arguments:** as for `AbstractModel.unembed`.
         """
-        split = self._split("unembed", hidden.shape[:-1])
+        split = token_split("unembed", hidden.shape[:-1], self.mesh)
         join, spec = self._for_vocab(split)
 
         def run(model: DeepSeekV4, hidden: Array) -> Array:
@@ -169,7 +133,7 @@ class ShardedModel(AbstractModel):
 
         leading = [*spec, *[None] * hidden.ndim][: hidden.ndim - 1]
         out = P(*leading, self._vocab_axis)
-        return self._map(run, split, (split.spec,), out)(hidden)
+        return self._run(run, split, out, hidden)
 
     def cross_entropy(
         self,
@@ -181,28 +145,18 @@ class ShardedModel(AbstractModel):
 
         Logits are not gathered: devices exchange a few numbers for each token.
 
-        **Arguments:**
-
-        - `hidden`: from `hidden` or `collapse`.
-        - `targets`: the next token at each position.
-        - `mask`: which targets count; all by default. The cross-entropy of the others
-            is 0, whatever they are.
-
-        **Raises:** ValueError if targets or mask do not have one value for each
-        position, or a target that counts is outside the vocabulary. Under `jit`, where
-        values are unknown, the cross-entropy of such a target is NaN.
+        **Arguments, raises:** as for `AbstractModel.cross_entropy`.
         """
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
-        split = self._split("cross_entropy", targets.shape)
+        split = token_split("cross_entropy", targets.shape, self.mesh)
         join, spec = self._for_vocab(split)
 
         def run(model: DeepSeekV4, hidden: Array, targets: Array) -> Array:
             logits = model.unembed(join(hidden))
             return cross_entropy_split_vocab(logits, join(targets), self._vocab_axis)
 
-        specs = split.spec, split.spec
-        nats = self._map(run, split, specs, spec)(hidden, targets)
+        nats = self._run(run, split, spec, hidden, targets)
         return nats if mask is None else jnp.where(mask, nats, 0)
 
     def multi_token_logits(
@@ -210,49 +164,34 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
         """Logits of the next token, and of the token after next.
 
-        The second array has one position less, since it needs the next token itself.
-
-        **Arguments:** as for calling; at least two tokens.
-
-        **Raises:** ValueError if the model has no prediction block or there is a single
-        token, and as for calling.
+        **Arguments, raises:** as for `AbstractModel.multi_token_logits`.
         """
         token_ids = self.model.validate_ahead(tokens)
         places = token_places("multi_token_logits", token_ids, segment_ids)
         streams = self.streams(token_ids, segment_ids, remat=remat)
-        split = self._split("multi_token_logits", token_ids.shape)
+        split = token_split("multi_token_logits", token_ids.shape, self.mesh)
         # The last position has no next token. Any will do: its output is dropped.
         following = jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
 
         def run(model: DeepSeekV4, streams: Array, ids: Array, *places: Any):
             return model.mtp[0](streams, model.embedding[ids], ids, *places)
 
-        inputs = streams, following, *places
-        specs = (split.spec,) * len(inputs)
-        ahead = self._map(run, split, specs, split.spec)(*inputs)
+        ahead = self._run(run, split, split.spec, streams, following, *places)
         logits = self.unembed(self.collapse(streams))
         return logits, self.unembed(ahead)[:, :-1]
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """The state before any token, for `extend`; only its rows are split.
 
-        **Arguments:**
-
-        - `batch`: number of rows, a multiple of `data` x `expert`.
-        - `capacity`: the most tokens that a row can have.
-
-        **Raises:** ValueError if either is not a positive integer, `batch` is not such
-        a multiple, or the capacity is above `max_position_embeddings`.
+        **Arguments, raises:** as for `AbstractModel.init_cache`.
         """
         make = functools.partial(self.model.init_cache, batch, capacity)
         return self._placed("init_cache", batch, make)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
-        """The state of the prediction block before any token.
+        """The state of the prediction block before any token; only its rows are split.
 
-        **Arguments:** as for `init_cache`.
-
-        **Raises:** ValueError as `init_cache` does, and without a prediction block.
+        **Arguments, raises:** as for `AbstractModel.init_mtp_cache`.
         """
         make = functools.partial(self.model.init_mtp_cache, batch, capacity)
         return self._placed("init_mtp_cache", batch, make)
@@ -262,10 +201,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
         """The residual streams of new tokens after the last layer, and the cache.
 
-        **Arguments:** as for `extend`.
-
-        **Raises:** ValueError as `extend` does, and if the number of rows is not a
-        multiple of `data` x `expert`.
+        **Arguments, raises:** as for `AbstractModel.extend`.
         """
         streams, layers, new = self._extend(Layers.extend, tokens, cache, lengths)
         return streams, Cache(cache.lengths + new, layers, cache.capacity)
@@ -275,12 +211,7 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
         """Runs new tokens like `extend_streams`; how many are kept is decided later.
 
-        **Arguments:** as for `extend`.
-
-        **Returns:** the streams, and a `Lookahead`: its method `keep` returns the cache
-        after the tokens that are kept.
-
-        **Raises:** ValueError as `extend_streams` does.
+        **Arguments, returns, raises:** as for `AbstractModel.lookahead`.
         """
         streams, layers, new = self._extend(Layers.lookahead, tokens, cache, lengths)
         return streams, Lookahead(cache.lengths, new, layers, cache.capacity)
@@ -294,34 +225,22 @@ class ShardedModel(AbstractModel):
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
         """The prediction block's hidden activations, as `unembed` takes them.
 
-        **Arguments:**
-
-        - `streams`: of the main model at new tokens, then padding of any values.
-        - `following`: the token after each new token.
-        - `cache`: from `init_mtp_cache` or another call.
-        - `lengths`: new tokens of each row.
-
-        **Raises:** ValueError if there is no prediction block, or ids, cache and
-        lengths do not match, as for `extend`.
+        **Arguments, raises:** as for `AbstractModel.extend_mtp`.
         """
         following, lengths = self.model.validate_following(following, cache, lengths)
-        split = self._split("extend_mtp", lengths.shape)
-        rows = split.spec  # rows are the first dimension of every array of a state
-        return self._map(
-            lambda model, *args: model.extend_mtp(*args), split, (rows,) * 4, rows
-        )(streams, following, cache, lengths)
+        split = token_split("extend_mtp", lengths.shape, self.mesh)
+        inputs = streams, following, cache, lengths
+        return self._run(DeepSeekV4.extend_mtp, split, split.spec, *inputs)
 
     def _extend(self, extend: Callable, tokens: Any, cache: Any, lengths: Any) -> Any:
         token_ids, lengths = self.model.validate_new(tokens, cache, lengths)
-        split = self._split("extend", token_ids.shape[:1])
+        split = token_split("extend", token_ids.shape[:1], self.mesh)
 
         def run(model: DeepSeekV4, ids: Array, *state: Any) -> Any:
             return extend(model.layers, model.embed(ids), ids, *state)
 
-        rows = split.spec  # rows are the first dimension of every array of a state
-        streams, layers = self._map(run, split, (rows,) * 4, rows)(
-            token_ids, cache.layers, cache.lengths, lengths
-        )
+        inputs = token_ids, cache.layers, cache.lengths, lengths
+        streams, layers = self._run(run, split, split.spec, *inputs)
         return streams, layers, lengths
 
     @property
@@ -336,33 +255,30 @@ class ShardedModel(AbstractModel):
             return lambda x: x, split.spec
         return lambda x: gather(x, _HEADS, _SEQ), split.without(_HEADS).spec
 
-    def _split(self, call: str, shape: tuple[int, ...]) -> TokenSplit:
-        return token_split(call, shape, self.mesh)
-
-    def _map(
+    def _run(
         self,
         function: Callable,
         split: TokenSplit,
-        in_specs: Any,
-        out_specs: Any,
-        *,
+        out_spec: P,
+        *inputs: Any,
         remat: bool = False,
-    ) -> Callable:
-        """Makes a function of one device's model and arrays one of whole arrays.
+    ) -> Any:
+        """Runs a function of one device's model and inputs, over the mesh.
 
-        The model is not an argument of the function that is returned.
+        All inputs are split like the tokens. Of a state, rows come first in all arrays.
         """
         specs = self.specs
 
-        def run(model: DeepSeekV4, *args: Any) -> Any:
-            return function(self._on_device(model, specs, split, remat), *args)
+        def run(model: DeepSeekV4, *inputs: Any) -> Any:
+            return function(self._on_device(model, specs, split, remat), *inputs)
 
+        in_specs = specs, *(split.spec for _ in inputs)
         mapped = jax.shard_map(
-            run, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs
+            run, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec
         )
         # Constrained outside too, so that gradients have the weights' sharding.
         placed = jax.lax.with_sharding_constraint(self.model, self._shardings(specs))
-        return functools.partial(mapped, placed)
+        return mapped(placed, *inputs)
 
     def _on_device(
         self, model: DeepSeekV4, specs: Any, split: TokenSplit, remat: bool
@@ -388,7 +304,7 @@ class ShardedModel(AbstractModel):
     def _placed(self, call: str, batch: int, make: Callable[[], Any]) -> Any:
         """A cache split by rows; abstract if the model is."""
         shapes = eqx.filter_eval_shape(make)
-        rows = self._split(call, (batch,)).spec
+        rows = token_split(call, (batch,), self.mesh).spec
         specs = jax.tree.map(lambda _: rows, shapes)
         if isinstance(self.model.embedding, jax.ShapeDtypeStruct):
             return place(shapes, specs, self.mesh)

@@ -25,31 +25,16 @@ class SummedOver(eqx.Module):
     axis: str = eqx.field(static=True)
 
     def __call__(self, *args: Any) -> Array:
-        """The module's output, added up over the axis.
-
-        **Arguments:**
-
-        - `args`: those of the module, equal on all devices of the axis.
-        """
+        """The module's output, added up over the axis."""
         return lax.psum(self.module(*args), self.axis)
 
     def extend(self, *args: Any) -> tuple[Array, Any]:
-        """The output added up, and the state, which is the same on all devices.
-
-        **Arguments:**
-
-        - `args`: those of the module's `extend`, equal on all devices of the axis.
-        """
+        """The output added up, and the state, which is the same on all devices."""
         out, state = self.module.extend(*args)
         return lax.psum(out, self.axis), state
 
     def observe(self, *args: Any) -> tuple[Array, Any]:
-        """The output added up, and what the module shows, of all heads.
-
-        **Arguments:**
-
-        - `args`: those of the module, equal on all devices of the axis.
-        """
+        """The output added up, and what the module shows, of all heads."""
         out, values = observed(self.module, *args)
         return lax.psum(out, self.axis), of_all_heads(values, self.axis)
 
@@ -67,21 +52,11 @@ class WithAllTokens(eqx.Module):
     dim: int = eqx.field(static=True)  # of the tokens, in arguments and output
 
     def __call__(self, *args: Any) -> Array:
-        """The module's output for this device's tokens.
-
-        **Arguments:**
-
-        - `args`: those of the module, for this device's tokens.
-        """
+        """The module's output for this device's tokens."""
         return self._split(self.module(*self._gathered(args)))
 
     def observe(self, *args: Any) -> tuple[Array, Any]:
-        """The output, and what the module shows, for this device's tokens.
-
-        **Arguments:**
-
-        - `args`: those of the module, for this device's tokens.
-        """
+        """The output, and what the module shows, for this device's tokens."""
         out, values = observed(self.module, *self._gathered(args))
         for axis in self.summed:
             values = of_all_heads(values, axis)
@@ -99,13 +74,7 @@ class WithAllTokens(eqx.Module):
 
 
 def of_all_heads(values: Any, axis: str) -> Any:
-    """What a part shows, with the log-sum-exps of all devices' heads.
-
-    **Arguments:**
-
-    - `values`: what it shows on this device.
-    - `axis`: the mesh axis that splits its heads, if it has any.
-    """
+    """What a part shows, with the log-sum-exps of the heads of all devices."""
     if not isinstance(values, AttentionValues):
         return values
     parts = with_zeros_for_other_heads(values.log_sum_exp, axis)
@@ -115,13 +84,7 @@ def of_all_heads(values: Any, axis: str) -> Any:
 def with_zeros_for_other_heads(
     x: Float[Array, "batch seq local_heads"], axis: str
 ) -> Float[Array, "batch seq heads"]:
-    """An array of all heads, zero for those of other devices.
-
-    **Arguments:**
-
-    - `x`: of this device's heads.
-    - `axis`: the mesh axis that splits them.
-    """
+    """An array of all heads, zero for those of other devices."""
     is_here = jnp.arange(lax.axis_size(axis)) == lax.axis_index(axis)
     return jnp.where(is_here[:, None], x[:, :, None], 0).reshape(*x.shape[:2], -1)
 
@@ -149,14 +112,7 @@ def embed_split_vocab(
     token_ids: Int[Array, "*batch"],
     axis: str,
 ) -> Float[Array, "*batch dim"]:
-    """Embeddings of tokens, where a mesh axis splits the embedding's rows.
-
-    **Arguments:**
-
-    - `embedding`: this device's rows.
-    - `token_ids`: equal on all devices of the axis.
-    - `axis`: the mesh axis that splits the vocabulary.
-    """
+    """Embeddings of tokens, equal on all devices of the axis that splits the rows."""
     return lax.psum(_local_embeddings(embedding, token_ids, axis), axis)
 
 
@@ -179,13 +135,8 @@ def cross_entropy_split_vocab(
 ) -> Float[Array, "*batch"]:
     """Cross-entropy in nats of each target, without gathering the logits.
 
-    It is NaN for a target outside the vocabulary.
-
-    **Arguments:**
-
-    - `logits`: this device's part of the vocabulary.
-    - `targets`: equal on all devices of the axis.
-    - `axis`: the mesh axis that splits the vocabulary, if one does.
+    It is NaN for a target outside the vocabulary. `axis` splits the vocabulary, if one
+    does; its devices have the same targets.
     """
     if axis is None:
         return cross_entropy_from_logits(logits, targets)

@@ -28,12 +28,7 @@ class TokenSplit:
         return P(*map(entry_of, entries))
 
     def without(self, axis: str) -> "TokenSplit":
-        """The same split, where one axis does not split sequences.
-
-        **Arguments:**
-
-        - `axis`: of the mesh.
-        """
+        """The same split, where one mesh axis does not split sequences."""
         sequence = tuple(other for other in self.sequence if other != axis)
         return TokenSplit(self.batch, sequence)
 
@@ -41,20 +36,11 @@ class TokenSplit:
 def token_split(
     call: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> TokenSplit:
-    """How an array of tokens is split.
+    """How tokens of a shape are split: `()`, `(batch,)` or `(batch, seq, ...)`.
 
     Rows are split over `data` and `expert`, sequences over `context` and then `tensor`.
     Where a sequence does not divide over `tensor`, its devices have the same tokens;
     the same holds for `context` in calls where tokens do not see other tokens.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `shape`: `()` for one token, `(batch,)` for rows, or `(batch, seq, ...)`.
-    - `mesh`: the mesh.
-
-    **Raises:** ValueError if rows do not divide, or a sequence does not divide over
-    `context` in a call where tokens see others.
     """
     sizes = mesh.shape
     batch = tuple(axis for axis in _BATCH if sizes[axis] > 1)

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsv4_eqx.sharding.tokens import (
-    gathered_tokens,
-    summed_and_split,
-    tokens_before,
-)
+from dsv4_eqx.sharding.gather import gather, sum_and_split
+from dsv4_eqx.sharding.tokens import with_tokens_before
 from tests.sharded import make_mesh, normal
 
 BATCH = 3
@@ -34,20 +31,21 @@ def over(sizes, function, *arrays, out_specs=None):
     "sizes", [dict(context=8), dict(context=2, tensor=4), dict(tensor=2)]
 )
 @pytest.mark.parametrize("local, counts", [(5, (3, 5)), (2, (7, 0)), (1, (11, 4))])
-def test_tokens_before_are_those_of_the_devices_before(sizes, local, counts):
+def test_tokens_come_after_those_of_the_devices_before(sizes, local, counts):
     devices = int(np.prod(list(sizes.values())))
     wide = normal((BATCH, devices * local, 2, 3), 1)
     narrow = normal((BATCH, devices * local, 5), 2).astype(jnp.bfloat16)
 
     def run(wide, narrow, axes):
-        return tuple(tokens_before([wide, narrow], counts, axes))
+        return tuple(with_tokens_before([wide, narrow], counts, axes))
 
     found = over(sizes, run, wide, narrow)
     for got, whole, count in zip(found, (wide, narrow), counts, strict=True):
         assert got.dtype == whole.dtype
         zeros = np.zeros_like(whole, shape=(BATCH, count, *whole.shape[2:]))
         padded = np.concatenate([zeros, whole], axis=1)
-        wanted = [padded[:, i * local : i * local + count] for i in range(devices)]
+        starts = range(0, devices * local, local)
+        wanted = [padded[:, i : i + count + local] for i in starts]
         np.testing.assert_array_equal(got, np.concatenate(wanted, axis=1))
 
 
@@ -55,9 +53,9 @@ def test_tokens_are_gathered_in_order_and_sums_split_again():
     sizes, x = dict(context=2, tensor=4), normal((BATCH, 24, 5), 3)
 
     def gather_and_split(x, axes):
-        whole = gathered_tokens(x, axes)
-        parts = gathered_tokens(x, "tensor")
-        return whole, summed_and_split(parts, "tensor")
+        whole = gather(x, axes, dim=1)
+        parts = gather(x, "tensor", dim=1)
+        return whole, sum_and_split(parts, "tensor", dim=1)
 
     whole, summed = over(sizes, gather_and_split, x)
     for copy in np.split(np.asarray(whole), 8, axis=1):
@@ -69,8 +67,7 @@ def test_the_devices_before_get_the_gradients_of_what_they_gave():
     sizes, x, weight = dict(context=4), normal((BATCH, 12, 2), 4), normal((3,), 5)
 
     def run(x, axes):
-        (before,) = tokens_before([x], [1], axes)
-        joined = jnp.concatenate([before, x], axis=1)
+        (joined,) = with_tokens_before([x], [1], axes)
         return weight[0] * joined[:, 1:] + weight[1] * joined[:, :-1]
 
     def plain(x):
