@@ -13,12 +13,7 @@ _REVISION = "branch, tag or commit, if the checkpoint is on the Hugging Face hub
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit code is 1 if something is wrong with a checkpoint.
-
-    **Arguments:**
-
-    - `arguments`: those of the command line by default.
-    """
+    """Runs the command; the exit code is 1 if something is wrong with a checkpoint."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "inspect":

@@ -43,17 +43,8 @@ def convert(
     everything is kept that says nothing of the sizes and of how weights are stored, as
     special tokens.
 
-    **Arguments:**
-
-    - `source`, `revision`: as for `from_pretrained`.
-    - `target`: as `directory` for `save_pretrained`.
-    - `dtype`: of the weights that need not stay float32; the embedding's by default.
-    - `official`, `most_file_bytes`: as for `save_pretrained`.
-    - `overwrite`: as for `save_pretrained`; files that come from the source replace
-        those of the same name.
-
-    **Raises:** ValueError, ImportError and OSError as `from_pretrained` and
-    `save_pretrained` do.
+    Arguments and errors are those of `from_pretrained` and `save_pretrained`. Where a
+    checkpoint is overwritten, files that come from the source replace its own.
     """
     validate_flag(_CALL, "official", official)
     dtype = chosen_dtype(_CALL, dtype)

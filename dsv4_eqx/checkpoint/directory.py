@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any, Final
 
-from dsv4_eqx.checkpoint.faults import faults_error, listing_error, summary
+from dsv4_eqx.checkpoint.faults import faults_error, listing_error, naming, summary
 from dsv4_eqx.checkpoint.tensors import (
     StoredTensor,
     check_plausible,
@@ -39,12 +39,14 @@ def read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint, from headers that agree with the index."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: there is no such directory")
-    index = read_index(directory) if _exists(directory / INDEX) else None
-    if index is None:
-        if not _exists(directory / SINGLE):
+    # Links that lead nowhere are there too, and cannot be opened.
+    has_single = os.path.lexists(directory / SINGLE)
+    if not os.path.lexists(directory / INDEX):
+        if not has_single:
             raise ValueError(f"{directory}: {_why_no_weights(directory)}")
         return read_header(directory / SINGLE)
-    if _exists(directory / SINGLE) and SINGLE not in index.values():
+    index = read_index(directory)
+    if has_single and SINGLE not in index.values():
         raise ValueError(
             f"{directory}: has both {SINGLE} and {INDEX}, which does not name it; take "
             "one of them away"
@@ -70,10 +72,6 @@ def other_files(directory: pathlib.Path) -> list[pathlib.Path]:
             if real.stat().st_size <= _MOST_OTHER_BYTES:
                 found.append(directory / name)
     return found
-
-
-def _exists(path: pathlib.Path) -> bool:
-    return os.path.lexists(path)
 
 
 def _names(directory: pathlib.Path) -> list[str]:
@@ -158,12 +156,10 @@ def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
         raw = file.read(most + 1)
     if len(raw) > most:
         raise ValueError(f"{path}: has more than {most} bytes")
-    try:
+    with naming(path):
         if name == INDEX:
             check_plausible(raw, _ENTRY_BYTES, brackets=0, quotes=4, commas=1)
         found = parse_json(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is {shown(found)}, not a JSON object")
     return found

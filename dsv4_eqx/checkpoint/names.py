@@ -194,9 +194,8 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
         suffixes = row.official if official else row.hf
         shape = leaf.shape[1:] if is_stacked else leaf.shape
         grid, part_shape = _grid(suffixes, shape)
-        names = np.stack([_prefixed(prefix, grid) for prefix in prefixes])
-        if not is_stacked:
-            names = np.asarray(names[0], dtype=object)
+        names = [np.asarray(prefix + grid, dtype=object) for prefix in prefixes]
+        names = np.stack(names) if is_stacked else names[0]
         yield Source(name, names, part_shape, _merged(row, shape, part_shape)), leaf
 
 
@@ -240,10 +239,6 @@ def _grid(
         rows = [[name.format(expert=e) for name in suffixes] for e in range(shape[0])]
         grid, shape = np.array(rows, dtype=object), shape[1:]
     return (grid[..., 0], shape) if len(suffixes) == 1 else (grid, shape[1:])
-
-
-def _prefixed(prefix: str, grid: np.ndarray) -> np.ndarray:
-    return np.asarray(prefix + grid, dtype=object)
 
 
 def is_mixed(names: Iterable[str]) -> bool:

@@ -244,21 +244,15 @@ def _host_part(leaf: Array | QuantizedWeight, region: Region) -> np.ndarray:
 
 
 def _copy_overlap(shard: Any, region: Region, out: np.ndarray) -> None:
-    held = [
-        (s.start or 0, (s.start or 0) + n)
-        for s, n in zip(shard.index, shard.data.shape)
-    ]
-    common = [
-        (max(first, s.start), min(last, s.stop))
-        for (first, last), s in zip(held, region)
-    ]
-    if any(first >= last for first, last in common):
-        return
-    sizes = [last - first for first, last in common]
-    starts = [first - begin for (first, _), (begin, _) in zip(common, held)]
-    target = tuple(
-        slice(first - s.start, last - s.start)
-        for (first, last), s in zip(common, region)
-    )
+    """Copies what a shard has of a region, if it has any."""
+    target, starts, sizes = [], [], []
+    for held, size, wanted in zip(shard.index, shard.data.shape, region):
+        begin = held.start or 0
+        first, last = max(begin, wanted.start), min(begin + size, wanted.stop)
+        if first >= last:
+            return
+        target.append(slice(first - wanted.start, last - wanted.start))
+        starts.append(first - begin)
+        sizes.append(last - first)
     # A slice on the device: the host need not hold the whole shard.
-    out[target] = np.asarray(lax.dynamic_slice(shard.data, starts, sizes))
+    out[tuple(target)] = np.asarray(lax.dynamic_slice(shard.data, starts, sizes))

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from dsv4_eqx.checkpoint.faults import faults_error
 from dsv4_eqx.checkpoint.inventory import (
     NamedTensors,
+    chosen_dtype,
     match_names,
     naming_faults,
     warn_of,
@@ -61,7 +62,8 @@ def from_state_dict(
         raise invalid_argument(
             "from_state_dict", "tensors", type(tensors).__name__, allowed
         ) from error
-    named = match_names("from_state_dict", config, by_name, dtype, _dtype_of)
+    chosen = chosen_dtype("from_state_dict", dtype)
+    named = match_names("from_state_dict", config, by_name, chosen, _dtype_of)
     _check_complete(named)
     if named.official:
         warn_of("from_state_dict", named.notes)

@@ -8,6 +8,7 @@ removed last: a process that is killed between the two leaves it there, whole, u
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -59,7 +60,7 @@ class NewTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def validate_target(
