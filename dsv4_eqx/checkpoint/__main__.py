@@ -4,9 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dsv4_eqx.checkpoint.convert import convert
 from dsv4_eqx.checkpoint.describe import describe
-from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES
+from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, convert
 from dsv4_eqx.sharding.mesh import mesh_sizes
 
 _REVISION = "branch, tag or commit, if the checkpoint is on the Hugging Face hub"

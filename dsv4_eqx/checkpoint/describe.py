@@ -9,7 +9,7 @@ from typing import Any, Final
 import jax
 from jax.sharding import AbstractMesh, NamedSharding
 
-from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.directory import local_directory
 from dsv4_eqx.checkpoint.faults import summary
 from dsv4_eqx.checkpoint.inventory import Checkpoint, inspect_checkpoint
 from dsv4_eqx.checkpoint.names import Source

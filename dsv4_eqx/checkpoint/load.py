@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.directory import local_directory
 from dsv4_eqx.checkpoint.inventory import Checkpoint, chosen_dtype, open_checkpoint
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import (
