@@ -91,7 +91,9 @@ def _faults(
     """What is wrong with a tensor of a leaf."""
     dtype = _dtype_of(tensor)
     if dtype is None:
-        yield _why_unreadable(tensor)
+        kind, is_array = type(tensor).__name__, hasattr(tensor, "shape")
+        why = " that numpy cannot read" if is_array else ", not an array"
+        yield f"is a {kind}{why}"
         return
     if tuple(tensor.shape) != shape:
         yield f"has the shape {tuple(tensor.shape)}, not {shape}"
@@ -131,13 +133,6 @@ def range_faults(values: np.ndarray, dtype: Any) -> Iterator[str]:
     if len(outside) > 0:
         place = [int(i) for i in outside[0]]
         yield f"has {float(values[tuple(place)])} at {place}, beyond {dtype}"
-
-
-def _why_unreadable(tensor: Any) -> str:
-    kind = type(tensor).__name__
-    if not hasattr(tensor, "shape"):
-        return f"is a {kind}, not an array"
-    return f"is a {kind} that numpy cannot read"
 
 
 def _dtype_of(tensor: Any) -> np.dtype | None:

@@ -70,19 +70,15 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     """`Config`'s fields as `fields_from_hf` reads them back, and transformers too."""
     kinds, ratios = fields["layer_types"], fields["compress_ratios"]
     rates = {kind: ratio for kind, ratio in zip(kinds, ratios) if kind != SLIDING}
-    written = {"architectures": ["DeepseekV4ForCausalLM"]} | FIXED | dict(fields)
+    written = {"architectures": ["DeepseekV4ForCausalLM"]} | FIXED
+    for name, value in fields.items():
+        written[name] = list(value) if isinstance(value, tuple) else value
     if all(rates.get(kind, 0) == ratio for kind, ratio in zip(kinds, ratios)):
         # transformers looks both up, whichever kinds of layers there are.
         written["compress_rates"] = {CSA: 4, HCA: 128} | rates
-    for name in _TOKEN_IDS:
-        if isinstance(written[name], tuple):
-            written[name] = list(written[name])
-    return written | {
-        "layer_types": list(kinds),
-        "compress_ratios": [*ratios, *[0] * fields["num_nextn_predict_layers"]],
-        "mlp_layer_types": list(fields["mlp_layer_types"]),
-        "rope_scaling": yarn_to_hf(fields["rope_scaling"]),
-    }
+    written["compress_ratios"] += [0] * fields["num_nextn_predict_layers"]
+    written["rope_scaling"] = yarn_to_hf(fields["rope_scaling"])
+    return written
 
 
 def _read_json(source: str | os.PathLike) -> dict[str, Any]:
