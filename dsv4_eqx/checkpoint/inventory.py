@@ -6,7 +6,6 @@ out, and is, becomes a note: prediction blocks that are not there, and a drafter
 """
 
 import dataclasses
-import os
 import pathlib
 import re
 import warnings
@@ -94,7 +93,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    call: str, directory: str | os.PathLike, dtype: np.dtype | None
+    call: str, directory: pathlib.Path, dtype: np.dtype | None
 ) -> Checkpoint:
     """Reads configuration and headers; one error for everything that is wrong."""
     checkpoint, faults = inspect_checkpoint(call, directory, dtype)
@@ -118,10 +117,9 @@ def warn_of(call: str, notes: Collection[str]) -> None:
 
 
 def inspect_checkpoint(
-    call: str, directory: str | os.PathLike, dtype: np.dtype | None
+    call: str, directory: pathlib.Path, dtype: np.dtype | None
 ) -> tuple[Checkpoint, list[str]]:
     """What is in a checkpoint, and what is wrong with it."""
-    directory = pathlib.Path(directory)
     raw = read_config(directory)
     with naming(directory / CONFIG):
         _check_quantization(raw)
