@@ -4,21 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dsv4_eqx.checkpoint.convert import convert
 from dsv4_eqx.checkpoint.describe import describe
-from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES
+from dsv4_eqx.checkpoint.save import MOST_FILE_BYTES, convert
 from dsv4_eqx.sharding.mesh import mesh_sizes
 
 _REVISION = "branch, tag or commit, if the checkpoint is on the Hugging Face hub"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit code is 1 if something is wrong with a checkpoint.
-
-    **Arguments:**
-
-    - `arguments`: those of the command line by default.
-    """
+    """Runs the command; the exit code is 1 if something is wrong with a checkpoint."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "inspect":

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 
-from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.directory import local_directory
 from dsv4_eqx.checkpoint.faults import summary
 from dsv4_eqx.checkpoint.inventory import Checkpoint, inspect_checkpoint
 from dsv4_eqx.checkpoint.names import Source
@@ -40,16 +40,7 @@ def describe(
     mesh_sizes: Mapping[str, int] | None = None,
     revision: str | None = None,
 ) -> tuple[str, bool]:
-    """The description, and whether the checkpoint is complete and fits the mesh.
-
-    **Arguments:**
-
-    - `directory`, `revision`: as for `from_pretrained`.
-    - `mesh_sizes`: size of each axis of a mesh that it might be loaded onto.
-
-    **Raises:** ValueError if configuration or headers cannot be read at all;
-    ImportError and OSError as `from_pretrained`.
-    """
+    """The description, and whether the checkpoint is complete and fits the mesh."""
     directory = local_directory("inspect", directory, revision)
     checkpoint, faults = inspect_checkpoint("inspect", directory, None)
     lines = [*_config_in_words(checkpoint.model.config), ""]
@@ -134,11 +125,10 @@ def _over_mesh(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> tuple[str, b
     arrays, packed = 0, 0.0  # bytes on a device
     specs = jax.tree.structure(model).flatten_up_to(specs)
     for (source, leaf), spec in zip(checkpoint.wanted, specs):
-        parts = [_parts_of(entry, sizes) for entry in spec]
-        parts += [1] * (len(leaf.shape) - len(parts))
-        here, columns = leaf.size // math.prod(parts), leaf.shape[-1] // parts[-1]
-        arrays += here * leaf.dtype.itemsize
-        packed += here * _bytes_of_number(checkpoint, source, leaf, columns)
+        local = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        arrays += math.prod(local) * leaf.dtype.itemsize
+        of_number = _bytes_of_number(checkpoint, source, leaf, local[-1])
+        packed += math.prod(local) * of_number
     dtype = model.embedding.dtype
     return (
         f"mesh {shown}: fits; bytes per device {arrays:,} as {dtype}, {packed:,.0f} "
@@ -157,10 +147,3 @@ def _bytes_of_number(
     width = shared_width(packed[0], source, slice(0, columns))
     scale_bytes = packed[0].scale_bits.itemsize
     return 1 / codes_per_byte(packed[0].code_dtype) + scale_bytes / width
-
-
-def _parts_of(entry: Any, sizes: Mapping[str, int]) -> int:
-    if entry is None:
-        return 1
-    axes = (entry,) if isinstance(entry, str) else entry
-    return math.prod(sizes[axis] for axis in axes)

@@ -1,4 +1,4 @@
-"""What a checkpoint's directory holds: its configuration and its tensors, by name.
+"""Where a checkpoint is, on the hub or here, and what its directory holds.
 
 Nothing outside the directory is opened, whatever its files say: the names of shards in
 an index are plain file names. Links are followed, which only the directory's owner can
@@ -7,9 +7,11 @@ have made; what is copied beside the weights may not be one that leads elsewhere
 
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import Any, Final
 
-from dsv4_eqx.checkpoint.faults import faults_error, listing_error, summary
+from dsv4_eqx.checkpoint.faults import faults_error, listing_error, naming, summary
 from dsv4_eqx.checkpoint.tensors import (
     StoredTensor,
     check_plausible,
@@ -17,7 +19,7 @@ from dsv4_eqx.checkpoint.tensors import (
     parse_json,
     read_header,
 )
-from dsv4_eqx.numerics.validation import shown
+from dsv4_eqx.numerics.validation import invalid_argument, path_of, shown
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -28,6 +30,52 @@ _SUFFIX: Final = ".safetensors"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS: Final = (*_PICKLES, _SUFFIX, ".gguf", ".index.json")
 _MOST_OTHER_BYTES: Final = 64 << 20
+_REPOSITORY: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# The weights, and what `convert` copies beside them.
+_FILES: Final = tuple(
+    "*.safetensors *.json *.jinja *.model *.txt *.md LICENSE*".split()
+)
+
+
+def local_directory(
+    call: str,
+    name: str | os.PathLike,
+    revision: str | None,
+    files: Sequence[str] = _FILES,
+) -> pathlib.Path:
+    """The directory itself, or where the hub's files are once they are downloaded."""
+    directory = path_of(call, "directory", name)
+    if revision is not None and not isinstance(revision, str):
+        allowed = "a branch, tag or commit, or None"
+        raise invalid_argument(call, "revision", revision, allowed)
+    if directory.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{call}: {directory} is a directory, and revision={revision!r} is for "
+                "names of the Hugging Face hub; leave it out."
+            )
+        return directory
+    if not isinstance(name, str) or not _REPOSITORY.fullmatch(name):
+        raise ValueError(f"{call}: {directory}: there is no such directory")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{call}: {name!r} is no directory, and reading it from the Hugging Face "
+            "hub needs a package: pip install 'dsv4-eqx[hf]'"
+        ) from error
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(files)
+        )
+    except Exception as error:  # its own, and those of what it downloads with
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise OSError(
+            f"{call}: {name!r}, revision {revision or 'main'!r}, is no directory, and "
+            f"the Hugging Face hub does not give it: {why}; see that the name is "
+            "right, the network is there and you are logged in (`hf auth login`)."
+        ) from error
+    return pathlib.Path(found)
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
@@ -39,12 +87,14 @@ def read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint, from headers that agree with the index."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: there is no such directory")
-    index = read_index(directory) if _exists(directory / INDEX) else None
-    if index is None:
-        if not _exists(directory / SINGLE):
+    # Links that lead nowhere are there too, and cannot be opened.
+    has_single = os.path.lexists(directory / SINGLE)
+    if not os.path.lexists(directory / INDEX):
+        if not has_single:
             raise ValueError(f"{directory}: {_why_no_weights(directory)}")
         return read_header(directory / SINGLE)
-    if _exists(directory / SINGLE) and SINGLE not in index.values():
+    index = read_index(directory)
+    if has_single and SINGLE not in index.values():
         raise ValueError(
             f"{directory}: has both {SINGLE} and {INDEX}, which does not name it; take "
             "one of them away"
@@ -70,10 +120,6 @@ def other_files(directory: pathlib.Path) -> list[pathlib.Path]:
             if real.stat().st_size <= _MOST_OTHER_BYTES:
                 found.append(directory / name)
     return found
-
-
-def _exists(path: pathlib.Path) -> bool:
-    return os.path.lexists(path)
 
 
 def _names(directory: pathlib.Path) -> list[str]:
@@ -158,12 +204,10 @@ def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
         raw = file.read(most + 1)
     if len(raw) > most:
         raise ValueError(f"{path}: has more than {most} bytes")
-    try:
+    with naming(path):
         if name == INDEX:
             check_plausible(raw, _ENTRY_BYTES, brackets=0, quotes=4, commas=1)
         found = parse_json(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is {shown(found)}, not a JSON object")
     return found

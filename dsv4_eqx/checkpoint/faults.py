@@ -1,8 +1,11 @@
 """What is wrong with a checkpoint, told in one error however much it is."""
 
+import collections
+import contextlib
 import heapq
+import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 _MOST_SINGLE: Final = 12  # faults that are listed one by one
@@ -19,6 +22,15 @@ class FaultyCheckpoint(ValueError):
     """
 
     faults: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the path to an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def faults_error(what: str, faults: Collection[str]) -> FaultyCheckpoint:
@@ -38,32 +50,28 @@ def summary(faults: Collection[str]) -> list[str]:
     """A line for each, or for all that differ in numbers alone if there are many."""
     if len(faults) <= _MOST_SINGLE:
         return sorted(faults)
-    counts: dict[tuple[str, ...], int] = {}
-    numbers: dict[tuple[str, ...], list[set[str]]] = {}
+    kinds: dict[tuple[str, ...], list[list[str]]] = collections.defaultdict(list)
     for fault in faults:
         pieces = _NUMBERS.split(fault)  # words, and between them numbers
-        words = tuple(pieces[::2])
-        if words not in counts:
-            counts[words], numbers[words] = 0, [set() for _ in words[1:]]
-        if len(counts) > _MOST_KINDS:  # they are not alike
+        kinds[tuple(pieces[::2])].append(pieces[1::2])
+        if len(kinds) > _MOST_KINDS:  # they are not alike
             more = f"and {len(faults) - _MOST_LINES} more, in the error's `faults`"
             return [*heapq.nsmallest(_MOST_LINES, faults), more]
-        counts[words] += 1
-        for seen, number in zip(numbers[words], pieces[1::2]):
-            seen.add(number)
-    kinds = sorted(counts)
-    lines = [_line(words, numbers[words], counts[words]) for words in kinds]
+    lines = [_line(words, kinds[words]) for words in sorted(kinds)]
     if len(kinds) > _MOST_LINES:
         more = f"and {len(kinds) - _MOST_LINES} more kinds, in the error's `faults`"
         lines = [*lines[:_MOST_LINES], more]
     return lines
 
 
-def _line(words: Sequence[str], numbers: Sequence[set[str]], count: int) -> str:
-    """`layers.{0..4}.w1.weight_scale is not part of the model: 5`"""
-    between = [*map(_range, numbers), ""]
+def _line(words: Sequence[str], faults: Sequence[Sequence[str]]) -> str:
+    """`layers.{0..4}.w1.weight_scale is not part of the model: 5`
+
+    `faults` has the numbers of each that stand between these words.
+    """
+    between = [*(_range(set(numbers)) for numbers in zip(*faults)), ""]
     text = "".join(piece for pair in zip(words, between) for piece in pair)
-    return f"{text}: {count}" if count > 1 else text
+    return f"{text}: {len(faults)}" if len(faults) > 1 else text
 
 
 def _range(numbers: set[str]) -> str:

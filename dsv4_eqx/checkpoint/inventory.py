@@ -5,9 +5,7 @@ What is missing, extra or misshapen is collected and told all at once. What may 
 out, and is, becomes a note: prediction blocks that are not there, and a drafter.
 """
 
-import contextlib
 import dataclasses
-import os
 import pathlib
 import re
 import warnings
@@ -16,10 +14,9 @@ from typing import Any, Final, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from dsv4_eqx.checkpoint.directory import CONFIG, read_config, read_tensors
-from dsv4_eqx.checkpoint.faults import faults_error
+from dsv4_eqx.checkpoint.faults import faults_error, naming
 from dsv4_eqx.checkpoint.names import Source, is_mixed, published_names, sources
 from dsv4_eqx.checkpoint.quantized import (
     BLOCKS,
@@ -96,7 +93,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    call: str, directory: str | os.PathLike, dtype: DTypeLike | None
+    call: str, directory: pathlib.Path, dtype: np.dtype | None
 ) -> Checkpoint:
     """Reads configuration and headers; one error for everything that is wrong."""
     checkpoint, faults = inspect_checkpoint(call, directory, dtype)
@@ -120,16 +117,15 @@ def warn_of(call: str, notes: Collection[str]) -> None:
 
 
 def inspect_checkpoint(
-    call: str, directory: str | os.PathLike, dtype: DTypeLike | None
+    call: str, directory: pathlib.Path, dtype: np.dtype | None
 ) -> tuple[Checkpoint, list[str]]:
     """What is in a checkpoint, and what is wrong with it."""
-    directory = pathlib.Path(directory)
     raw = read_config(directory)
-    with _naming(directory / CONFIG):
+    with naming(directory / CONFIG):
         _check_quantization(raw)
         config = Config.from_hf(raw)
     stored = read_tensors(directory)
-    with _naming(directory):
+    with naming(directory):
         named = match_names(call, config, stored, dtype, lambda tensor: tensor.dtype)
     weights, used, faults = {}, set(), []
     for source, leaf in named.wanted:
@@ -153,15 +149,6 @@ def _read_whole(tensor: StoredTensor) -> np.ndarray:
     out = np.empty(tensor.shape, tensor.dtype)
     read_region(tensor, whole(tensor.shape), out)
     return out
-
-
-@contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
-    """Adds the path to an error."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _weight(
@@ -216,7 +203,7 @@ def match_names(
     call: str,
     config: Config,
     tensors: Mapping[str, Any],
-    dtype: DTypeLike | None,
+    dtype: np.dtype | None,
     dtype_of: Callable[[Any], np.dtype | None],
 ) -> NamedTensors:
     """The model that some tensors are for, whose weights have the embedding's dtype."""
@@ -228,14 +215,12 @@ def match_names(
     tensors = {name: tensors[given] for name, given in meant.items()}
     official = mixed or _is_official(tensors)
     _check_formats(tensors)
-    dtype = chosen_dtype(call, dtype)
     if dtype is None:
         embedding = tensors.get(_EMBEDDING[official])
         found = None if embedding is None else dtype_of(embedding)
         # Another is a fault, found later with the rest of them.
         is_weight = found is not None and found.name in FLOATS
-        dtype = found if is_weight else jnp.float32
-    dtype = validate_dtype(call, dtype)
+        dtype = validate_dtype(call, found if is_weight else jnp.float32)
     tensors, num_blocks, notes = _without_drafter(config, tensors)
     config = dataclasses.replace(config, num_nextn_predict_layers=num_blocks)
     _validate_count(call, config, len(tensors))

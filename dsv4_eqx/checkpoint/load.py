@@ -5,11 +5,10 @@ megabytes at a time, in threads. An array is built in host memory shard by shard
 that memory is the array, elsewhere it is freed once it has been copied to the device.
 """
 
-import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, overload
 
@@ -20,20 +19,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.directory import local_directory
 from dsv4_eqx.checkpoint.inventory import Checkpoint, chosen_dtype, open_checkpoint
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import (
-    CodesReader,
-    NumbersReader,
     QuantizedTensor,
-    ScalesReader,
+    read_codes,
+    read_numbers,
+    read_scales,
     shared_width,
 )
 from dsv4_eqx.checkpoint.state_dict import range_faults, table_faults
 from dsv4_eqx.checkpoint.tensors import (
     Region,
-    RegionReader,
     StoredTensor,
     read_region,
     sizes_of,
@@ -53,6 +51,8 @@ _ALIGNMENT: Final = 64  # bytes; what JAX needs to take host memory as it is
 _MOST_THREADS: Final = 8
 # These are used as arrays outside the parts that dequantize their weights.
 _NEVER_QUANTIZED: Final = ("embedding", "unembedding", "router.weight")
+# Fills an array with a region of the part of a leaf that one tensor has.
+_Read = Callable[[Any, Source, Region, np.ndarray], None]
 
 
 @overload
@@ -67,7 +67,6 @@ def from_pretrained(
     revision: str | None = None,
 ) -> DeepSeekV4:
     """On the default device."""
-    ...
 
 
 @overload
@@ -82,7 +81,6 @@ def from_pretrained(
     revision: str | None = None,
 ) -> ShardedModel:
     """Over a mesh."""
-    ...
 
 
 def from_pretrained(
@@ -197,8 +195,7 @@ class Loader:
         """One leaf of the model, over a mesh or on the default device."""
         if self.stays_quantized(source):
             return self._load_quantized(source, leaf, sharding)
-        readers = self._readers(source, self._number_reader)
-        return self._build(leaf.shape, leaf.dtype, sharding, readers)
+        return self._build(source, self._read_part, leaf.shape, leaf.dtype, sharding)
 
     def stays_quantized(self, source: Source) -> bool:
         """Whether a leaf's weights are all quantised, alike, and wanted so."""
@@ -217,23 +214,16 @@ class Loader:
         self, source: Source, dtype: np.dtype, region: Region
     ) -> np.ndarray:
         """A region of a leaf as an array in host memory."""
-        return self._read(region, dtype, self._readers(source, self._number_reader))
+        return self._read(source, self._read_part, dtype, region)
 
-    def _readers(
-        self, source: Source, make: Callable[[Any, Source], RegionReader]
-    ) -> np.ndarray:
-        """A reader of each of the leaf's tensors, in the shape of their names."""
-        readers = np.empty(source.names.shape, dtype=object)
-        for index in np.ndindex(readers.shape):
-            readers[index] = make(self.weights[str(source.names[index])], source)
-        return readers
-
-    def _number_reader(
-        self, weight: StoredTensor | QuantizedTensor, source: Source
-    ) -> RegionReader:
+    def _read_part(
+        self, weight: Any, source: Source, region: Region, out: np.ndarray
+    ) -> None:
         if isinstance(weight, QuantizedTensor):
-            return NumbersReader(weight, source)
-        return _PlainReader(weight, source.part_shape, self.num_experts)
+            read_numbers(weight, source, region, out)
+        else:
+            tensor = weight._replace(shape=source.part_shape)
+            _read_plain(tensor, self.num_experts, region, out)
 
     def _load_quantized(
         self, source: Source, leaf: Any, sharding: Sharding | None
@@ -247,32 +237,25 @@ class Loader:
                 f"{_CALL}: {source.path} would be split into {local} columns, and "
                 f"{per_byte} share a byte; choose another mesh or keep_quantized=False."
             )
+        shape = (*outer, columns // per_byte)
+        codes = self._build(source, read_codes, shape, np.dtype(np.uint8), sharding)
         width = shared_width(weight, source, slice(0, local))
-        make_scales = functools.partial(ScalesReader, width=width)
-        codes, scales = (
-            self._build(
-                (*outer, columns // share),
-                dtype,
-                sharding,
-                self._readers(source, make),
-            )
-            for share, dtype, make in (
-                (per_byte, np.dtype(np.uint8), CodesReader),
-                (width, weight.scale_bits, make_scales),
-            )
-        )
+        shape = (*outer, columns // width)
+        read = functools.partial(read_scales, width=width)
+        scales = self._build(source, read, shape, weight.scale_bits, sharding)
         return QuantizedWeight(codes, scales, weight.code_dtype, np.dtype(leaf.dtype))
 
     def _build(
         self,
+        source: Source,
+        read: _Read,
         shape: tuple[int, ...],
         dtype: np.dtype,
         sharding: Sharding | None,
-        readers: Any,
     ) -> Array:
         """An array whose shards are read from the tensors that it is made of."""
         if sharding is None:
-            host = self._read(whole(shape), dtype, readers)
+            host = self._read(source, read, dtype, whole(shape))
             return jax.block_until_ready(jax.device_put(host))
         devices = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -281,63 +264,51 @@ class Loader:
         shards = []
         for bounds, holders in devices.items():
             region = tuple(slice(first, last) for first, last in bounds)
-            host = self._read(region, dtype, readers)
+            host = self._read(source, read, dtype, region)
             shards += [jax.device_put(host, device) for device in holders]
             jax.block_until_ready(shards)
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    def _read(self, region: Region, dtype: np.dtype, readers: np.ndarray) -> np.ndarray:
+    def _read(
+        self, source: Source, read: _Read, dtype: np.dtype, region: Region
+    ) -> np.ndarray:
+        """A region of a leaf, each tensor's part in pieces that threads read."""
         host = _aligned_empty(sizes_of(region), dtype)
-        pieces = [
-            self.threads.submit(reader.read, piece, out)
-            for reader, piece, out in _pieces(host, region, readers)
-        ]
+        outer = source.names.ndim
+        part, pieces = region[outer:], []
+        for place in np.ndindex(*host.shape[:outer]):
+            index = tuple(s.start + i for s, i in zip(region, place))
+            weight = self.weights[str(source.names[index])]
+            for piece in split_region(part, _MOST_ELEMENTS):
+                local = (
+                    slice(p.start - o.start, p.stop - o.start)
+                    for p, o in zip(piece, part)
+                )
+                # A view even where the leaf is a single number.
+                out = host[(*place, *local, ...)]
+                pieces.append(self.threads.submit(read, weight, source, piece, out))
         for piece in pieces:
             piece.result()
         return host
 
 
-@dataclasses.dataclass(frozen=True)
-class _PlainReader:
-    """Reads a tensor that is not quantised, and judges what a conversion would lose."""
-
-    tensor: StoredTensor
-    part_shape: tuple[int, ...]
-    num_experts: int
-
-    def read(self, region: Region, out: np.ndarray) -> None:
-        """Fills floats or a table; ValueError if a value does not fit."""
-        tensor = self.tensor._replace(shape=self.part_shape)
-        is_same = tensor.dtype == out.dtype
-        values = out if is_same else np.empty(out.shape, tensor.dtype)
-        read_region(tensor, region, values)
-        # Judged as they are stored: an expert of int64 may be another one in int32.
-        faults = iter(())
-        if np.issubdtype(out.dtype, np.integer):
-            first_row = region[0].start
-            faults = table_faults(values, out.dtype, self.num_experts, first_row)
-        elif not is_same:
-            faults = range_faults(values, out.dtype)
-        for fault in faults:
-            raise ValueError(f"{tensor.path}: {tensor.name} {fault}")
-        if not is_same:
-            out[...] = values
-
-
-def _pieces(
-    host: np.ndarray, region: Region, readers: Any
-) -> Iterator[tuple[RegionReader, Region, np.ndarray]]:
-    """A tensor's reader, a region of the part that it fills, and where that goes."""
-    outer = readers.ndim
-    part = region[outer:]
-    for place in np.ndindex(*host.shape[:outer]):
-        reader = readers[tuple(s.start + i for s, i in zip(region, place))]
-        for piece in split_region(part, _MOST_ELEMENTS):
-            local = (
-                slice(p.start - o.start, p.stop - o.start) for p, o in zip(piece, part)
-            )
-            # A view even where the leaf is a single number.
-            yield reader, piece, host[(*place, *local, ...)]
+def _read_plain(
+    tensor: StoredTensor, num_experts: int, region: Region, out: np.ndarray
+) -> None:
+    """Fills floats or a table; ValueError if a conversion would lose a value."""
+    is_same = tensor.dtype == out.dtype
+    values = out if is_same else np.empty(out.shape, tensor.dtype)
+    read_region(tensor, region, values)
+    # Judged as they are stored: an expert of int64 may be another one in int32.
+    faults = iter(())
+    if np.issubdtype(out.dtype, np.integer):
+        faults = table_faults(values, out.dtype, num_experts, region[0].start)
+    elif not is_same:
+        faults = range_faults(values, out.dtype)
+    for fault in faults:
+        raise ValueError(f"{tensor.path}: {tensor.name} {fault}")
+    if not is_same:
+        out[...] = values
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -27,29 +27,25 @@ class _Row(NamedTuple):
     `{expert}` stands for one tensor for each expert.
     """
 
-    official: tuple[str, ...]
-    hf: tuple[str, ...]
+    official: str  # one name, or two with a space between them
+    hf: str
     merged: tuple[int, int] = (0, 0)  # dimensions of the leaf that are one in the file
-
-
-def _row(official: str, hf: str, merged: tuple[int, int] = (0, 0)) -> _Row:
-    return _Row(tuple(official.split()), tuple(hf.split()), merged)
 
 
 def _compressor(official: str, hf: str) -> dict[str, _Row]:
     return {
-        "value": _row(f"{official}.wkv.weight", f"{hf}.kv_proj.weight", (0, 2)),
-        "gate": _row(f"{official}.wgate.weight", f"{hf}.gate_proj.weight", (0, 2)),
-        "position_bias": _row(f"{official}.ape", f"{hf}.position_bias", (1, 3)),
-        "norm.weight": _row(f"{official}.norm.weight", f"{hf}.kv_norm.weight"),
+        "value": _Row(f"{official}.wkv.weight", f"{hf}.kv_proj.weight", (0, 2)),
+        "gate": _Row(f"{official}.wgate.weight", f"{hf}.gate_proj.weight", (0, 2)),
+        "position_bias": _Row(f"{official}.ape", f"{hf}.position_bias", (1, 3)),
+        "norm.weight": _Row(f"{official}.norm.weight", f"{hf}.kv_norm.weight"),
     }
 
 
 def _hyper(official: str, hf: str) -> dict[str, _Row]:
     return {
-        "weight": _row(f"{official}_fn", f"{hf}fn", (1, 3)),
-        "base": _row(f"{official}_base", f"{hf}base"),
-        "scale": _row(f"{official}_scale", f"{hf}scale"),
+        "weight": _Row(f"{official}_fn", f"{hf}fn", (1, 3)),
+        "base": _Row(f"{official}_base", f"{hf}base"),
+        "scale": _Row(f"{official}_scale", f"{hf}scale"),
     }
 
 
@@ -58,68 +54,68 @@ def _under(prefix: str, rows: dict[str, _Row]) -> dict[str, _Row]:
 
 
 _ATTENTION: Final = {
-    "query_down": _row("attn.wq_a.weight", "self_attn.q_a_proj.weight"),
-    "query_norm.weight": _row("attn.q_norm.weight", "self_attn.q_a_norm.weight"),
-    "query_up": _row("attn.wq_b.weight", "self_attn.q_b_proj.weight", (0, 2)),
-    "key_value": _row("attn.wkv.weight", "self_attn.kv_proj.weight"),
-    "key_value_norm.weight": _row("attn.kv_norm.weight", "self_attn.kv_norm.weight"),
-    "sinks": _row("attn.attn_sink", "self_attn.sinks"),
-    "output_down.weight": _row("attn.wo_a.weight", "self_attn.o_a_proj.weight", (0, 2)),
-    "output_up": _row("attn.wo_b.weight", "self_attn.o_b_proj.weight", (1, 3)),
+    "query_down": _Row("attn.wq_a.weight", "self_attn.q_a_proj.weight"),
+    "query_norm.weight": _Row("attn.q_norm.weight", "self_attn.q_a_norm.weight"),
+    "query_up": _Row("attn.wq_b.weight", "self_attn.q_b_proj.weight", (0, 2)),
+    "key_value": _Row("attn.wkv.weight", "self_attn.kv_proj.weight"),
+    "key_value_norm.weight": _Row("attn.kv_norm.weight", "self_attn.kv_norm.weight"),
+    "sinks": _Row("attn.attn_sink", "self_attn.sinks"),
+    "output_down.weight": _Row("attn.wo_a.weight", "self_attn.o_a_proj.weight", (0, 2)),
+    "output_up": _Row("attn.wo_b.weight", "self_attn.o_b_proj.weight", (1, 3)),
     **_under("compressor", _compressor("attn.compressor", "self_attn.compressor")),
     **_under(
         "indexer.compressor",
         _compressor("attn.indexer.compressor", "self_attn.compressor.indexer"),
     ),
-    "indexer.query_up": _row(
+    "indexer.query_up": _Row(
         "attn.indexer.wq_b.weight",
         "self_attn.compressor.indexer.q_b_proj.weight",
         (0, 2),
     ),
-    "indexer.head_weights": _row(
+    "indexer.head_weights": _Row(
         "attn.indexer.weights_proj.weight",
         "self_attn.compressor.indexer.scorer.weights_proj.weight",
     ),
 }
 _MOE: Final = {
-    "router.weight": _row("ffn.gate.weight", "mlp.gate.weight"),
-    "router.bias": _row("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
-    "router.table": _row("ffn.gate.tid2eid", "mlp.gate.tid2eid"),
-    "experts.gate_up": _row(
+    "router.weight": _Row("ffn.gate.weight", "mlp.gate.weight"),
+    "router.bias": _Row("ffn.gate.bias", "mlp.gate.e_score_correction_bias"),
+    "router.table": _Row("ffn.gate.tid2eid", "mlp.gate.tid2eid"),
+    "experts.gate_up": _Row(
         "ffn.experts.{expert}.w1.weight ffn.experts.{expert}.w3.weight",
         "mlp.experts.gate_up_proj",
         (1, 3),
     ),
-    "experts.down": _row("ffn.experts.{expert}.w2.weight", "mlp.experts.down_proj"),
-    "shared.gate_up": _row(
+    "experts.down": _Row("ffn.experts.{expert}.w2.weight", "mlp.experts.down_proj"),
+    "shared.gate_up": _Row(
         "ffn.shared_experts.w1.weight ffn.shared_experts.w3.weight",
         "mlp.shared_experts.gate_proj.weight mlp.shared_experts.up_proj.weight",
     ),
-    "shared.down": _row(
+    "shared.down": _Row(
         "ffn.shared_experts.w2.weight", "mlp.shared_experts.down_proj.weight"
     ),
 }
 _BLOCK: Final = {
-    "attention_norm.weight": _row("attn_norm.weight", "input_layernorm.weight"),
-    "moe_norm.weight": _row("ffn_norm.weight", "post_attention_layernorm.weight"),
+    "attention_norm.weight": _Row("attn_norm.weight", "input_layernorm.weight"),
+    "moe_norm.weight": _Row("ffn_norm.weight", "post_attention_layernorm.weight"),
     **_under("attention_connection", _hyper("hc_attn", "attn_hc.")),
     **_under("moe_connection", _hyper("hc_ffn", "ffn_hc.")),
     **_under("attention", _ATTENTION),
     **_under("moe", _MOE),
 }
 _TOP: Final = {
-    "embedding": _row("embed.weight", "model.embed_tokens.weight"),
-    "unembedding": _row("head.weight", "lm_head.weight"),
-    "norm.weight": _row("norm.weight", "model.norm.weight"),
+    "embedding": _Row("embed.weight", "model.embed_tokens.weight"),
+    "unembedding": _Row("head.weight", "lm_head.weight"),
+    "norm.weight": _Row("norm.weight", "model.norm.weight"),
     **_under("head", _hyper("hc_head", "model.hc_head.hc_")),
 }
 # Hugging Face has no prediction block: the official names stand in both columns.
 _MTP: Final = {
-    "embedding_norm.weight": _row("enorm.weight", "enorm.weight"),
-    "embedding_in": _row("e_proj.weight", "e_proj.weight"),
-    "streams_norm.weight": _row("hnorm.weight", "hnorm.weight"),
-    "streams_in": _row("h_proj.weight", "h_proj.weight"),
-    "norm.weight": _row("norm.weight", "norm.weight"),
+    "embedding_norm.weight": _Row("enorm.weight", "enorm.weight"),
+    "embedding_in": _Row("e_proj.weight", "e_proj.weight"),
+    "streams_norm.weight": _Row("hnorm.weight", "hnorm.weight"),
+    "streams_in": _Row("h_proj.weight", "h_proj.weight"),
+    "norm.weight": _Row("norm.weight", "norm.weight"),
     **_under("head", _hyper("hc_head", "hc_head_")),
     **{f"block.{path}": row._replace(hf=row.official) for path, row in _BLOCK.items()},
 }
@@ -191,12 +187,11 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         prefixes, row, is_stacked = _locate(name, model.layers, official)
-        suffixes = row.official if official else row.hf
+        suffixes = (row.official if official else row.hf).split()
         shape = leaf.shape[1:] if is_stacked else leaf.shape
         grid, part_shape = _grid(suffixes, shape)
-        names = np.stack([_prefixed(prefix, grid) for prefix in prefixes])
-        if not is_stacked:
-            names = np.asarray(names[0], dtype=object)
+        names = [np.asarray(prefix + grid, dtype=object) for prefix in prefixes]
+        names = np.stack(names) if is_stacked else names[0]
         yield Source(name, names, part_shape, _merged(row, shape, part_shape)), leaf
 
 
@@ -232,7 +227,7 @@ def _layer_numbers(layers: Any, section: str, index: int) -> list[int]:
 
 
 def _grid(
-    suffixes: tuple[str, ...], shape: tuple[int, ...]
+    suffixes: list[str], shape: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """The names that fill an array of `shape`, and the shape that each fills."""
     grid = np.array(suffixes, dtype=object)
@@ -240,10 +235,6 @@ def _grid(
         rows = [[name.format(expert=e) for name in suffixes] for e in range(shape[0])]
         grid, shape = np.array(rows, dtype=object), shape[1:]
     return (grid[..., 0], shape) if len(suffixes) == 1 else (grid, shape[1:])
-
-
-def _prefixed(prefix: str, grid: np.ndarray) -> np.ndarray:
-    return np.asarray(prefix + grid, dtype=object)
 
 
 def is_mixed(names: Iterable[str]) -> bool:

@@ -18,7 +18,6 @@ scale (1, 0): columns of one group may have different scales, from the third one
 here, so that only blocks of 1 = gcd(128, 25) columns have one each in every group.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -75,93 +74,83 @@ def shared_width(weight: QuantizedTensor, source: Source, columns: slice) -> int
     return math.gcd(width, columns.stop - columns.start)
 
 
-@dataclasses.dataclass(frozen=True)
-class CodesReader:
-    """Reads the bytes of the codes; the last dimension of a region counts bytes."""
-
-    weight: QuantizedTensor
-    source: Source
-
-    def read(self, region: Region, out: np.ndarray) -> None:
-        """Fills uint8; ValueError if a code is NaN."""
-        codes, code_dtype = self.weight.codes, self.weight.code_dtype
-        *rows, columns = self.source.part_shape
-        shape = (*rows, columns // codes_per_byte(code_dtype))
-        stored = codes._replace(shape=shape, dtype=np.dtype(np.uint8))
-        read_region(stored, region, out)
-        if code_dtype == FP8 and (out & 0x7F).max(initial=0) == 0x7F:
-            raise ValueError(f"{codes.path}: {codes.name} has a code that is NaN")
+def read_codes(
+    weight: QuantizedTensor, source: Source, region: Region, out: np.ndarray
+) -> None:
+    """Fills uint8 with codes, none of them NaN; the region's columns are bytes."""
+    codes, code_dtype = weight.codes, weight.code_dtype
+    *rows, columns = source.part_shape
+    shape = (*rows, columns // codes_per_byte(code_dtype))
+    stored = codes._replace(shape=shape, dtype=np.dtype(np.uint8))
+    read_region(stored, region, out)
+    if code_dtype == FP8 and (out & 0x7F).max(initial=0) == 0x7F:
+        raise ValueError(f"{codes.path}: {codes.name} has a code that is NaN")
 
 
-@dataclasses.dataclass(frozen=True)
-class ScalesReader:
-    """Reads a scale for each row and `width` columns, which a region counts by blocks.
+def read_scales(
+    weight: QuantizedTensor,
+    source: Source,
+    region: Region,
+    out: np.ndarray,
+    *,
+    width: int,
+) -> None:
+    """Fills the bits of a scale for each row and `width` columns, positive and normal.
 
-    The width is one that `shared_width` gives, or divides.
+    The region's columns are such blocks. The width is one that `shared_width` gives, or
+    divides.
     """
-
-    weight: QuantizedTensor
-    source: Source
-    width: int
-
-    def read(self, region: Region, out: np.ndarray) -> None:
-        """Fills the bits of scales; ValueError if one is no positive normal number."""
-        blocks = region[-1]
-        columns = slice(blocks.start * self.width, blocks.stop * self.width)
-        places = _places_in_file(self.source, (*region[:-1], columns), self.width)
-        block_rows, block_columns = BLOCKS[self.weight.code_dtype]
-        places[-2], places[-1] = places[-2] // block_rows, places[-1] // block_columns
-        needed = tuple(slice(int(p.min()), int(p.max()) + 1) for p in places)
-        stored = np.empty(sizes_of(needed), self.weight.scales.dtype)
-        read_region(self.weight.scales, needed, stored)
-        _check_scales(self.weight.scales, stored)
-        scales = stored.view(self.weight.scale_bits)
-        scales = scales[np.ix_(*(p - s.start for p, s in zip(places, needed)))]
-        out[...] = scales.reshape(out.shape)
+    blocks = region[-1]
+    columns = slice(blocks.start * width, blocks.stop * width)
+    places = _places_in_file(source, (*region[:-1], columns), width)
+    block_rows, block_columns = BLOCKS[weight.code_dtype]
+    places[-2], places[-1] = places[-2] // block_rows, places[-1] // block_columns
+    needed = tuple(slice(int(p.min()), int(p.max()) + 1) for p in places)
+    stored = np.empty(sizes_of(needed), weight.scales.dtype)
+    read_region(weight.scales, needed, stored)
+    _check_scales(weight.scales, stored)
+    scales = stored.view(weight.scale_bits)
+    scales = scales[np.ix_(*(p - s.start for p, s in zip(places, needed)))]
+    out[...] = scales.reshape(out.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class NumbersReader:
-    """Reads the numbers that codes and scales stand for, exactly."""
+def read_numbers(
+    weight: QuantizedTensor, source: Source, region: Region, out: np.ndarray
+) -> None:
+    """Fills floats with the numbers that codes and scales stand for, exactly."""
+    code_dtype, columns = weight.code_dtype, region[-1]
+    per_byte = codes_per_byte(code_dtype)
+    # Whole bytes: a byte more at either end where the columns begin within one.
+    byte = slice(columns.start // per_byte, -(-columns.stop // per_byte))
+    wide = slice(byte.start * per_byte, byte.stop * per_byte)
+    codes = np.empty(sizes_of((*region[:-1], byte)), np.uint8)
+    read_codes(weight, source, (*region[:-1], byte), codes)
+    width = shared_width(weight, source, wide)
+    block = slice(wide.start // width, wide.stop // width)
+    scales = np.empty(sizes_of((*region[:-1], block)), weight.scale_bits)
+    read_scales(weight, source, (*region[:-1], block), scales, width=width)
+    values = dequantize_on_cpu(codes, scales, code_dtype, out.dtype)
+    values = values.reshape(*codes.shape[:-1], -1)
+    out[...] = values[..., columns.start - wide.start : columns.stop - wide.start]
+    _check_range(weight, scales, out)
 
-    weight: QuantizedTensor
-    source: Source
 
-    def read(self, region: Region, out: np.ndarray) -> None:
-        """Fills floats; ValueError at NaN, or at a number beyond their dtype."""
-        code_dtype, columns = self.weight.code_dtype, region[-1]
-        per_byte = codes_per_byte(code_dtype)
-        # Whole bytes: a byte more at either end where the columns begin within one.
-        byte = slice(columns.start // per_byte, -(-columns.stop // per_byte))
-        wide = slice(byte.start * per_byte, byte.stop * per_byte)
-        codes = np.empty(sizes_of((*region[:-1], byte)), np.uint8)
-        CodesReader(self.weight, self.source).read((*region[:-1], byte), codes)
-        width = shared_width(self.weight, self.source, wide)
-        block = slice(wide.start // width, wide.stop // width)
-        shape = sizes_of((*region[:-1], block))
-        scales = np.empty(shape, self.weight.scale_bits)
-        reader = ScalesReader(self.weight, self.source, width)
-        reader.read((*region[:-1], block), scales)
-        values = dequantize_on_cpu(codes, scales, code_dtype, out.dtype)
-        values = values.reshape(*codes.shape[:-1], -1)
-        out[...] = values[..., columns.start - wide.start : columns.stop - wide.start]
-        self._check_range(scales, out)
-
-    def _check_range(self, scales: np.ndarray, values: np.ndarray) -> None:
-        if scales.dtype == np.uint8:
-            exponent = int(scales.max(initial=0)) - _SCALE_BIAS
-            largest, shown = 2.0**exponent, f"2**{exponent}"
-        else:
-            largest = float(scales.view(np.float32).max(initial=0))
-            shown = str(largest)
-        limit = float(ml_dtypes.finfo(values.dtype).max)
-        most = _LARGEST_CODE[self.weight.code_dtype] * largest
-        if most > limit and not np.isfinite(values).all():
-            codes = self.weight.codes
-            raise ValueError(
-                f"{codes.path}: {codes.name} has numbers beyond {values.dtype}: its "
-                f"largest scale is {shown}"
-            )
+def _check_range(
+    weight: QuantizedTensor, scales: np.ndarray, values: np.ndarray
+) -> None:
+    if scales.dtype == np.uint8:
+        exponent = int(scales.max(initial=0)) - _SCALE_BIAS
+        largest, shown = 2.0**exponent, f"2**{exponent}"
+    else:
+        largest = float(scales.view(np.float32).max(initial=0))
+        shown = str(largest)
+    limit = float(ml_dtypes.finfo(values.dtype).max)
+    most = _LARGEST_CODE[weight.code_dtype] * largest
+    if most > limit and not np.isfinite(values).all():
+        raise ValueError(
+            f"{weight.codes.path}: {weight.codes.name} has numbers beyond "
+            f"{values.dtype}: its largest scale is {shown}"
+        )
 
 
 def _check_scales(tensor: StoredTensor, scales: np.ndarray) -> None:

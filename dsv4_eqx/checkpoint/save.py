@@ -1,4 +1,4 @@
-"""From a model to a checkpoint, under Hugging Face's names or DeepSeek's."""
+"""A checkpoint from a model, or from another one, under either of the two namings."""
 
 import functools
 import os
@@ -9,8 +9,12 @@ import jax
 import jax.core
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from dsv4_eqx.checkpoint.directory import local_directory, other_files, read_config
+from dsv4_eqx.checkpoint.inventory import Checkpoint, chosen_dtype, open_checkpoint
+from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.checkpoint.names import Source, sources
 from dsv4_eqx.checkpoint.quantized import (
     BLOCKS,
@@ -28,6 +32,7 @@ from dsv4_eqx.checkpoint.write import (
     write_checkpoint,
 )
 from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.hf_keys import other_keys
 from dsv4_eqx.config.kinds import SLIDING
 from dsv4_eqx.model.model import DeepSeekV4, abstract_model
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, is_quantized
@@ -41,6 +46,7 @@ from dsv4_eqx.sharding.sharded_model import ShardedModel
 
 _CALL: Final = "save_pretrained"
 MOST_FILE_BYTES: Final = 5 * 10**9
+_DTYPES: Final = ("dtype", "torch_dtype")  # of the weights, as transformers writes it
 
 
 def save_pretrained(
@@ -88,7 +94,7 @@ def save_pretrained(
         raise invalid_argument(_CALL, "tokenizer", tokenizer, allowed)
     model = _checked_model(model)
     if not official:
-        check_for_hf(_CALL, model.config)
+        _check_for_hf(_CALL, model.config)
     tensors = (
         tensor
         for source, leaf in sources(model, official=official)
@@ -105,7 +111,55 @@ def save_pretrained(
     )
 
 
-def check_for_hf(call: str, config: Config) -> None:
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    official: bool = False,
+    overwrite: bool = False,
+    most_file_bytes: int = MOST_FILE_BYTES,
+    revision: str | None = None,
+) -> None:
+    """Writes a checkpoint's weights under Hugging Face's or the official names.
+
+    Quantised weights become arrays. A few megabytes are in memory at a time, whatever
+    the model's size.
+
+    What is beside the weights comes with them, as a tokenizer and a licence: regular
+    files of at most 64 MiB, but for hidden ones, weights in other formats, indices, and
+    links that lead out of the directory; no directories. Of the configuration,
+    everything is kept that says nothing of the sizes and of how weights are stored, as
+    special tokens.
+
+    Arguments and errors are those of `from_pretrained` and `save_pretrained`. Where a
+    checkpoint is overwritten, files that come from the source replace its own.
+    """
+    call = "convert"
+    validate_flag(call, "official", official)
+    dtype = chosen_dtype(call, dtype)
+    most_file_bytes = validate_size(call, "most_file_bytes", most_file_bytes)
+    target = validate_target(call, "target", target, overwrite=overwrite)
+    checkpoint = open_checkpoint(call, local_directory(call, source, revision), dtype)
+    model = checkpoint.model
+    if not official:
+        _check_for_hf(call, model.config)
+    raw, new_dtype = read_config(checkpoint.directory), model.embedding.dtype.name
+    kept = other_keys(raw, model.config.to_hf())
+    kept |= {key: new_dtype for key in _DTYPES if key in raw}
+    with Loader(checkpoint, keep_quantized=False) as loader:
+        write_checkpoint(
+            target,
+            model.config,
+            _converted(checkpoint, loader, official),
+            overwrite=overwrite,
+            most_file_bytes=most_file_bytes,
+            more_config=kept,
+            more_files=other_files(checkpoint.directory),
+        )
+
+
+def _check_for_hf(call: str, config: Config) -> None:
     """Refuses a schedule that transformers would read as another one."""
     ratios = {}
     for kind, ratio in zip(config.layer_types, config.compress_ratios):
@@ -193,7 +247,7 @@ def _has_numbers(array: Any) -> bool:
 def _tensors_of(source: Source, leaf: Any, official: bool) -> Iterator[NewTensor]:
     if not (is_quantized(leaf) and official):
         read = functools.partial(_host_part, leaf)
-        yield from array_tensors(source, np.dtype(leaf.dtype), read)
+        yield from _array_tensors(source, np.dtype(leaf.dtype), read)
         return
     for index in np.ndindex(source.names.shape):
 
@@ -203,7 +257,17 @@ def _tensors_of(source: Source, leaf: Any, official: bool) -> Iterator[NewTensor
         yield from quantized_tensors(str(source.names[index]), source, leaf, part)
 
 
-def array_tensors(
+def _converted(
+    checkpoint: Checkpoint, loader: Loader, official: bool
+) -> Iterator[NewTensor]:
+    new = sources(checkpoint.model, official=official)
+    for (target, leaf), (source, _) in zip(new, checkpoint.wanted, strict=True):
+        dtype = np.dtype(leaf.dtype)
+        read = functools.partial(loader.read_region, source, dtype)
+        yield from _array_tensors(target, dtype, read)
+
+
+def _array_tensors(
     source: Source, dtype: np.dtype, read: Callable[[Region], np.ndarray]
 ) -> Iterator[NewTensor]:
     """A leaf as the tensors that it is published as; `read` gives a region of it."""
@@ -244,21 +308,15 @@ def _host_part(leaf: Array | QuantizedWeight, region: Region) -> np.ndarray:
 
 
 def _copy_overlap(shard: Any, region: Region, out: np.ndarray) -> None:
-    held = [
-        (s.start or 0, (s.start or 0) + n)
-        for s, n in zip(shard.index, shard.data.shape)
-    ]
-    common = [
-        (max(first, s.start), min(last, s.stop))
-        for (first, last), s in zip(held, region)
-    ]
-    if any(first >= last for first, last in common):
-        return
-    sizes = [last - first for first, last in common]
-    starts = [first - begin for (first, _), (begin, _) in zip(common, held)]
-    target = tuple(
-        slice(first - s.start, last - s.start)
-        for (first, last), s in zip(common, region)
-    )
+    """Copies what a shard has of a region, if it has any."""
+    target, starts, sizes = [], [], []
+    for held, size, wanted in zip(shard.index, shard.data.shape, region):
+        begin = held.start or 0
+        first, last = max(begin, wanted.start), min(begin + size, wanted.stop)
+        if first >= last:
+            return
+        target.append(slice(first - wanted.start, last - wanted.start))
+        starts.append(first - begin)
+        sizes.append(last - first)
     # A slice on the device: the host need not hold the whole shard.
-    out[target] = np.asarray(lax.dynamic_slice(shard.data, starts, sizes))
+    out[tuple(target)] = np.asarray(lax.dynamic_slice(shard.data, starts, sizes))

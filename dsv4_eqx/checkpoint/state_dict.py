@@ -14,6 +14,7 @@ from jaxtyping import Array
 from dsv4_eqx.checkpoint.faults import faults_error
 from dsv4_eqx.checkpoint.inventory import (
     NamedTensors,
+    chosen_dtype,
     match_names,
     naming_faults,
     warn_of,
@@ -61,7 +62,8 @@ def from_state_dict(
         raise invalid_argument(
             "from_state_dict", "tensors", type(tensors).__name__, allowed
         ) from error
-    named = match_names("from_state_dict", config, by_name, dtype, _dtype_of)
+    chosen = chosen_dtype("from_state_dict", dtype)
+    named = match_names("from_state_dict", config, by_name, chosen, _dtype_of)
     _check_complete(named)
     if named.official:
         warn_of("from_state_dict", named.notes)
@@ -89,7 +91,9 @@ def _faults(
     """What is wrong with a tensor of a leaf."""
     dtype = _dtype_of(tensor)
     if dtype is None:
-        yield _why_unreadable(tensor)
+        kind, is_array = type(tensor).__name__, hasattr(tensor, "shape")
+        why = " that numpy cannot read" if is_array else ", not an array"
+        yield f"is a {kind}{why}"
         return
     if tuple(tensor.shape) != shape:
         yield f"has the shape {tuple(tensor.shape)}, not {shape}"
@@ -129,13 +133,6 @@ def range_faults(values: np.ndarray, dtype: Any) -> Iterator[str]:
     if len(outside) > 0:
         place = [int(i) for i in outside[0]]
         yield f"has {float(values[tuple(place)])} at {place}, beyond {dtype}"
-
-
-def _why_unreadable(tensor: Any) -> str:
-    kind = type(tensor).__name__
-    if not hasattr(tensor, "shape"):
-        return f"is a {kind}, not an array"
-    return f"is a {kind} that numpy cannot read"
 
 
 def _dtype_of(tensor: Any) -> np.dtype | None:

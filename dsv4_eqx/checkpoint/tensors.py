@@ -11,11 +11,12 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from dsv4_eqx.checkpoint.faults import naming
 from dsv4_eqx.numerics.validation import is_int, shown
 
 # The names that safetensors has for dtypes; I8 holds pairs of FP4 codes.
@@ -69,13 +70,10 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         size = os.fstat(file.fileno()).st_size
         raw = _header_bytes(path, file, size)
     start = _LENGTH_BYTES + len(raw)
-    try:
+    with naming(path):
         check_plausible(raw, _ENTRY_BYTES, brackets=3, quotes=10, commas=6)
-        header = parse_json(raw)
-        tensors = dict(_tensors(path, header, start))
+        tensors = dict(_tensors(path, parse_json(raw), start))
         _check_layout(tensors, start, size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return tensors
 
 
@@ -217,15 +215,6 @@ def _check_layout(tensors: dict[str, StoredTensor], start: int, size: int) -> No
             f"has {size} bytes, and {last} ends at {end}: it is cut short or has more "
             "than its header says"
         )
-
-
-@runtime_checkable
-class RegionReader(Protocol):
-    """Reads one tensor, in the dimensions of the part of a leaf that it fills."""
-
-    def read(self, region: Region, out: np.ndarray) -> None:
-        """Fills `out` with a region of the part; ValueError naming file and tensor."""
-        ...
 
 
 def read_region(tensor: StoredTensor, region: Region, out: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Array, Int
 
-from dsv4_eqx.checkpoint.download import local_directory
+from dsv4_eqx.checkpoint.directory import local_directory
 from dsv4_eqx.numerics.validation import invalid_argument
 
 TOKENIZER: Final = "tokenizer.json"

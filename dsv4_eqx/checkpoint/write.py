@@ -8,6 +8,7 @@ removed last: a process that is killed between the two leaves it there, whole, u
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -59,7 +60,7 @@ class NewTensor(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def validate_target(
@@ -122,7 +123,7 @@ def write_checkpoint(
     tokenizer: SavesItself | None = None,
 ) -> None:
     """Writes a checkpoint to a path from `validate_target`, whole or not at all."""
-    files = _named(_split(list(tensors), most_file_bytes))
+    files = _split(tensors, most_file_bytes)
     total = sum(tensor.num_bytes for file in files.values() for tensor in file)
     with (
         tqdm(desc="saving", total=total, **SHOWN_BYTES) as progress,
@@ -183,8 +184,8 @@ def _flush(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def _split(tensors: Sequence[NewTensor], most_bytes: int) -> list[list[NewTensor]]:
-    """Consecutive tensors, as many as fit in a file; at least one file."""
+def _split(tensors: Iterable[NewTensor], most_bytes: int) -> dict[str, list[NewTensor]]:
+    """By file, at least one, as many consecutive tensors as fit in it."""
     files, left = [[]], most_bytes
     for tensor in tensors:
         if tensor.num_bytes > left and files[-1]:
@@ -192,13 +193,9 @@ def _split(tensors: Sequence[NewTensor], most_bytes: int) -> list[list[NewTensor
             left = most_bytes
         files[-1].append(tensor)
         left -= tensor.num_bytes
-    return files
-
-
-def _named(files: Sequence[list[NewTensor]]) -> dict[str, list[NewTensor]]:
-    if len(files) == 1:
-        return {SINGLE: files[0]}
     count = len(files)
+    if count == 1:
+        return {SINGLE: files[0]}
     return {
         f"model-{number:05}-of-{count:05}.safetensors": file
         for number, file in enumerate(files, 1)

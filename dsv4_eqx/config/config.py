@@ -276,9 +276,7 @@ class Config:
 
         transformers knows one ratio for each kind of layer.
         """
-        return fields_to_hf(
-            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        )
+        return fields_to_hf(vars(self))
 
 
 def _entries(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:

@@ -41,15 +41,7 @@ def fields_from_hf(
     fields: Sequence[dataclasses.Field],
     num_hidden_layers: int | None,
 ) -> dict[str, Any]:
-    """The values of `Config`'s `fields` in `source`; see `Config.from_hf`.
-
-    **Arguments:**
-
-    - `source`, `num_hidden_layers`: as for `Config.from_hf`.
-    - `fields`: of `Config`.
-
-    **Raises:** as `Config.from_hf`; most values' ranges are left to `Config`.
-    """
+    """The values of `Config`'s fields in `source`; it checks most ranges itself."""
     raw = source if isinstance(source, Mapping) else _read_json(source)
     raw = {
         key: value
@@ -64,38 +56,29 @@ def fields_from_hf(
     if num_hidden_layers is not None:
         raw = _cut(raw, num_hidden_layers)
     values = _TOKEN_IDS | {name: raw[name] for name in (names - SCHEDULE) & raw.keys()}
-    for name in _TOKEN_IDS:
-        value = values[name]
-        values[name] = tuple(value) if isinstance(value, list) else value
     values |= _schedule_from_hf(raw) | rotary
     if has_drafter(raw):
         values["num_nextn_predict_layers"] = 0
     warn_of_unread(raw, names)
-    return values
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
 
 
 def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fields_from_hf` reads back, and transformers too; see `Config.to_hf`.
-
-    **Arguments:**
-
-    - `fields`: of `Config`, by name.
-    """
+    """`Config`'s fields as `fields_from_hf` reads them back, and transformers too."""
     kinds, ratios = fields["layer_types"], fields["compress_ratios"]
     rates = {kind: ratio for kind, ratio in zip(kinds, ratios) if kind != SLIDING}
-    written = {"architectures": ["DeepseekV4ForCausalLM"]} | FIXED | dict(fields)
+    written = {"architectures": ["DeepseekV4ForCausalLM"]} | FIXED
+    for name, value in fields.items():
+        written[name] = list(value) if isinstance(value, tuple) else value
     if all(rates.get(kind, 0) == ratio for kind, ratio in zip(kinds, ratios)):
         # transformers looks both up, whichever kinds of layers there are.
         written["compress_rates"] = {CSA: 4, HCA: 128} | rates
-    for name in _TOKEN_IDS:
-        if isinstance(written[name], tuple):
-            written[name] = list(written[name])
-    return written | {
-        "layer_types": list(kinds),
-        "compress_ratios": [*ratios, *[0] * fields["num_nextn_predict_layers"]],
-        "mlp_layer_types": list(fields["mlp_layer_types"]),
-        "rope_scaling": yarn_to_hf(fields["rope_scaling"]),
-    }
+    written["compress_ratios"] += [0] * fields["num_nextn_predict_layers"]
+    written["rope_scaling"] = yarn_to_hf(fields["rope_scaling"])
+    return written
 
 
 def _read_json(source: str | os.PathLike) -> dict[str, Any]:
@@ -164,11 +147,8 @@ def _schedule_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kind, str) and rates.get(kind, ratio) != ratio:
             allowed = f"{rates[kind]} in {kind!r}, as in compress_rates"
             raise invalid_argument(CALL, "compress_ratios", ratios, allowed)
-    return dict(
-        layer_types=tuple(kinds),
-        compress_ratios=tuple(ratios),
-        mlp_layer_types=tuple(_mlp_kinds(raw, layers)),
-    )
+    mlp_kinds = _mlp_kinds(raw, layers)
+    return dict(layer_types=kinds, compress_ratios=ratios, mlp_layer_types=mlp_kinds)
 
 
 def _list(raw: Mapping[str, Any], key: str, layers: int) -> list[Any] | None:

@@ -91,38 +91,18 @@ _LEFT_OUT: Final = {
 
 
 def is_same(found: Any, wanted: Any) -> bool:
-    """Whether a value is the one wanted; 1 is not true, and 0 not false.
-
-    **Arguments:**
-
-    - `found`: anything.
-    - `wanted`: what it should be.
-    """
+    """Whether a value is the one wanted; 1 is not true, and 0 not false."""
     return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted
 
 
 def has_drafter(raw: Mapping[str, Any]) -> bool:
-    """Whether a configuration has DSpark's drafter instead of the prediction block.
-
-    **Arguments:**
-
-    - `raw`: the whole configuration.
-
-    **Raises:** ValueError if the drafter's number of tokens is none.
-    """
+    """Whether a configuration has DSpark's drafter instead of the prediction block."""
     tokens = raw.get("dspark_block_size")
     return tokens is not None and validate_int(CALL, "dspark_block_size", tokens) > 0
 
 
 def validate_keys(raw: Mapping[str, Any]) -> None:
-    """Refuses the configuration of another model.
-
-    **Arguments:**
-
-    - `raw`: the whole configuration.
-
-    **Raises:** ValueError naming the key, its value and why it is refused.
-    """
+    """Refuses the configuration of another model."""
     _refuse_v41(raw)
     for key, wanted in FIXED.items():
         if key in raw and not is_same(raw[key], wanted):
@@ -155,13 +135,7 @@ def _refuse_v41(raw: Mapping[str, Any]) -> None:
 
 
 def warn_of_unread(raw: Mapping[str, Any], known: Collection[str]) -> None:
-    """Names once, in one warning, every key that is neither read nor known to be idle.
-
-    **Arguments:**
-
-    - `raw`: the whole configuration.
-    - `known`: keys that are read.
-    """
+    """Names in one warning all keys that are neither `known` nor without effect."""
     idle = {*known, *SCHEDULE, *FIXED, *_NEUTRAL, *_SAME_AS, *_HARMLESS}
     given = {str(key) for key, value in raw.items() if value is not None}
     groups: dict[str, list[str]] = {}
@@ -179,13 +153,7 @@ def warn_of_unread(raw: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def other_keys(raw: Mapping[str, Any], written: Collection[str]) -> dict[str, Any]:
-    """What else a configuration says: kept where it is written again.
-
-    **Arguments:**
-
-    - `raw`: the whole configuration.
-    - `written`: keys that describe the model anew.
-    """
+    """What else a configuration says, to be kept where it is `written` again."""
     gone = {*SCHEDULE, *_OF_FILES, *written}
     left_out = tuple(_LEFT_OUT)
     return {

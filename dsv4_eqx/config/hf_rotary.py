@@ -33,15 +33,7 @@ _KNOWN: Final = frozenset(_NUMBERS) | _IDENTITY.keys() | {"type", "rope_type"}
 
 
 def mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A mapping inside another, without its nulls; empty where it is absent or null.
-
-    **Arguments:**
-
-    - `parent`: the mapping that it is in.
-    - `key`: its key.
-
-    **Raises:** ValueError if it is something else.
-    """
+    """A mapping inside another, without its nulls; empty where it is absent or null."""
     value = parent.get(key)
     if not isinstance(value, Mapping | None):
         raise invalid_argument(CALL, key, value, "a mapping")
@@ -49,14 +41,7 @@ def mapping(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def rotary_from_hf(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of `Config` that a configuration gives.
-
-    **Arguments:**
-
-    - `raw`: the whole configuration.
-
-    **Raises:** ValueError if a value is none, or two of a field differ.
-    """
+    """The rotary fields of `Config` that a configuration gives; no two may differ."""
     found: dict[str, tuple[Any, str]] = {}
     for field, value, place in _statements(raw):
         first, first_place = found.setdefault(field, (value, place))
@@ -159,12 +144,7 @@ def _yarn(name: str, part: Mapping[str, Any]) -> YarnScaling | None:
 
 
 def yarn_to_hf(yarn: YarnScaling | None) -> dict[str, Any] | None:
-    """What stands under `rope_scaling`.
-
-    **Arguments:**
-
-    - `yarn`: of the layers that compress, if they have it.
-    """
+    """What stands under `rope_scaling`."""
     if yarn is None:
         return None
     return {

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
@@ -32,29 +31,16 @@ def on_device(value: Any, dtype: DTypeLike) -> Array:
     return jax.device_put(np.asarray(value, dtype))
 
 
-def is_traced(*trees: Any) -> bool:
-    """Whether any value in the trees is a JAX tracer."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
-
-
 def read_prompts(
     call: str, tokens: Any, lengths: Any, vocab: int
 ) -> tuple[Int[np.ndarray, "batch seq"], Int[np.ndarray, " batch"]]:
-    """The prompts as rows padded with zeros, and the number of tokens in each.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `tokens`: rows of token ids, as an array or a list of rows; or a single row.
-    - `lengths`: tokens of each row; whole rows by default.
-    - `vocab`: size of the vocabulary.
-
-    **Raises:** ValueError if `tokens` is none of these, a row has no token, a token is
-    outside the vocabulary, or `lengths` do not match the rows.
-    """
+    """The prompts as rows padded with zeros, and the number of tokens in each."""
     rows = _rows(call, tokens)
-    row_sizes = np.array([len(row) for row in rows])
-    lengths = row_sizes if lengths is None else _lengths(call, lengths, row_sizes)
+    row_sizes = np.array([len(row) for row in rows], np.int32)
+    if lengths is None:
+        lengths = row_sizes
+    else:
+        lengths = validate_counts(call, _integers(call, "lengths", lengths), row_sizes)
     if not rows:
         raise ValueError(f"{call}: there is no prompt.")
     if lengths.min() < 1:
@@ -70,20 +56,11 @@ def read_prompts(
                 f"[0, {vocab})."
             )
         padded[i, :length] = row[:length]
-    return padded, lengths.astype(np.int32)
+    return padded, lengths
 
 
 def eos_ids(call: str, eos_id: Any, config: Config) -> Int[Array, " ids"]:
-    """The token ids that end a row.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `eos_id`: a token id or several; None for those of the configuration.
-    - `config`: of the model.
-
-    **Raises:** ValueError if one of them is not a token id.
-    """
+    """The token ids that end a row; those of the configuration for None."""
     value: Any = as_python(config.eos_token_id if eos_id is None else eos_id)
     value = () if value is None else value
     if isinstance(value, np.ndarray | jax.Array):
@@ -130,8 +107,3 @@ def _integers(call: str, name: str, values: Any) -> np.ndarray:
         got = array.dtype if array.dtype != object else type(values).__name__
         raise ValueError(f"{call}: {name} must be integers, not {got}.")
     return array
-
-
-def _lengths(call: str, lengths: Any, row_sizes: np.ndarray) -> np.ndarray:
-    lengths = validate_counts(call, _integers(call, "lengths", lengths), row_sizes)
-    return np.asarray(lengths)

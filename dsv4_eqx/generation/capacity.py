@@ -13,22 +13,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from dsv4_eqx.generation.arguments import is_traced
 from dsv4_eqx.model.abstract import AbstractModel, Cache
-from dsv4_eqx.numerics.validation import invalid_argument, validate_int
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_concrete,
+    validate_int,
+)
 
 _SMALLEST: Final = 128
 _State = TypeVar("_State")
 
 
 def rounded_capacity(needed: int, most: int) -> int:
-    """A capacity for the tokens needed, larger by at most a quarter or 127 tokens.
-
-    **Arguments:**
-
-    - `needed`: tokens needed.
-    - `most`: the largest capacity allowed.
-    """
+    """A capacity for the tokens needed, larger by at most a quarter or 127 tokens."""
     step = max(_SMALLEST, 2 ** ((needed - 1).bit_length() - 3))
     return min(-(-needed // step) * step, most)
 
@@ -58,7 +55,7 @@ def grow_cache(model: AbstractModel, cache: Cache, capacity: int) -> Cache:
         raise ValueError(f"{call}: the cache is one of another model.")
     if capacity == cache.capacity:
         return cache
-    if cache.capacity < model.config.sliding_window and not is_traced(cache):
+    if cache.capacity < model.config.sliding_window and is_concrete(cache.lengths):
         full = np.flatnonzero(jax.device_get(cache.lengths) >= cache.capacity)
         if len(full) > 0:
             raise ValueError(
@@ -70,13 +67,7 @@ def grow_cache(model: AbstractModel, cache: Cache, capacity: int) -> Cache:
 
 @functools.partial(jax.jit, donate_argnames="larger")
 def grown(state: _State, larger: _State) -> _State:
-    """A state's values, copied into the arrays of a larger state.
-
-    **Arguments:**
-
-    - `state`: after some tokens.
-    - `larger`: before any token, of a larger capacity.
-    """
+    """A state's values, copied into the arrays of a larger one before any token."""
 
     def put(path: tuple, new: Array, old: Array) -> Array:
         # The latest window key comes last; everything else begins with the first.

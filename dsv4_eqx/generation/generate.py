@@ -15,9 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsv4_eqx.generation.arguments import Prompts
-from dsv4_eqx.generation.capacity import grow_cache, grown
-from dsv4_eqx.generation.prompt import Caches, read_prompt, repeat_rows
-from dsv4_eqx.generation.request import Request, checked_request
+from dsv4_eqx.generation.prompt import Caches
+from dsv4_eqx.generation.request import checked_request
 from dsv4_eqx.generation.result import Generated, result_of, shortened
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import (
@@ -115,15 +114,14 @@ def generate(
         speculative=speculative,
     )
     if request.has_stop:
-        stream = _stream(model, request)
+        stream = TokenStream(model, request)
         for _ in stream:
             pass
         assert stream.state is not None
         result = _result_of(stream.state)
     else:
-        read = _read(model, request)
-        rows, key, rules = request.rows(), request.key, request.rules
-        result = _generate(model, *read, rows, key, rules)
+        read, rows = request.read(model), request.rows()
+        result = _generate(model, *read, rows, request.key, request.rules)
         if request.texts is not None:
             request.texts.append(*jax.device_get((result.tokens, result.lengths)))
     texts = None if request.texts is None else request.texts.texts()
@@ -172,31 +170,7 @@ def generate_stream(
         after=after,
         speculative=speculative,
     )
-    return _stream(model, request)
-
-
-def _read(
-    model: AbstractModel, request: Request
-) -> tuple[Caches, Float[Array, "rows streams dim"]]:
-    """The caches after the prompts, with a row for each sample."""
-    after, capacity, before = request.after, request.capacity, None
-    batch = len(request.lengths)
-    if after is not None:
-        mtp = after.mtp_cache if request.speculative else None
-        if mtp is not None and capacity > after.cache.capacity:
-            mtp = grown(mtp, model.init_mtp_cache(batch, capacity))
-        before = Caches(grow_cache(model, after.cache, capacity), mtp)
-    read = read_prompt(
-        model, request.tokens, request.lengths, capacity, request.speculative, before
-    )
-    times = request.num_samples
-    return read if times == 1 else repeat_rows(*read, times)
-
-
-def _stream(model: AbstractModel, request: Request) -> TokenStream:
-    read = functools.partial(_read, model, request)
-    rows, key, rules = request.rows(), request.key, request.rules
-    return TokenStream(model, read, rows, key, rules, request.texts)
+    return TokenStream(model, request)
 
 
 @functools.partial(jax.jit, donate_argnames="caches")

@@ -31,12 +31,7 @@ class Caches(eqx.Module):
 
 
 def parts(longest: int) -> list[int]:
-    """Sizes of the parts in which a prompt is read.
-
-    **Arguments:**
-
-    - `longest`: tokens in the longest row.
-    """
+    """Sizes of the parts in which a prompt is read, by its longest row."""
     size = _SMALLEST_PART
     while size < min(longest, _LARGEST_PART):
         size *= 2
@@ -53,15 +48,8 @@ def read_prompt(
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
     """The caches after the prompts, and the streams of each row's last token.
 
-    **Arguments:**
-
-    - `model`: the model.
-    - `tokens`: the prompts' ids, then padding.
-    - `lengths`: ids in each prompt, at least 1.
-    - `capacity`: the most tokens that a row can have.
-    - `drafts`: whether the prediction block reads the prompt too.
-    - `before`: caches that the prompts continue, of sufficient capacity; they are not
-        changed.
+    With `drafts`, the prediction block reads them too. The caches `before`, which they
+    continue, must have the capacity and are not changed.
     """
     after, first = None, 0
     for size in parts(tokens.shape[1]):
@@ -92,10 +80,7 @@ def read_first(
     capacity: int,
     drafts: bool,
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """The first part of the prompts, read into new caches.
-
-    **Arguments:** as for `read_next` and `read_prompt`.
-    """
+    """The first part of the prompts, read into new caches."""
     batch = len(part)
     mtp = model.init_mtp_cache(batch, capacity) if drafts else None
     caches = Caches(model.init_cache(batch, capacity), mtp)
@@ -109,15 +94,10 @@ def read_after(
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """A part of the prompts, read into a copy of the caches.
+    """A part of the prompts, with one token more, read into a copy of the caches.
 
-    **Arguments:**
-
-    - `model`: the model.
-    - `caches`: before the part.
-    - `part`: the part's tokens, and one more.
-    - `counts`: for each row how many tokens the model reads, and how many next tokens
-        the prediction block reads.
+    `counts` says for each row how many tokens the model reads, and how many next tokens
+    the prediction block reads.
     """
     streams, cache = model.extend_streams(part[:, :-1], caches.model, counts[0])
     mtp = caches.mtp
@@ -136,11 +116,9 @@ def read_next(
     part: Int[Array, "batch tokens"],
     counts: Int[Array, "2 batch"],
 ) -> tuple[Caches, Float[Array, "batch streams dim"]]:
-    """Another part of the prompts, read into the memory of the caches.
+    """Another part, read into the memory of the caches.
 
-    **Arguments:** as for `read_after`.
-
-    - `last`: the streams of each row's last token so far.
+    `last` is the streams of each row's last token so far.
     """
     caches, new = read_after(model, caches, part, counts)
     return caches, jnp.where((counts[0] > 0)[:, None, None], new, last)
@@ -150,25 +128,13 @@ def read_next(
 def repeat_rows(
     caches: Caches, streams: Float[Array, "batch streams dim"], times: int
 ) -> tuple[Caches, Float[Array, "rows streams dim"]]:
-    """Each row repeated several times in succession, for samples of one prompt.
-
-    **Arguments:**
-
-    - `caches`, `streams`: from `read_prompt`.
-    - `times`: how many rows each row becomes.
-    """
+    """Each row repeated several times in succession, for samples of one prompt."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (caches, streams))
 
 
 def last_of(
     x: Shaped[Array, "batch seq *channels"], lengths: Int[Array, " batch"]
 ) -> Shaped[Array, "batch ..."]:
-    """Each row's last token.
-
-    **Arguments:**
-
-    - `x`: an array of tokens, then padding.
-    - `lengths`: tokens of each row; if 0, the first place is taken.
-    """
+    """What stands at each row's last token; at its first place if it has none."""
     index = jnp.maximum(lengths - 1, 0)
     return jax.vmap(lambda row, i: row[i])(x, index)

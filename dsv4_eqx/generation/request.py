@@ -3,17 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.generation.arguments import (
-    eos_ids,
-    is_traced,
-    on_device,
-    read_prompts,
-)
-from dsv4_eqx.generation.capacity import rounded_capacity
-from dsv4_eqx.generation.prompt import parts
+from dsv4_eqx.generation.arguments import eos_ids, on_device, read_prompts
+from dsv4_eqx.generation.capacity import grow_cache, grown, rounded_capacity
+from dsv4_eqx.generation.prompt import Caches, parts, read_prompt, repeat_rows
 from dsv4_eqx.generation.result import Generated
 from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import LogitsFn, Rows, Rules
@@ -56,6 +52,21 @@ class Request(NamedTuple):
         rows = (padded, log_probs, lengths, lengths.copy(), is_done, *counts)
         return Rows(*jax.device_put(rows))
 
+    def read(
+        self, model: AbstractModel
+    ) -> tuple[Caches, Float[Array, "rows streams dim"]]:
+        """The caches after the prompts, and their last tokens' streams, by sample."""
+        after, before = self.after, None
+        if after is not None:
+            mtp = after.mtp_cache if self.speculative else None
+            if mtp is not None and self.capacity > after.cache.capacity:
+                batch = len(self.lengths)
+                mtp = grown(mtp, model.init_mtp_cache(batch, self.capacity))
+            before = Caches(grow_cache(model, after.cache, self.capacity), mtp)
+        prompts = self.tokens, self.lengths
+        read = read_prompt(model, *prompts, self.capacity, self.speculative, before)
+        return read if self.num_samples == 1 else repeat_rows(*read, self.num_samples)
+
 
 def checked_request(
     call: str,
@@ -75,12 +86,7 @@ def checked_request(
     after: Any,
     speculative: Any,
 ) -> Request:
-    """Validates the arguments of `generate` and `generate_stream`.
-
-    **Arguments:** those of `generate`, and the name of the function that was called.
-
-    **Raises:** ValueError as `generate` does.
-    """
+    """Validates the arguments of `call`, `generate` or `generate_stream`."""
     _validate_model(call, model, speculative, (tokens, lengths, key, after))
     sampling = _validate_sampling(call, sampling, key)
     new = validate_int(call, "max_new_tokens", max_new_tokens)
@@ -115,7 +121,9 @@ def _validate_model(call: str, model: Any, speculative: Any, arrays: tuple) -> N
     if not isinstance(model, AbstractModel):
         allowed = "a DeepSeekV4 or a ShardedModel"
         raise invalid_argument(call, "model", type(model).__name__, allowed)
-    if is_traced(model, arrays) or not is_concrete(arrays[0]):
+    leaves = jax.tree.leaves((model, arrays))
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if is_traced or not is_concrete(arrays[0]):
         raise ValueError(
             f"{call}: the model or the prompts are traced, or the prompts lie over "
             "several processes; it compiles its own loop: call it outside of jit, with "

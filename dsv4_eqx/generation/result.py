@@ -1,5 +1,7 @@
 """The result of generation."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,7 @@ class Generated(eqx.Module):
 
 
 def result_of(state: State) -> Generated:
-    """The result so far, in rows as long as the cache's capacity.
-
-    **Arguments:**
-
-    - `state`: after the last step.
-    """
+    """The result so far, in rows as long as the cache's capacity."""
     rows = state.rows
     index = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None]
     place = rows.prompt_lengths[:, None] + index
@@ -52,14 +49,7 @@ def result_of(state: State) -> Generated:
 
 
 def shortened(result: Generated, new: int, texts: tuple[str, ...] | None) -> Generated:
-    """The result in rows of the right length, with texts.
-
-    **Arguments:**
-
-    - `result`: from `result_of`.
-    - `new`: the most new tokens of a row.
-    - `texts`: the text of each row, if wanted.
-    """
+    """The result in rows of `new` tokens, with texts."""
 
     def first(x: Array) -> Array:
         if not x.is_fully_addressable:
@@ -67,13 +57,9 @@ def shortened(result: Generated, new: int, texts: tuple[str, ...] | None) -> Gen
         # On the host, where another length needs no compilation.
         return jax.device_put(jax.device_get(x)[:, :new])
 
-    return Generated(
-        first(result.tokens),
-        result.lengths,
-        first(result.log_probabilities),
-        result.cache,
-        result.mtp_cache,
-        result.num_drafted,
-        result.num_accepted,
-        texts,
+    return dataclasses.replace(
+        result,
+        tokens=first(result.tokens),
+        log_probabilities=first(result.log_probabilities),
+        texts=texts,
     )

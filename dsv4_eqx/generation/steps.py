@@ -9,6 +9,7 @@ A step has two halves. `look` reads tokens and chooses the tokens after them; `s
 decides how many are kept. Between the two the host may end rows, as at a stop string.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -50,26 +51,16 @@ class Rows(eqx.Module):
         log_probabilities: Float[Array, "batch new"],
         counts: Int[Array, " batch"],
     ) -> "Rows":
-        """The rows with new tokens at their ends.
-
-        **Arguments:**
-
-        - `tokens`: new tokens.
-        - `log_probabilities`: of the new tokens.
-        - `counts`: how many of them each row takes.
-        """
+        """The rows, each with the first `counts` of its new tokens at its end."""
         size, index = self.tokens.shape[1], jnp.arange(tokens.shape[1])[None]
         is_taken = index < counts[:, None]
         place = jnp.where(is_taken, self.lengths[:, None] + index, size)
         put = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
-        return Rows(
-            put(self.tokens, place, tokens),
-            put(self.log_probabilities, place, log_probabilities),
-            self.prompt_lengths,
-            self.lengths + counts,
-            self.is_done,
-            self.num_drafted,
-            self.num_accepted,
+        return dataclasses.replace(
+            self,
+            tokens=put(self.tokens, place, tokens),
+            log_probabilities=put(self.log_probabilities, place, log_probabilities),
+            lengths=self.lengths + counts,
         )
 
 
@@ -101,15 +92,7 @@ class Rules(eqx.Module):
     def adjust(
         self, logits: Float[Array, "batch vocab"], rows: Rows
     ) -> Float[Array, "batch vocab"]:
-        """The logits that tokens are chosen from.
-
-        **Arguments:**
-
-        - `logits`: the model's.
-        - `rows`: tokens so far.
-
-        **Raises:** ValueError if the user's function returns another shape.
-        """
+        """The logits that tokens are chosen from, given the model's."""
         if self.logits_fn is None:
             return logits
         adjusted = self.logits_fn(logits, rows.tokens, rows.lengths)
@@ -121,21 +104,11 @@ class Rules(eqx.Module):
         return jnp.asarray(adjusted, logits.dtype)
 
     def are_eos(self, tokens: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-        """Whether these tokens end their rows.
-
-        **Arguments:**
-
-        - `tokens`: one of each row.
-        """
+        """Whether these tokens, one of each row, end their rows."""
         return jnp.any(tokens[:, None] == self.eos_ids[None], axis=1)
 
     def room(self, rows: Rows) -> Int[Array, " batch"]:
-        """How many more tokens each row may get.
-
-        **Arguments:**
-
-        - `rows`: tokens so far.
-        """
+        """How many more tokens each row may get."""
         new = rows.lengths - rows.prompt_lengths
         return jnp.where(rows.is_done, 0, self.limit - new)
 
@@ -160,16 +133,7 @@ def begin(
     key: PRNGKeyArray | None,
     rules: Rules,
 ) -> tuple[State, Chosen]:
-    """The state after the prompts, and the first new token, for `settle`.
-
-    **Arguments:**
-
-    - `model`: the model.
-    - `caches`, `streams`: from `read_prompt`.
-    - `rows`: the prompts.
-    - `key`: randomness, if tokens are drawn.
-    - `rules`: how tokens are chosen.
-    """
+    """The state after the prompts, and the first new token, for `settle`."""
     draft = None
     if caches.mtp is not None:
         draft = Draft(caches.mtp, rows.last_tokens, None)
@@ -180,14 +144,7 @@ def begin(
 
 
 def step(model: AbstractModel, state: State, rules: Rules) -> tuple[State, Chosen]:
-    """The next tokens of the rows that are not done.
-
-    **Arguments:**
-
-    - `model`: the model.
-    - `state`: from `settle` or another step.
-    - `rules`: how tokens are chosen.
-    """
+    """The state after another step, and the tokens that it gave."""
     rows, draft, key = state.rows, state.draft, state.key
     chosen, after = look(model, state.cache, rows, draft, key, rules)
     return settle(model, after, rows, draft, key, chosen, rules), chosen
@@ -201,15 +158,9 @@ def look(
     key: PRNGKeyArray | None,
     rules: Rules,
 ) -> tuple[Chosen, Cache | Lookahead]:
-    """Reads each row's last token and its draft, if any, and chooses the next tokens.
+    """The next tokens, and the cache after each row's last token and its draft, if any.
 
-    **Arguments:**
-
-    - `model`: the model.
-    - `cache`, `rows`, `draft`, `key`: of the state.
-    - `rules`: how tokens are chosen.
-
-    **Returns:** the new tokens, and the cache after all tokens that were read.
+    Of the state, the cache alone may be donated: `settle` needs the rest.
     """
     _, choice_key, _ = _split(key)
     if draft is not None:
@@ -231,25 +182,17 @@ def settle(
 ) -> State:
     """The state with the new tokens that are kept, and with the next draft.
 
-    **Arguments:**
-
-    - `model`: the model.
-    - `after`, `chosen`: from `look`, or the cache and the token from `begin`.
-    - `rows`, `draft`, `key`: of the state before.
-    - `rules`: how tokens are chosen.
+    `after` and `chosen` are from `look` or `begin`; the rest is of the state before.
     """
     key, _, draft_key = _split(key)
     counts = chosen.counts
     cache = after if isinstance(after, Cache) else after.keep(counts)
     rows = rows.append(chosen.tokens, chosen.log_probabilities, counts)
-    rows = Rows(
-        rows.tokens,
-        rows.log_probabilities,
-        rows.prompt_lengths,
-        rows.lengths,
-        rows.is_done | chosen.is_last,
-        rows.num_drafted + chosen.num_drafted,
-        rows.num_accepted + chosen.num_accepted,
+    rows = dataclasses.replace(
+        rows,
+        is_done=rows.is_done | chosen.is_last,
+        num_drafted=rows.num_drafted + chosen.num_drafted,
+        num_accepted=rows.num_accepted + chosen.num_accepted,
     )
     if draft is not None:
         draft = _redraft(model, draft, chosen, rows, rules, draft_key)

@@ -19,12 +19,7 @@ class Texts:
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...], eos_ids: list[int]):
-        """**Arguments:**
-
-        - `decode`: a function from token ids to text.
-        - `stop`: strings that end a row; they are not part of its text.
-        - `eos_ids`: token ids that end a row; they are not part of its text.
-        """
+        """Neither `stop` nor `eos_ids`, which end a row, are part of its text."""
         self._decode, self._stop, self._eos_ids = decode, stop, set(eos_ids)
         self._ids: list[list[int]] = []
 
@@ -33,12 +28,7 @@ class Texts:
     ) -> tuple[Int[np.ndarray, " batch"], Bool[np.ndarray, " batch"]]:
         """Adds new tokens to each row, up to the one that completes a stop string.
 
-        **Arguments:**
-
-        - `tokens`: new tokens of each row.
-        - `counts`: how many new tokens each row has.
-
-        **Returns:** how many tokens were added to each row, and whether it then ended.
+        Gives how many were added to each row, and whether it then ended.
         """
         if not self._ids:
             self._ids = [[] for _ in tokens]
@@ -63,17 +53,7 @@ class Texts:
 
 
 def validate_stop(call: str, stop: Any, decode: Any) -> tuple[tuple[str, ...], Any]:
-    """The stop strings as a tuple, and what decodes token ids.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `stop`: a string or several.
-    - `decode`: a tokenizer, or a function from token ids to text; or None.
-
-    **Raises:** ValueError if `stop` or `decode` is not as described, a stop string is
-    empty, or there are stop strings and no `decode`.
-    """
+    """The stop strings as a tuple, and the function that decodes token ids."""
     strings = (stop,) if isinstance(stop, str) else stop
     is_several = isinstance(strings, Sequence | set | frozenset)
     if not is_several or not all(isinstance(x, str) and x for x in strings):

@@ -2,26 +2,15 @@
 
 import collections
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsv4_eqx.generation.prompt import Caches
-from dsv4_eqx.generation.steps import (
-    Chosen,
-    Rows,
-    Rules,
-    State,
-    begin,
-    look,
-    settle,
-    step,
-)
-from dsv4_eqx.generation.stop_strings import Texts
+from dsv4_eqx.generation.request import Request
+from dsv4_eqx.generation.steps import Chosen, State, begin, look, settle, step
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 
 
@@ -36,28 +25,11 @@ class TokenStream(Iterator[np.ndarray]):
     num_drafted: np.ndarray  # drafts of each row so far; 0 without speculation
     num_accepted: np.ndarray  # drafts of each row that were kept
 
-    def __init__(
-        self,
-        model: AbstractModel,
-        read: Callable[[], tuple[Caches, Float[Array, "batch streams dim"]]],
-        rows: Rows,
-        key: PRNGKeyArray | None,
-        rules: Rules,
-        texts: Texts | None,
-    ):
-        """**Arguments:**
-
-        - `model`: the model.
-        - `read`: reads the prompts, when the first token is asked for.
-        - `rows`: the prompts.
-        - `key`: randomness, if tokens are drawn.
-        - `rules`: how tokens are chosen.
-        - `texts`: texts of the rows, where `decode` was given.
-        """
-        batch = len(rows.lengths)
-        self.num_drafted = self.num_accepted = np.zeros(batch, np.int32)
-        self._model, self._read, self._rows = model, read, rows
-        self._key, self._rules, self._texts = key, rules, texts
+    def __init__(self, model: AbstractModel, request: Request):
+        """`generate_stream` makes it, of arguments that it has validated."""
+        num_rows = len(request.lengths) * request.num_samples
+        self.num_drafted = self.num_accepted = np.zeros(num_rows, np.int32)
+        self._model, self._request, self._texts = model, request, request.texts
         self._ready = collections.deque()
         self.state: State | None = None  # after the last step
 
@@ -80,10 +52,11 @@ class TokenStream(Iterator[np.ndarray]):
 
     def _advance(self) -> None:
         """A step, which gives at least one token."""
-        model, rules, state = self._model, self._rules, self.state
+        model, request, state = self._model, self._request, self.state
+        rules = request.rules
         if state is None:
-            read = self._read()
-            first, chosen = _begin(model, *read, self._rows, self._key, rules)
+            read, rows = request.read(model), request.rows()
+            first, chosen = _begin(model, *read, rows, request.key, rules)
             rest = first.rows, first.draft, first.key
             chosen = self._end_at_stops(chosen)
             state = _settle(model, first.cache, *rest, chosen, rules)

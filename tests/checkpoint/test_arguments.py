@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import dsv4_eqx as dsv4
-from dsv4_eqx.checkpoint.convert import convert
 from dsv4_eqx.checkpoint.describe import describe
+from dsv4_eqx.checkpoint.save import convert
 from tests.checkpoint.saving import one_layer, small_model
 from tests.models import random_tensors
 from tests.official import write_release

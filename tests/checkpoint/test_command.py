@@ -14,7 +14,7 @@ import pytest
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.checkpoint.__main__ import main
-from dsv4_eqx.checkpoint.convert import convert
+from dsv4_eqx.checkpoint.save import convert
 from dsv4_eqx.model.model import abstract_model
 from tests.checkpoint.saving import one_layer
 from tests.models import random_tensors
