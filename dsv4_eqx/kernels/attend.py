@@ -35,10 +35,7 @@ def attend_reference(
     selection: Selection = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq heads"]]:
-    """What `attend` computes, in a few lines; all logits exist at once.
-
-    **Arguments:** as for `attend`.
-    """
+    """What `attend` computes, in a few lines; all logits exist at once."""
     wide = at_least_float32(queries)
     seen = in_window(positions, window_keys.shape[1])
     keys = window_keys
@@ -66,29 +63,19 @@ def attend(
     queries: Float[Array, "batch seq heads head_dim"],
     positions: Int[Array, "batch seq"],
     window_keys: Float[Array, "batch keys head_dim"],
-    sinks: Float[Array, " heads"],
+    sinks: Float[Array, " heads"],  # take weight and give nothing
     entries: Entries | None = None,
     selection: Selection = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq heads"]]:
     """Attention of a block of consecutive queries over window, entries and sink.
 
-    **Arguments:**
-
-    - `queries`: rotated, of consecutive tokens.
-    - `positions`: of the queries, starting at 0 in each document of a row; a negative
-        one sees nothing and yields zeros.
-    - `window_keys`: rotated, of the `window - 1` tokens before the first query, then of
-        the queries' own tokens. What lies before position 0, another document, is
-        never seen.
-    - `sinks`: a logit for each head that takes weight and gives nothing.
-    - `entries`: compressed entries, if the layer has them.
-    - `selection`: which of them each query attends to. A mask shows none that the
-        query may not see; indices must be of entries that it may see.
-    - `segment_ids`: document of each query, if the entries have segment_ids.
-
-    **Returns:** the output, and the logarithm of the sum of the exponentials of all of
-    a query's logits, the sink's included.
+    Positions start at 0 in each document of a row; a query at a negative one sees
+    nothing and yields zeros. Window keys are of the `window - 1` tokens before the
+    first query, then of the queries' own. A selection's mask shows none that the query
+    may not see; its indices must be of entries that it may see. Also returned is the
+    logarithm of the sum of the exponentials of all of a query's logits, the sink's
+    included.
     """
     if entries is not None and entries.shape[1] == 0:
         entries = selection = None
@@ -107,12 +94,7 @@ def attend(
 
 
 def query_block(window_keys: Float[Array, "batch keys head_dim"]) -> int:
-    """How many queries to give to `attend` at a time.
-
-    **Arguments:**
-
-    - `window_keys`: as for `attend`.
-    """
+    """How many queries to give to `attend` at a time."""
     form = current_form()
     if form.hopper and fits_lists(window_keys.dtype, window_keys.shape[-1]):
         return form.hopper_query_block

@@ -51,13 +51,7 @@ class _Softmax(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def attend_blocked(floats, others, form: Form):
-    """Attention of one block of queries; see `attend`, which calls it.
-
-    **Arguments:**
-
-    - `floats`, `others`: `attend`'s operands, parted by whether they have a gradient.
-    - `form`: its tiles.
-    """
+    """`attend`, from its operands parted by whether they have a gradient."""
     return _forward(floats, others, form)[0]
 
 
@@ -167,11 +161,8 @@ def _gradients_own(rows: _Rows, values: Array, seen: Array) -> tuple[Array, Arra
 def _gradients_shared(
     rows: _Rows, by_head: tuple[Array, Array], values: Array, seen: Array
 ) -> tuple[Array, Array]:
-    """Of the queries, and of values that all queries share, transposed.
-
-    **Arguments:**
-
-    - `by_head`: the queries and `d_out`, transposed once for all tiles.
+    """Of the queries, and of values that all queries share, transposed. `by_head`:
+    queries and `d_out`, transposed once for all tiles.
     """
     weights, d_logits = rows.weights(values, seen)
     queries, d_out = by_head

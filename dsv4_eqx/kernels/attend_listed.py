@@ -31,25 +31,14 @@ _BLOCK: Final = 64
 
 
 def fits_lists(dtype: DTypeLike, head_dim: int) -> bool:
-    """Whether the kernels take such keys.
-
-    **Arguments:**
-
-    - `dtype`: of queries and keys.
-    - `head_dim`: their channels.
-    """
+    """Whether the kernels take keys of this dtype and so many channels."""
     is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     return is_half and head_dim % 64 == 0 and head_dim <= 512
 
 
 @jax.custom_vjp
 def attend_listed(floats, others):
-    """Attention of one block of queries; see `attend`, which calls it.
-
-    **Arguments:**
-
-    - `floats`, `others`: `attend`'s operands, parted by whether they have a gradient.
-    """
+    """`attend`, from its operands parted by whether they have a gradient."""
     return _forward(floats, others)[0]
 
 
@@ -58,9 +47,8 @@ def _forward(floats, others):
     # Pallas is imported where it is used: most users have no such GPU.
     from dsv4_eqx.kernels.hopper_attention import attend_lists
 
-    queries, keys, sinks, entries, positions, segment_ids, selection = eqx.combine(
-        floats, others
-    )
+    operands = eqx.combine(floats, others)
+    queries, keys, sinks, entries, positions, segment_ids, selection = operands
     lists, num_keys = key_lists(
         positions, keys.shape[1], entries, selection, segment_ids
     )
@@ -91,9 +79,8 @@ def _backward(residuals, cotangents):
 
     d_out, d_log_total = cotangents
     floats, others, out, log_total = residuals
-    queries, keys, sinks, entries, positions, segment_ids, selection = eqx.combine(
-        floats, others
-    )
+    operands = eqx.combine(floats, others)
+    queries, keys, sinks, entries, positions, segment_ids, selection = operands
     lists, num_keys = key_lists(
         positions, keys.shape[1], entries, selection, segment_ids
     )
@@ -139,13 +126,8 @@ def key_lists(
 ) -> tuple[Int[Array, "queries keys"], Int[Array, " queries"]]:
     """Rows of the keys that each query sees, and how many of the list's are used.
 
-    Rows count first the window keys of all rows of the batch, then the entries, as
-    they lie in their array.
-
-    **Arguments:**
-
-    - `positions`, `entries`, `selection`, `segment_ids`: as for `attend`.
-    - `num_window_keys`: of each row of the batch.
+    Rows count first the window keys of all rows of the batch, then the entries, as they
+    lie in their array; -1 is none.
     """
     batch, seq = positions.shape
     window = num_window_keys - seq + 1

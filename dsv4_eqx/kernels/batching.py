@@ -7,12 +7,8 @@ import jax.custom_batching
 
 
 def one_by_one(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, mapped by a loop under `jax.vmap`; without it, nothing is added.
+    """The kernel, of arrays alone, mapped by a loop under `jax.vmap`.
 
     It stands inside of custom derivative rules: what it wraps is not differentiated.
-
-    **Arguments:**
-
-    - `kernel`: of arrays alone.
     """
     return jax.custom_batching.sequential_vmap(kernel)

@@ -22,12 +22,8 @@ def dispatch(
 ) -> Float[Array, "rows dim"]:
     """A row for each token and slot, in the experts' order.
 
-    **Arguments:**
-
-    - `x`: the tokens.
-    - `order`: which of the slots, counted through all tokens, each row is.
-    - `inverse`: which row each slot is.
-    - `slots`: of a token.
+    `order` says which slot, counted through all tokens, each row is; `inverse` the row
+    of each slot.
     """
     if is_reference():
         return x[order // slots]
@@ -40,10 +36,7 @@ def combine(
     inverse: Int[Array, " rows"],
     slots: int,
 ) -> Float[Array, "tokens dim"]:
-    """Each token's sum over its slots, at least float32.
-
-    **Arguments:** as for `dispatch`; `rows`: in the experts' order.
-    """
+    """Each token's sum over its slots, at least float32."""
     if is_reference():
         slotted = at_least_float32(rows[inverse]).reshape(-1, slots, rows.shape[1])
         return jnp.sum(slotted, axis=1)
@@ -51,24 +44,12 @@ def combine(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(
-    x: Float[Array, "tokens dim"],
-    order: Int[Array, " rows"],
-    inverse: Int[Array, " rows"],
-    slots: int,
-) -> Float[Array, "rows dim"]:
-    """A row for each token and slot, in the experts' order."""
+def _dispatch(x, order, inverse, slots):
     return x[order // slots]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(
-    rows: Float[Array, "rows dim"],
-    order: Int[Array, " rows"],
-    inverse: Int[Array, " rows"],
-    slots: int,
-) -> Float[Array, "tokens dim"]:
-    """Each token's sum over its slots, at least float32."""
+def _combine(rows, order, inverse, slots):
     rows = at_least_float32(rows[inverse]).reshape(-1, slots, rows.shape[1])
     # Slices, not a sum over a dimension in the middle, which XLA on CPU is slow at.
     return sum((rows[:, slot] for slot in range(1, slots)), rows[:, 0])

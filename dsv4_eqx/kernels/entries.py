@@ -46,12 +46,7 @@ Selection = Bool[Array, "batch seq entries"] | Int[Array, "batch seq selected"] 
 
 
 def is_index(selection: Any) -> bool:
-    """Whether a selection names entries, rather than marking them.
-
-    **Arguments:**
-
-    - `selection`: a `Selection`.
-    """
+    """Whether a selection names entries, rather than marking them."""
     return selection is not None and jnp.issubdtype(selection.dtype, jnp.integer)
 
 
@@ -61,13 +56,8 @@ def in_window(
     """Whether a window key is one of the last `window` tokens of a query's document.
 
     A query at position p of its document has p tokens of it before itself: what lies
-    further back is another document's, wherever that begins.
-
-    **Arguments:**
-
-    - `positions`: of consecutive queries, each in its document.
-    - `num_keys`: those of the `window - 1` tokens before the first query, and the
-        queries' own.
+    further back is another document's, wherever that begins. The last keys are the
+    queries' own.
     """
     block = positions.shape[1]
     window = num_keys - block + 1
@@ -82,16 +72,7 @@ def visible(
     positions: Int[Array, "batch seq"],
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Bool[Array, "batch seq entries"]:
-    """Whether an entry is of the query's document and ends no later than the query.
-
-    **Arguments:**
-
-    - `entries`: the compressed entries.
-    - `positions`: of the queries.
-    - `segment_ids`: of the queries, if the entries have segment_ids.
-
-    **Raises:** ValueError if only queries or only entries have segment_ids.
-    """
+    """Whether an entry is of the query's document and ends no later than the query."""
     if (segment_ids is None) != (entries.segment_ids is None):
         which = "entries" if segment_ids is None else "queries"
         raise ValueError(
@@ -106,14 +87,7 @@ def visible(
 def tile_of(
     values: Values, begin: Int[Array, ""] | int, size: int
 ) -> Float[Array, "batch size head_dim"]:
-    """Consecutive entries of each row.
-
-    **Arguments:**
-
-    - `values`: of the entries.
-    - `begin`: the first of them.
-    - `size`: how many.
-    """
+    """`size` consecutive entries of each row, the first of them at `begin`."""
     stack, layer = _stack_of(values)
     batch, _, _, dim = stack.shape
     start, sizes = (0, layer, begin, 0), (batch, 1, size, dim)
@@ -123,13 +97,7 @@ def tile_of(
 def gathered(
     values: Values, index: Int[Array, "batch block selected"]
 ) -> Float[Array, "batch block selected head_dim"]:
-    """Some entries for each query; any for a negative index.
-
-    **Arguments:**
-
-    - `values`: of the entries.
-    - `index`: which of its row's a query is given; never past the last.
-    """
+    """Some entries for each query, never past the last; any for a negative index."""
     (stack, layer), index = _stack_of(values), jnp.maximum(index, 0)
     place = _rows(index), layer, index
     return stack.at[place].get(mode="promise_in_bounds")
@@ -140,14 +108,7 @@ def scattered(
     index: Int[Array, "batch block selected"],
     num_entries: int,
 ) -> Float[Array, "batch entries head_dim"]:
-    """The transpose of `gathered`: each entry's sum, where those of none are zero.
-
-    **Arguments:**
-
-    - `gradients`: of what was gathered; zero where the index is negative.
-    - `index`: as for `gathered`.
-    - `num_entries`: in a row.
-    """
+    """The transpose of `gathered`; gradients are zero where the index is negative."""
     batch, *_, dim = gradients.shape
     zeros = jnp.zeros_like(gradients, shape=(batch, num_entries, dim))
     index = jnp.maximum(index, 0)
@@ -159,14 +120,7 @@ def replaced(
     index: Int[Array, "batch new"],
     new: Float[Array, "batch new head_dim"],
 ) -> Values:
-    """The entries with some of them replaced.
-
-    **Arguments:**
-
-    - `values`: of the entries.
-    - `index`: which; past the last for none.
-    - `new`: what to put there.
-    """
+    """The entries with some of them replaced; an index past the last is dropped."""
     stack, layer = _stack_of(values)
     stack = stack.at[_rows(index), layer, index].set(new, mode="drop")
     if isinstance(values, Slice):
@@ -177,13 +131,8 @@ def replaced(
 def flat_entries(
     values: Values,
 ) -> tuple[Float[Array, "rows head_dim"], Int[Array, " batch"]]:
-    """The entries of all rows, and of all layers where they lie together, in one list.
-
-    **Arguments:**
-
-    - `values`: of the entries.
-
-    **Returns:** the list, and where in it each row's own entries begin.
+    """One list of all rows' entries, and all layers' where they lie together, and where
+    in it each row's own begin.
     """
     stack, layer = _stack_of(values)
     batch, layers, num_entries, dim = stack.shape
@@ -198,13 +147,7 @@ def write_if(
     start: Int[Array, " batch"],
 ) -> Values:
     """The entries after a write that may have nothing to write, left where they are.
-
-    **Arguments:**
-
-    - `is_any`: whether there is anything.
-    - `write`: takes the entries and `start`, and drops what is not to be written.
-    - `entries`: before.
-    - `start`: what `write` computes from.
+    `write` takes the entries and `start`, and drops what is not to be written.
     """
     if not current_form().stops_early:
         return write(entries, start)

@@ -19,25 +19,14 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How the kernels of one kind of machine work.
-
-    **Arguments:**
-
-    - `name`: as in `use_kernels`.
-    - `query_block`: queries that attention and the indexer take at a time, where XLA
-        multiplies.
-    - `entry_tile`: entries whose logits exist at a time.
-    - `stops_early`: whether loops may end where the data say so.
-    - `hopper`: whether the kernels written for Hopper GPUs run.
-    - `hopper_query_block`: as `query_block`, where they do.
-    """
+    """How the kernels of one kind of machine work."""
 
     name: str
-    query_block: int
-    entry_tile: int
-    stops_early: bool = False
-    hopper: bool = False
-    hopper_query_block: int = 4096
+    query_block: int  # of attention and the indexer, where XLA multiplies
+    entry_tile: int  # entries whose logits exist at a time
+    stops_early: bool = False  # whether loops may end where the data say so
+    hopper: bool = False  # whether the kernels written for Hopper GPUs run
+    hopper_query_block: int = 4096  # where they do
 
 
 _WHOLE: Final = 1 << 30

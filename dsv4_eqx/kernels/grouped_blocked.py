@@ -121,10 +121,8 @@ def _over_filled_groups(
     group_sizes: Int[Array, " groups"],
     outputs: PyTree[Shaped[Array, "rows ..."]],
 ) -> PyTree[Shaped[Array, "rows ..."]]:
-    """Runs over the groups that have rows: a decoded token reads no other matrices.
-
-    **Arguments:** as for `_over_blocks`, of all groups; `group_sizes`: rows of each;
-    `first`: which matrix is the first group's.
+    """`_over_blocks` over the groups that have rows: a decoded token reads no other
+    matrices. The first group's matrix is number `first`.
     """
     filled = jnp.argsort(group_sizes == 0, stable=True)
     num_rows = len(jax.tree.leaves(outputs)[0])
@@ -159,20 +157,11 @@ def _over_blocks(
     sums: PyTree[Array],
     blocks: tuple[int, ...],
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """Runs over one group's rows, a block at a time.
+    """Runs over one group's rows, a block at a time; returns the outputs and its sums.
 
-    **Arguments:**
-
-    - `run_block`: takes a block, its group's matrices, the outputs and the group's
-        sums, and returns the last two.
-    - `matrices`: of the group.
-    - `start`, `end`: its rows.
-    - `outputs`: what the blocks write their rows to.
-    - `sums`: what the group starts from.
-    - `blocks`: rows in each; as many large ones as fit, then smaller ones, of which
-        the last may have rows that are not the group's.
-
-    **Returns:** the outputs and the group's sums.
+    `run_block` takes a block, its group's matrices, the outputs and the group's sums,
+    and returns the last two. `blocks` are rows in each: as many large ones as fit, then
+    smaller ones, of which the last may have rows that are not the group's.
     """
     matrices = dequantize(matrices)
     state = outputs, sums

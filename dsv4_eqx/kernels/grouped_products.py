@@ -21,16 +21,8 @@ def product(
     transposed: bool = False,
     form: Form,
 ) -> Float[Array, "rows out_channels"]:
-    """Each row times its group's matrix.
-
-    **Arguments:**
-
-    - `rows`: sorted by group, of `in` channels.
-    - `matrices`: of each group, and perhaps others.
-    - `group_sizes`: rows of each group.
-    - `first`: which matrix is the first group's.
-    - `transposed`: whether the rows have `out` channels and come to have `in`.
-    - `form`: which kernels.
+    """Each row, sorted by group, times its group's matrix; the first group's is number
+    `first`. If transposed, rows have `out` channels and come to have `in`.
     """
     if form.hopper and _fits_hopper(rows, matrices):
         from dsv4_eqx.kernels.hopper_grouped import grouped_matmul
@@ -56,16 +48,9 @@ def outer_product(
     *,
     form: Form,
 ) -> Float[Array, "groups out in"]:
-    """For each group the sum over its rows of left x right.
-
-    **Arguments:**
-
-    - `left`, `right`: sorted by group.
-    - `group_sizes`: rows of each group.
-    - `form`: which kernels.
-    """
+    """For each group the sum over its rows of left x right."""
     if form.hopper and _fits_hopper(left, right):
-        from dsv4_eqx.kernels.hopper_grouped import grouped_outer
+        from dsv4_eqx.kernels.hopper_outer import grouped_outer
 
         return grouped_outer(left, right, group_sizes)
     dimensions = lax.RaggedDotDimensionNumbers(

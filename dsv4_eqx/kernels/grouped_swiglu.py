@@ -31,10 +31,7 @@ def grouped_swiglu_reference(
     limit: float,
     first: _Index = 0,
 ) -> Array:
-    """What `grouped_swiglu` computes: every row gathers its own matrices.
-
-    **Arguments:** as for `grouped_swiglu`.
-    """
+    """What `grouped_swiglu` computes: every row gathers its own matrices."""
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(rows.shape[0], dtype=ends.dtype)
     is_past = index[:, None] >= ends[None]
@@ -59,18 +56,10 @@ def grouped_swiglu(
 ) -> Float[Array, "rows dim"]:
     """A clamped SwiGLU of each row with its group's matrices, times the row's weight.
 
-    The weight is applied in float32, before `down`. Flatten rows instead of `vmap`.
-
-    **Arguments:**
-
-    - `rows`: sorted by group; what lies past the last group gives finite values.
-    - `weights`: of the rows.
-    - `gate_up`, `down`: matrices of each group, the gate in the first half, and perhaps
-        others that are not read. Quantised ones are dequantised a group at a time and
-        get no gradient.
-    - `group_sizes`: rows of each group.
-    - `limit`: as for `clamped_swiglu`.
-    - `first`: which matrix is the first group's.
+    Rows are sorted by group; what lies past the last group gives finite values. The
+    first group's matrix is number `first`; others are not read. Quantised matrices get
+    no gradient. The weight is applied in float32, before `down`. Flatten rows instead
+    of `vmap`.
     """
     if rows.shape[0] == 0:
         return rows
@@ -167,11 +156,6 @@ def _at_once_backward(
     d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
     d_rows = product(d_before, gate_up, sizes, transposed=True, form=form)
     hidden = hidden.astype(rows.dtype)
-    d_gate_up, d_down = (
-        outer_product(left, right, sizes, form=form) if is_trained else None
-        for is_trained, left, right in (
-            (trained[0], d_before, rows),
-            (trained[1], cotangent, hidden),
-        )
-    )
+    d_gate_up = outer_product(d_before, rows, sizes, form=form) if trained[0] else None
+    d_down = outer_product(cotangent, hidden, sizes, form=form) if trained[1] else None
     return d_rows, d_weights, d_gate_up, d_down

@@ -32,21 +32,14 @@ def attend_lists(
     scale: float,
     splits: int = 1,
     num_programs: int = PROGRAMS,
-    interpret: Any = False,
+    interpret: Any = None,  # parameters of Pallas's interpreter, for tests
 ) -> tuple[Float[Array, "queries heads head_dim"], Float32[Array, "queries heads"]]:
     """Each query's softmax over the keys in its list, and the logarithm of its total.
 
-    A query that has no keys yields zeros and -inf.
-
-    **Arguments:**
-
-    - `window`, `entries`: keys. Index i of a list means row i of `window`, or row
-        `i - len(window)` of `entries`, or no key if it is negative.
-    - `num_keys`: where the part of each list ends that holds keys.
-    - `scale`: of the products of queries and keys.
-    - `splits`: parts of a list that different programs attend to, for few queries.
-    - `num_programs`: programs that share the work.
-    - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
+    Index i of a list means row i of `window`, or row `i - len(window)` of `entries`, or
+    no key if it is negative; `num_keys` is where the part of a list ends that holds
+    keys. A query that has no keys yields zeros and -inf. The `splits` parts of a list
+    are attended to by different programs, for few queries.
     """
     num_queries, heads, head_dim = queries.shape
     if len(window) == 0:
@@ -55,8 +48,8 @@ def attend_lists(
     if 0 in (num_queries, len(window)):
         return _nothing(queries, window, lists)
     # Two warpgroups have half of the channels each, in whole tiles of memory.
-    queries = _padded(_padded(queries, 1, HEADS), 2, 128)
-    window, entries = _padded(window, 1, 128), _padded(entries, 1, 128)
+    queries = padded(padded(queries, 1, HEADS), 2, 128)
+    window, entries = padded(window, 1, 128), padded(entries, 1, 128)
     entries = entries if entries.shape[0] > 0 else window
     sizes = Sizes(
         num_queries=num_queries,
@@ -70,7 +63,7 @@ def attend_lists(
         interprets=bool(interpret),
     )
     length = splits * sizes.split_blocks * BLOCK
-    lists = _padded(lists.astype(jnp.int32), 1, length, -1)
+    lists = padded(lists.astype(jnp.int32), 1, length, -1)
     operands = queries, window, entries, lists, num_keys.astype(jnp.int32)
     out, log_total = one_by_one(lists_kernel(sizes, operands, interpret))(*operands)
     out, log_total = match_varying(out, log_total, *operands)[:2]
@@ -86,7 +79,7 @@ def _nothing(queries, *others):
     return out, log_total
 
 
-def _padded(x, axis, multiple, value=0):
+def padded(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
     """With more of `value` at the end of an axis, to a multiple, at least one."""
     more = max(1, -(-x.shape[axis] // multiple)) * multiple - x.shape[axis]
     widths = [(0, more if i == axis else 0) for i in range(x.ndim)]

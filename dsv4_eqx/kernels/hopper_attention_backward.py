@@ -23,14 +23,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
 from dsv4_eqx.kernels.batching import one_by_one
+from dsv4_eqx.kernels.hopper_attention import padded
 from dsv4_eqx.kernels.hopper_attention_backward_kernel import (
-    HEADS,
-    LOG2_E,
     Memory,
     Sizes,
     differentiate_tile,
     memory_and_barriers,
 )
+from dsv4_eqx.kernels.hopper_attention_kernel import HEADS, LOG2_E
 from dsv4_eqx.kernels.hopper_gather import BLOCK
 from dsv4_eqx.numerics.varying import match_varying, shape_varying_like
 
@@ -47,22 +47,14 @@ def attend_lists_backward(
     d_log_sum_exp: Float32[Array, "queries heads"],
     *,
     scale: float,
-    interpret: Any = False,
+    interpret: Any = None,  # parameters of Pallas's interpreter, for tests
 ) -> tuple[
     Float[Array, "queries heads head_dim"],
     Float32[Array, "window_rows head_dim"],
     Float32[Array, "entry_rows head_dim"],
 ]:
-    """Gradients with respect to queries, window keys and entries.
-
-    **Arguments:**
-
-    - `queries`, `window`, `entries`, `lists`, `num_keys`, `scale`: as for
-        `attend_lists`.
-    - `out`: of the attention.
-    - `log_sum_exp`: of all that took part in the softmax, a sink included.
-    - `d_out`, `d_log_sum_exp`: gradients with respect to `out` and `log_sum_exp`.
-    - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
+    """Gradients of `attend_lists` by queries, window keys and entries. `log_sum_exp` is
+    of all that took part in the softmax, a sink included.
     """
     if 0 in (len(queries), len(window) + len(entries)):
         return _nothing(queries, window, entries, lists)
@@ -76,8 +68,8 @@ def attend_lists_backward(
     num_rows = window.shape[0], entries.shape[0]
     mean, log2_sum = _of_heads(out, log_sum_exp, d_out, d_log_sum_exp)
     # Two warpgroups have half of the channels each, in whole tiles of memory.
-    queries, d_out = (_padded(_padded(x, 1, HEADS), 2, 128) for x in (queries, d_out))
-    window, entries = _padded(window, 1, 128), _padded(_padded(entries, 1, 128), 0, 1)
+    queries, d_out = (padded(padded(x, 1, HEADS), 2, 128) for x in (queries, d_out))
+    window, entries = padded(window, 1, 128), padded(padded(entries, 1, 128), 0, 1)
     lists, num_blocks = _whole_blocks(lists, num_keys)
     operands = queries, window, entries, lists, num_blocks, log2_sum, mean, d_out
     sizes = Sizes(
@@ -114,24 +106,16 @@ def _of_heads(out, log_sum_exp, d_out, d_log_sum_exp):
     mean -= d_log_sum_exp
     # exp2 of -inf is 0, where nothing took part as where heads are none.
     log2_sum = jnp.where(log_sum_exp == -jnp.inf, jnp.inf, log_sum_exp * LOG2_E)
-    return _padded(mean, 1, HEADS), _padded(log2_sum, 1, HEADS, jnp.inf)
+    return padded(mean, 1, HEADS), padded(log2_sum, 1, HEADS, jnp.inf)
 
 
 def _whole_blocks(lists, num_keys):
     """The lists with -1 after their ends, and the number of their blocks with keys."""
     place = jnp.arange(lists.shape[1], dtype=jnp.int32)
     lists = jnp.where(place < num_keys[:, None], lists.astype(jnp.int32), -1)
-    lists = _padded(lists, 1, BLOCK, -1)
+    lists = padded(lists, 1, BLOCK, -1)
     num_blocks = lax.div(num_keys.astype(jnp.int32) + (BLOCK - 1), BLOCK)
     return lists, jnp.clip(num_blocks, 0, lists.shape[1] // BLOCK)
-
-
-def _padded(x, axis, multiple, value: float = 0):
-    """With more of `value` at the end of an axis, to a multiple, at least one."""
-    widths = [(0, 0)] * x.ndim
-    size = max(1, -(-x.shape[axis] // multiple)) * multiple
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value) if size > x.shape[axis] else x
 
 
 def _run(sizes, operands, _):

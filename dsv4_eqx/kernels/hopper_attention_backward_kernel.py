@@ -13,7 +13,6 @@ Keys are free before d_keys, so that the next block arrives meanwhile.
 
 import dataclasses
 import functools
-import math
 from typing import Any, Final
 
 import jax
@@ -23,6 +22,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv4_eqx.kernels.hopper_attention_kernel import (
+    COMPUTING_REGISTERS,
+    GATHERER,
+    GATHERING_REGISTERS,
+    HEADS,
+    LOG2_E,
+    add_product,
+    product,
+    products_with_keys,
+)
 from dsv4_eqx.kernels.hopper_gather import (
     BLOCK,
     block_shape,
@@ -33,18 +42,11 @@ from dsv4_eqx.kernels.hopper_gather import (
 )
 from dsv4_eqx.kernels.hopper_scatter import add_to_rows
 
-# Heads in a tile: the rows of one product.
-HEADS: Final = 64
-# Two warpgroups compute. Registers of a thread: 2 x 232 + 40 are the 3 x 168 that a
-# program starts with.
+# The two warpgroups that compute.
 _WEIGHTS: Final = 0
 _SCORES: Final = 1
-_GATHERER: Final = 2
-_COMPUTING_REGISTERS: Final = 232
-_GATHERING_REGISTERS: Final = 40
 # Channels of the keys' gradient that a warpgroup has in registers at a time.
 _CHUNK: Final = 64
-LOG2_E: Final = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +130,16 @@ def differentiate_tile(sizes: Sizes, memory: Memory) -> None:
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     query, tile = lax.div(program, sizes.tiles), lax.rem(program, sizes.tiles)
 
-    @pl.when(warpgroup == _GATHERER)
+    @pl.when(warpgroup == GATHERER)
     def _():
-        plgpu.set_max_registers(_GATHERING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(GATHERING_REGISTERS, action="decrease")
         _gather(sizes, memory, query)
 
     for own in (_WEIGHTS, _SCORES):
 
         @pl.when(warpgroup == own)
         def _(own=own):
-            plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+            plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
             _differentiate(sizes, memory, own, query, tile)
 
 
@@ -157,7 +159,7 @@ def _gather(sizes, memory, query):
         rows = memory.window, memory.entries, memory.keys.at[0], memory.bias
         start_gather(own, *rows, interpret=sizes.interprets)
         following = indices(jnp.minimum(block + 1, count - 1))
-        finish_gather(0, interpret=sizes.interprets)
+        finish_gather(interpret=sizes.interprets)
         plgpu.barrier_arrive(memory.keys_filled)
         return following
 
@@ -186,7 +188,7 @@ def _differentiate(sizes, memory, own, query, tile):
         _exchange(sizes, memory, own, of_heads, block, zero)
         own_keys = memory.keys.at[zero, :, halves[own]]
         d_scores, weights = memory.d_scores.at[zero], memory.weights.at[zero]
-        d_queries = _add_product(sizes, d_queries, d_scores, own_keys)
+        d_queries = add_product(sizes, d_queries, d_scores, own_keys)
         is_last = block + 1 == count
         arrive = functools.partial(plgpu.barrier_arrive, memory.keys_freed)
         pl.when(jnp.logical_not(is_last))(arrive)
@@ -218,7 +220,7 @@ def _exchange(sizes, memory, own, of_heads, block, zero):
     """Writes P or dS of a block, and waits for the other."""
     plgpu.barrier_wait(memory.keys_filled)
     tiled = memory.queries_tile if own == _WEIGHTS else memory.d_out_tile
-    products = _products_with_keys(sizes, memory, tiled, zero)
+    products = products_with_keys(sizes, tiled, memory.keys, zero, zero)
     of_heads = lax.broadcast_in_dim(of_heads, products.shape, [0])
     if own == _WEIGHTS:
         bias = _load(sizes, memory.bias, plgpu.Layout.WGMMA.reduce(0))
@@ -258,53 +260,14 @@ def _zeros(sizes, columns):
     return zeros if sizes.interprets else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
 
-def _transposed(ref):
-    if hasattr(ref, "transpose"):
-        return ref.transpose((1, 0))
-    return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10
-
-
-def _product(left, right):
-    precision = lax.Precision.HIGHEST
-    return jnp.dot(left, right, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _products_with_keys(sizes, memory, tiled, zero):
-    """Of a tile in halves and the block of keys, in float32."""
-    if sizes.interprets:
-        both = jnp.concatenate([tiled[0], tiled[1]], axis=1)
-        return _product(both, memory.keys[0].T)
-
-    def multiply(products):
-        for i in range(2):
-            channels = pl.ds(i * sizes.half, sizes.half)
-            keys = _transposed(memory.keys.at[zero, :, channels])
-            plgpu.wgmma(products, tiled.at[i + zero], keys)
-        return products[...]
-
-    return pl.run_scoped(
-        multiply, plgpu.WGMMAAccumulatorRef((HEADS, BLOCK), jnp.float32)
-    )
-
-
-def _add_product(sizes, total, left, right):
-    if sizes.interprets:
-        return total + _product(left[...], right[...])
-
-    def multiply(products):
-        plgpu.wgmma(products, left, right)
-
-    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(total))
-
-
 def _transposed_products(sizes, pairs):
     """Sum of the products of each left side's transpose and its right side."""
     if sizes.interprets:
-        return sum(_product(left[...].T, right[...]) for left, right in pairs)
+        return sum(product(left[...].T, right[...]) for left, right in pairs)
 
     def multiply(products):
         for left, right in pairs:
-            plgpu.wgmma(products, _transposed(left), right)
+            plgpu.wgmma(products, left.transpose((1, 0)), right)
 
     return pl.run_state(multiply)(
         plgpu.WGMMAAccumulatorRef.init(_zeros(sizes, sizes.chunk))

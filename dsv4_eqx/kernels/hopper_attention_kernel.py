@@ -37,9 +37,9 @@ PROGRAMS: Final = 132
 _SLOTS: Final = 2
 # Warpgroups 0 and 1 compute. 2 x 232 + 40 registers are the 3 x 168 that a program is
 # launched with: with more, it would wait for them forever.
-_GATHERER: Final = 2
-_COMPUTING_REGISTERS: Final = 232
-_GATHERING_REGISTERS: Final = 40
+GATHERER: Final = 2
+COMPUTING_REGISTERS: Final = 232
+GATHERING_REGISTERS: Final = 40
 LOG2_E: Final = math.log2(math.e)
 
 
@@ -118,14 +118,7 @@ class _Memory:
 def lists_kernel(
     sizes: Sizes, operands: tuple[Array, ...], interpret: Any
 ) -> Callable[..., list[Array]]:
-    """Takes what global memory holds, in the order of `_Memory`; returns its outputs.
-
-    **Arguments:**
-
-    - `sizes`: of the call.
-    - `operands`: that it will be given.
-    - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
-    """
+    """From what global memory holds, in the order of `_Memory`, to its outputs."""
     rows = sizes.num_queries * sizes.splits
     heads = sizes.tiles * HEADS
     # Parts of an output are not rounded before they are summed.
@@ -154,7 +147,7 @@ def lists_kernel(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        interpret=interpret or None,
+        interpret=interpret,
         kernel_name="attend_lists",
     )
 
@@ -162,14 +155,14 @@ def lists_kernel(
 def _program(sizes, memory):
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup == _GATHERER)
+    @pl.when(warpgroup == GATHERER)
     def _():
-        plgpu.set_max_registers(_GATHERING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(GATHERING_REGISTERS, action="decrease")
         _gather(sizes, memory)
 
-    @pl.when(warpgroup < _GATHERER)
+    @pl.when(warpgroup < GATHERER)
     def _():
-        plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         _attend(sizes, memory, warpgroup)
 
 
@@ -201,7 +194,7 @@ def _gather(sizes, memory):
             )
             following = indices(jnp.minimum(j + 1, num_blocks - 1))
             # Two slots: there is no room for another block before this one is used.
-            finish_gather(0, interpret=sizes.interprets)
+            finish_gather(interpret=sizes.interprets)
             plgpu.barrier_arrive(memory.filled.at[slot])
             return following
 
@@ -280,7 +273,9 @@ def _attend_block(sizes, memory, warpgroup, num_before, j, seen):
     out, top, total = seen
     slot = lax.rem(num_before + j, _SLOTS)
     plgpu.barrier_wait(memory.filled.at[slot])
-    scores = _scores(sizes, memory, slot) * sizes.log2_scale
+    zero = jnp.int32(0) if sizes.interprets else opaque_zero()
+    products = products_with_keys(sizes, memory.tile, memory.keys, slot, zero)
+    scores = products * sizes.log2_scale
     scores += _bias(sizes, memory, slot, scores)
     top_before = top
     top = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -291,7 +286,7 @@ def _attend_block(sizes, memory, warpgroup, num_before, j, seen):
     total = total * shrink + jnp.sum(weights, axis=1)
     out *= _rows(shrink, out)
     own = memory.keys.at[slot, :, pl.ds(warpgroup * sizes.half, sizes.half)]
-    out = _add_product(sizes, out, weights.astype(sizes.dtype), own)
+    out = add_product(sizes, out, weights.astype(sizes.dtype), own)
     plgpu.barrier_arrive(memory.freed.at[slot])
     return out, top, total
 
@@ -308,19 +303,17 @@ def _bias(sizes, memory, slot, like):
     return lax.broadcast_in_dim(bias, like.shape, [1])
 
 
-def _scores(sizes, memory, slot):
-    """Products of the tile's queries and a block of keys, in float32."""
+def products_with_keys(sizes, tile, keys, slot, zero):
+    """Of a tile, in halves of the channels, and a block of keys, in float32."""
     if sizes.interprets:
-        queries = jnp.concatenate([memory.tile[0], memory.tile[1]], axis=1)
-        return _product(queries, memory.keys[slot].T)
-
-    zero = opaque_zero()
+        both = jnp.concatenate([tile[0], tile[1]], axis=1)
+        return product(both, keys[slot].T)
 
     def multiply(products):
-        for part in range(2):
-            channels = pl.ds(part * sizes.half, sizes.half)
-            keys = memory.keys.at[slot, :, channels].transpose((1, 0))
-            plgpu.wgmma(products, memory.tile.at[part + zero], keys)
+        for i in range(2):
+            channels = pl.ds(i * sizes.half, sizes.half)
+            right = keys.at[slot, :, channels].transpose((1, 0))
+            plgpu.wgmma(products, tile.at[i + zero], right)
         return products[...]
 
     return pl.run_scoped(
@@ -328,16 +321,17 @@ def _scores(sizes, memory, slot):
     )
 
 
-def _add_product(sizes, out, weights, keys):
-    """`out` and the weighted sums of keys."""
+def add_product(sizes, total, left, right):
+    """`total` and a product, whose right side is a reference."""
     if sizes.interprets:
-        return out + _product(weights, keys[...])
+        return total + product(left[...], right[...])
 
     def multiply(products):
-        plgpu.wgmma(products, weights, keys)
+        plgpu.wgmma(products, left, right)
 
-    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(out))
+    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(total))
 
 
-def _product(left, right):
+def product(left, right):
+    """In float32: the interpreter's."""
     return jnp.dot(left, right, precision="highest", preferred_element_type="float32")

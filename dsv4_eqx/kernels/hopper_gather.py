@@ -6,16 +6,19 @@ the TMA would have put them, in tiles of 8 rows x 128 bytes with 128-byte swizzl
 that products (`wgmma`) take the block as it lies. The interpreter has no inline code:
 there a gather is plain reads.
 
-A warpgroup that gathers calls, block after block, `read_indices`, `start_gather` and,
-when a later block is on its way, `finish_gather` for an earlier one.
+A warpgroup that gathers calls, block after block, `read_indices`, `start_gather` and
+`finish_gather`.
 """
 
 from typing import Any, Final
 
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Int
 
 # Keys in a block: 8 lanes copy a row, so 16 groups of lanes copy four rows each.
@@ -33,14 +36,7 @@ def block_transforms() -> tuple[Any, ...]:
 def block_shape(
     num_slots: int, head_dim: int, dtype: DTypeLike, *, interpret: bool
 ) -> Any:
-    """Shared memory for blocks of keys.
-
-    **Arguments:**
-
-    - `num_slots`: blocks that it holds.
-    - `head_dim`, `dtype`: of the keys.
-    - `interpret`: whether for the interpreter, which needs no tiles.
-    """
+    """Shared memory for blocks of keys; the interpreter needs no tiles."""
     transforms = () if interpret else block_transforms()
     return plgpu.SMEM((num_slots, BLOCK, head_dim), dtype, transforms=transforms)
 
@@ -48,134 +44,19 @@ def block_shape(
 def read_indices(lists: Any, *, interpret: bool) -> Int[Array, "..."]:
     """A block of a list: on a GPU, four entries for each thread, in a form of its own.
 
-    They may be read long before they are used, so that nothing waits for them.
-
-    **Arguments:**
-
-    - `lists`: reference to `BLOCK` entries in global memory, at 16 bytes' alignment.
-    - `interpret`: whether the interpreter runs this.
+    `lists` refers to `BLOCK` entries in global memory, at 16 bytes' alignment. They may
+    be read long before they are used, so that nothing waits for them.
     """
     if interpret:
         return lists[...]
-    return _read_indices(lists)
 
-
-def start_gather(
-    indices: Int[Array, "..."],
-    window: Any,
-    entries: Any,
-    slot: Any,
-    bias: Any,
-    *,
-    interpret: bool,
-) -> None:
-    """Starts to copy the rows that a block of a list names; no row is all zeros.
-
-    **Arguments:**
-
-    - `indices`: from `read_indices`.
-    - `window`, `entries`: references to rows in global memory. Index i means row i of
-        `window`, or row `i - len(window)` of `entries`, or no row if it is negative.
-    - `slot`: reference to the block, made by `block_shape`.
-    - `bias`: reference to `BLOCK` float32 numbers: 0 for a row, -inf for none.
-    - `interpret`: whether the interpreter runs this.
-    """
-    if not interpret:
-        return _start_gather(indices, window, entries, slot, bias)
-    own = jnp.concatenate([window[...], entries[...]])[jnp.maximum(indices, 0)]
-    slot[...] = jnp.where(indices[:, None] >= 0, own, 0)
-    bias[...] = jnp.where(indices >= 0, 0.0, -jnp.inf)
-
-
-def finish_gather(num_started: int, *, interpret: bool) -> None:
-    """Waits for gathers, and shows what they wrote to products.
-
-    Other warpgroups see it when they wait for a barrier at which this one arrives
-    afterwards.
-
-    **Arguments:**
-
-    - `num_started`: of the last gathers, how many need not be finished.
-    - `interpret`: whether the interpreter runs this.
-    """
-    if interpret:
-        plgpu.commit_smem()
-        return
-    _asm(f"cp.async.wait_group {num_started};\n fence.proxy.async.shared::cta;")
-
-
-def opaque_zero() -> Int[Array, ""]:
-    """Zero, of which the compiler does not know that it is always the same.
-
-    An address that it is added to is computed where it is used, not kept in registers
-    through a loop.
-    """
-    layout = plgpu.Layout.WG_SPLAT(())
-
-    @_inlined(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=layout))
-    def zero(_):
-        from jax.experimental.mosaic.gpu import FragmentedArray
-
-        (number,) = _inline_asm("mov.b32 $0, 0;", "=r", results=1)
-        return FragmentedArray.splat(number, (), is_signed=True)
-
-    return zero()
-
-
-def _inlined(**types) -> Any:
-    """`inline_mgpu`: what it decorates takes one argument less than it says."""
-    return plgpu.inline_mgpu(**types)
-
-
-def _asm(code: str) -> None:
-    @_inlined()
-    def emit(_):
-        _inline_asm(code, "")
-
-    emit()
-
-
-def _inline_asm(code, constraints, *operands, results=0) -> list[Any]:
-    """PTX with 32-bit results."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    i32 = ir.IntegerType.get_signless(32)
-    several = llvm.StructType.get_literal([i32] * results)
-    type = {0: ir.Type.parse("!llvm.void"), 1: i32}.get(results, several)
-    out: Any = llvm.inline_asm(type, operands, code, constraints, has_side_effects=True)
-    if results < 2:
-        return [out] * results
-    return [llvm.extractvalue(i32, out, [i]) for i in range(results)]
-
-
-def _address(ref):
-    """Where a reference's memory begins: 64 bits if global, 32 if shared."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    bits = 32 if utils.is_smem_ref(ref) else 64
-    return llvm.ptrtoint(ir.IntegerType.get_signless(bits), utils.memref_ptr(ref))
-
-
-def _per_thread():
-    """The layout that gives each thread of a warpgroup four numbers in one register."""
-    return plgpu.Layout.WG_STRIDED((128 * _ROWS,), vec_size=_ROWS)
-
-
-def _read_indices(lists):
-    @_inlined(
+    @inlined(
         arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct(
             (128 * _ROWS,), jnp.int32, layout=_per_thread()
         ),
     )
     def read(_, lists):
-        from jax.experimental.mosaic.gpu import FragmentedArray
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import vector
-
         # Eight neighbouring lanes copy rows 4g to 4g + 3 and read their four indices.
         code = """{
             .reg .b32 group; .reg .b64 offset;
@@ -196,22 +77,30 @@ def _read_indices(lists):
     return read(lists)
 
 
-def _start_gather(indices, window, entries, slot, bias):
-    head_dim = slot.shape[-1]
+def start_gather(
+    indices: Int[Array, "..."],
+    window: Any,
+    entries: Any,
+    slot: Any,
+    bias: Any,
+    *,
+    interpret: bool,
+) -> None:
+    """Starts to copy the rows that a block of a list names; no row is all zeros.
 
-    @_inlined(
-        arg_types=(
-            _per_thread(),
-            plgpu.RefType(),
-            plgpu.RefType(),
-            plgpu.RefType(block_transforms()),
-            plgpu.RefType(),
-        )
-    )
+    Index i means row i of `window`, or row `i - len(window)` of `entries`, or no row if
+    it is negative. `bias` gets `BLOCK` float32 numbers: 0 for a row, -inf for none.
+    """
+    if interpret:
+        own = jnp.concatenate([window[...], entries[...]])[jnp.maximum(indices, 0)]
+        slot[...] = jnp.where(indices[:, None] >= 0, own, 0)
+        bias[...] = jnp.where(indices >= 0, 0.0, -jnp.inf)
+        return
+    head_dim, ref = slot.shape[-1], plgpu.RefType()
+    types = _per_thread(), ref, ref, plgpu.RefType(block_transforms()), ref
+
+    @inlined(arg_types=types)
     def start(_, indices, window, entries, slot, bias):
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-
         i32 = ir.IntegerType.get_signless(32)
         (four,) = indices.registers
         positions = [
@@ -223,6 +112,66 @@ def _start_gather(indices, window, entries, slot, bias):
         _inline_asm(code, "r,r,r,r,r,r,l,l", *rows, *addresses)
 
     start(indices, window, entries, slot, bias)
+
+
+def finish_gather(*, interpret: bool) -> None:
+    """Waits for gathers, and shows what they wrote to products.
+
+    Other warpgroups see it when they wait for a barrier at which this one arrives
+    afterwards.
+    """
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @inlined()
+    def finish(_):
+        _inline_asm("cp.async.wait_group 0;\n fence.proxy.async.shared::cta;", "")
+
+    finish()
+
+
+def opaque_zero() -> Int[Array, ""]:
+    """Zero, of which the compiler does not know that it is always the same.
+
+    An address that it is added to is computed where it is used, not kept in registers
+    through a loop.
+    """
+    layout = plgpu.Layout.WG_SPLAT(())
+
+    @inlined(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=layout))
+    def zero(_):
+        (number,) = _inline_asm("mov.b32 $0, 0;", "=r", results=1)
+        return FragmentedArray.splat(number, (), is_signed=True)
+
+    return zero()
+
+
+def inlined(**types) -> Any:
+    """`inline_mgpu`: what it decorates takes one argument less than it says."""
+    return plgpu.inline_mgpu(**types)
+
+
+def _inline_asm(code, constraints, *operands, results=0) -> list[Any]:
+    """PTX with 32-bit results."""
+    i32 = ir.IntegerType.get_signless(32)
+    several = llvm.StructType.get_literal([i32] * results)
+    type = {0: ir.Type.parse("!llvm.void"), 1: i32}.get(results, several)
+    out: Any = llvm.inline_asm(type, operands, code, constraints, has_side_effects=True)
+    if results < 2:
+        return [out] * results
+    return [llvm.extractvalue(i32, out, [i]) for i in range(results)]
+
+
+def _address(ref):
+    """Where a reference's memory begins: 64 bits if global, 32 if shared."""
+    bits = 32 if utils.is_smem_ref(ref) else 64
+    return llvm.ptrtoint(ir.IntegerType.get_signless(bits), utils.memref_ptr(ref))
+
+
+def _per_thread():
+    """The layout that gives each thread of a warpgroup four numbers in one register."""
+    return plgpu.Layout.WG_STRIDED((128 * _ROWS,), vec_size=_ROWS)
 
 
 def _gather_code(head_dim: int, num_window_rows: int) -> str:

@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from dsv4_eqx.kernels.hopper_outer import grouped_outer as grouped_outer
 from dsv4_eqx.kernels.hopper_tiles import (
     CHUNK,
     SUBTILE,
@@ -43,7 +42,6 @@ from dsv4_eqx.kernels.hopper_tiles import (
     run,
     running_sums,
     store,
-    transpose,
     two_views,
 )
 
@@ -69,21 +67,12 @@ def grouped_matmul(
     first: Int[Array, ""] | int = 0,
     transposed: bool = False,
     tiles: Tiles | None = None,
-    interpret: Any = False,
+    interpret: Any = None,  # parameters of Pallas's interpreter, for tests
 ) -> Float[Array, "rows other_channels"]:
     """Each row times its group's matrix; 0 for rows past the last group.
 
-    **Arguments:**
-
-    - `rows`: sorted by group, with `in` channels.
-    - `matrices`: of the groups, and perhaps others, which are not read.
-    - `group_sizes`: rows of each group.
-    - `first`: which matrix is the first group's.
-    - `transposed`: whether rows have `out` channels instead and come to have `in`.
-    - `tiles`: sizes to compute by; by default chosen by the number of rows.
-    - `interpret`: whether to run on a CPU, for tests, or the interpreter's parameters.
-
-    **Raises:** ValueError if dtypes or channels differ or do not suit the kernel.
+    Rows are sorted by group; the first group's matrix is number `first`, and others are
+    not read. If transposed, rows have `out` channels and come to have `in`.
     """
     columns, depth = matrices.shape[1:][::-1] if transposed else matrices.shape[1:]
     check_operands("grouped_matmul", rows, matrices, (columns, depth))
@@ -207,10 +196,8 @@ def _work(refs: _Refs, tiles: Tiles, transposed: bool) -> Work:
         tile, column = item
         channel = k * tiles.block_k
         _load_rows(refs, tile, channel, slot, chunks)
-        channels, columns = (
-            pl.ds(channel, tiles.block_k),
-            pl.ds(column, tiles.block_n),
-        )
+        channels = pl.ds(channel, tiles.block_k)
+        columns = pl.ds(column, tiles.block_n)
         block = (channels, columns) if transposed else (columns, channels)
         source = refs.matrices.at[(tile.matrix, *block)]
         plgpu.copy_gmem_to_smem(source, refs.right.at[slot], refs.loaded.at[slot])
@@ -222,7 +209,8 @@ def _work(refs: _Refs, tiles: Tiles, transposed: bool) -> Work:
             if transposed:
                 right = refs.right.at[slot, channels, place.columns]
             else:
-                right = transpose(refs.right.at[slot, place.columns, channels])
+                right = refs.right.at[slot, place.columns, channels]
+                right = right.transpose((1, 0))
             plgpu.wgmma(acc, left, right)
 
     def write(item, result):

@@ -5,7 +5,7 @@ which share a group's first and last block, have to be cleared.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,10 @@ from dsv4_eqx.kernels.hopper_tiles import (
     run,
     running_sums,
     store,
-    transpose,
 )
 
-
-def default_tiles() -> Tiles:
-    """For any number of rows."""
-    # Groups have few blocks of rows: results are written most of the time.
-    return Tiles(stages=3, stores=4)
+# Groups have few blocks of rows: results are written most of the time.
+_DEFAULT_TILES: Final = Tiles(stages=3, stores=4)
 
 
 def grouped_outer(
@@ -46,20 +42,12 @@ def grouped_outer(
     *,
     dtype: DTypeLike | None = None,
     tiles: Tiles | None = None,
-    interpret: Any = False,
+    interpret: Any = None,  # parameters of Pallas's interpreter, for tests
 ) -> Float[Array, "groups left_channels right_channels"]:
     """For each group the sum over its rows of left x right, 0 if it has none.
 
-    **Arguments:**
-
-    - `left`, `right`: sorted by group. Rows of `right` past the last group must be
-        finite; those of `left` are not used.
-    - `group_sizes`: rows of each group.
-    - `dtype`: of the result; by default as the arguments.
-    - `tiles`: sizes to compute by; `block_m` is of the channels of `left`.
-    - `interpret`: whether to run on a CPU, for tests, or the interpreter's parameters.
-
-    **Raises:** ValueError if dtypes or rows differ or channels do not suit the kernel.
+    Rows are sorted by group. Past the last group, those of `right` must be finite;
+    those of `left` are not used. `block_m` of the tiles is of the channels of `left`.
     """
     sizes = left.shape[1], right.shape[1]
     check_operands("grouped_outer", left, right, sizes)
@@ -72,7 +60,7 @@ def grouped_outer(
     result = jax.ShapeDtypeStruct((len(group_sizes), *sizes), to_dtype)
     if len(left) == 0:
         return jnp.zeros_like(left, shape=result.shape, dtype=to_dtype)
-    tiles = tiles or default_tiles()
+    tiles = tiles or _DEFAULT_TILES
     if sizes[0] % tiles.block_m:
         tiles = dataclasses.replace(tiles, block_m=SUBTILE, warpgroups=1)
     # A warpgroup clears rows in its part of `left`, which no other may read.
@@ -162,7 +150,7 @@ def _work(refs: _Refs, tiles: Tiles) -> Work:
         def _():
             _keep(left, begin - copied, tile.end - copied)
 
-        plgpu.wgmma(acc, transpose(left), refs.right_ring.at[slot])
+        plgpu.wgmma(acc, left.transpose((1, 0)), refs.right_ring.at[slot])
 
     def write(tile, result):
         rows = pl.ds(tile.row + place.row * SUBTILE, SUBTILE)

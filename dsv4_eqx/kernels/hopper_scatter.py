@@ -8,8 +8,13 @@ form for the interpreter, which has no inline code.
 from typing import Any, Final
 
 import numpy as np
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float32, Int
+
+from dsv4_eqx.kernels.hopper_gather import inlined
 
 # Where a thread adds. Operands: result, index, window, entries.
 # Of 16 columns a thread has 2q, 2q + 1, 2q + 8 and 2q + 9, where q is its place in
@@ -44,54 +49,40 @@ def add_to_rows(
     entries: Any,
     first: int,
 ) -> None:
-    """Adds to some channels of the rows that a block of a list names.
+    """Adds to some channels, from `first` on, of the rows that a block of a list names.
 
-    **Arguments:**
-
-    - `numbers`: in the layout `WGMMA`, a multiple of 16 channels.
-    - `indices`: in the layout `WGMMA.reduce(1)`. Index i means row i of `window`, or
-        row `i - len(window)` of `entries`, or no row if it is negative.
-    - `window`, `entries`: references to float32 rows in global memory.
-    - `first`: the first of the channels, a multiple of 4.
+    `numbers`, of a multiple of 16 channels, have the layout `WGMMA`, and `indices`
+    `WGMMA.reduce(1)`: i means row i of `window`, or row `i - len(window)` of `entries`,
+    or no row if it is negative. `window` and `entries` refer to float32 rows in global
+    memory. `first` is a multiple of 4.
     """
     layout, ref = plgpu.Layout.WGMMA, plgpu.RefType()
 
+    # The part of each thread: two rows, and of both two of every 8 columns.
+    @inlined(arg_types=(layout, layout.reduce(1), ref, ref))
     def add(_, numbers, indices, window, entries):
-        _add(numbers, indices, window, entries, first)
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        zero, one = (arith.constant(i32, ir.IntegerAttr.get(i32, i)) for i in range(2))
+        single = [
+            llvm.extractelement(pair, column)
+            for pair in numbers.registers.flat
+            for column in (zero, one)
+        ]
+        # For 16 columns: their halves, rows, columns.
+        single = np.array(single, dtype=object).reshape(-1, 2, 2, 2)
+        num_window_rows, head_dim = ir.MemRefType(window.type).shape
+        code = _ADDRESS.format(num_window_rows=num_window_rows, row_bytes=4 * head_dim)
+        begins = [llvm.ptrtoint(i64, utils.memref_ptr(x)) for x in (window, entries)]
+        for i, index in enumerate(indices.registers.flat):
+            index = llvm.extractelement(index, zero)
+            address = llvm.inline_asm(i64, [index, *begins], code, "=l,r,l,l")
+            fours = [_exchanged(list(part.flat)) for part in single[:, :, i]]
+            _add_fours(fours, index, address, first)
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1), ref, ref))
-    inline(add)(numbers, indices, window, entries)
-
-
-def _add(numbers, indices, window, entries, first):
-    """The part of each thread: two rows, and of both two of every 8 columns."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
-
-    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    zero, one = (arith.constant(i32, ir.IntegerAttr.get(i32, i)) for i in range(2))
-    single = [
-        llvm.extractelement(pair, column)
-        for pair in numbers.registers.flat
-        for column in (zero, one)
-    ]
-    # For 16 columns: their halves, rows, columns.
-    single = np.array(single, dtype=object).reshape(-1, 2, 2, 2)
-    num_window_rows, head_dim = ir.MemRefType(window.type).shape
-    code = _ADDRESS.format(num_window_rows=num_window_rows, row_bytes=4 * head_dim)
-    begins = [llvm.ptrtoint(i64, utils.memref_ptr(x)) for x in (window, entries)]
-    for i, index in enumerate(indices.registers.flat):
-        index = llvm.extractelement(index, zero)
-        address = llvm.inline_asm(i64, [index, *begins], code, "=l,r,l,l")
-        fours = [_exchanged(list(part.flat)) for part in single[:, :, i]]
-        _add_fours(fours, index, address, first)
+    add(numbers, indices, window, entries)
 
 
 def _exchanged(numbers):
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
     f32 = ir.F32Type.get()
     four = llvm.StructType.get_literal([f32] * 4)
     constraints = ",".join(["=&f"] * 4 + ["f"] * 4)
@@ -103,9 +94,6 @@ def _exchanged(numbers):
 
 def _add_fours(fours, index, address, first):
     """One branch for all: the assembler would make one of each addition's predicate."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
     count = 4 * len(fours)
     code = f"{{ .reg .pred none; setp.lt.s32 none, ${count}, 0; @none bra DONE;\n"
     for i in range(len(fours)):

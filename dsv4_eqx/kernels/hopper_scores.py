@@ -59,25 +59,14 @@ def index_scores(
     num_seen: Int[Array, "batch queries"],
     *,
     tiles: Tiles | None = None,
-    interpret: Any = False,
+    interpret: Any = None,  # parameters of Pallas's interpreter, for tests
 ) -> Float32[Array, "batch queries {num_entries}"]:
     """Each entry's sum over heads of weight x relu(query . key).
 
-    Blocks of entries that no query of a tile sees are left as memory was: anything, NaN
-    too. Mask by `jnp.where`.
-
-    **Arguments:**
-
-    - `queries`: 16-bit floats; a multiple of 8 heads, of 64 channels.
-    - `weights`: of the heads, scaled.
-    - `keys`: entries, those of a batch row one after the other.
-    - `first_rows`: which is the first of each batch row.
-    - `num_entries`: of each batch row.
-    - `num_seen`: how many of those, from the first, each query may see, or more.
-    - `tiles`: sizes to compute by; by default chosen by the number of queries.
-    - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
-
-    **Raises:** ValueError if dtypes or sizes do not suit the kernel.
+    Queries are 16-bit floats of a multiple of 8 heads, of 64 channels. Each batch row's
+    `num_entries` keys lie one after the other, from `first_rows` on. A query sees no
+    more than the first `num_seen` of them. Blocks of entries that no query of a tile
+    sees are left as memory was: anything, NaN too. Mask by `jnp.where`.
     """
     _check(queries, keys)
     batch, count, heads, dim = queries.shape
@@ -134,10 +123,8 @@ def _sizes(queries: Array, num_entries: int, tiles: Tiles, interprets: bool) -> 
     # does not.
     width = max(-(-num_entries // 4) * 4, tiles.rows)
     if interprets:
-        width, count = (
-            -(-width // tiles.block) * tiles.block,
-            -(-count // whole) * whole,
-        )
+        width = -(-width // tiles.block) * tiles.block
+        count = -(-count // whole) * whole
     return Sizes(
         batch=batch,
         num_queries=max(count, whole),

@@ -7,7 +7,6 @@ registers as soon as it begins.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dsv4_eqx.kernels.hopper_tiles import computing_registers, transpose
+from dsv4_eqx.kernels.hopper_tiles import computing_registers
 from dsv4_eqx.numerics.varying import shape_varying_like
 
 # Channels across which shared memory is laid out against bank conflicts.
@@ -33,24 +32,14 @@ _LOADING_REGISTERS: Final = 32
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How scores are cut up: what a benchmark tries out.
+    """How scores are cut up: what a benchmark tries out."""
 
-    **Arguments:**
-
-    - `queries`: of an item.
-    - `stages`: queries that wait in shared memory, at most.
-    - `key_slots`: blocks of entries that do, besides the one in registers.
-    - `stores`: buffers in which a warpgroup's scores wait to be written.
-    - `warpgroups`: that multiply.
-    - `rows`: entries that each of them has.
-    """
-
-    queries: int = 32
-    stages: int = 4
-    key_slots: int = 1
-    stores: int = 2
-    warpgroups: int = 4
-    rows: int = 64
+    queries: int = 32  # of an item
+    stages: int = 4  # queries that wait in shared memory, at most
+    key_slots: int = 1  # blocks of entries that do, besides the one in registers
+    stores: int = 2  # buffers in which a warpgroup's scores wait to be written
+    warpgroups: int = 4  # that multiply
+    rows: int = 64  # entries that each of them has
 
     @property
     def block(self) -> int:
@@ -133,14 +122,7 @@ class _Refs(NamedTuple):
 def scores_kernel(
     sizes: Sizes, operands: tuple[Array, ...], interpret: Any
 ) -> Callable[..., Array]:
-    """Takes what global memory holds, in the order of `_Refs`, and returns scores.
-
-    **Arguments:**
-
-    - `sizes`: of the call.
-    - `operands`: that it will be given.
-    - `interpret`: parameters of Pallas's interpreter, if it is to run the kernel.
-    """
+    """Takes what global memory holds, in the order of `_Refs`, and returns scores."""
 
     def body(*references):
         refs = _Refs(*references)
@@ -158,7 +140,7 @@ def scores_kernel(
         num_threads=sizes.tiles.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="index_scores",
-        interpret=interpret or None,
+        interpret=interpret,
     )
 
 
@@ -256,10 +238,8 @@ def _load(refs: _Refs, sizes: Sizes, item: Any, num_items: Array) -> None:
 
     def wait_free(ring, number):
         barriers, slots = ring
-        wait = functools.partial(
-            plgpu.barrier_wait, barriers.at[lax.rem(number, slots)]
-        )
-        pl.when(number >= slots)(wait)
+        barrier = barriers.at[lax.rem(number, slots)]
+        pl.when(number >= slots)(lambda: plgpu.barrier_wait(barrier))
 
     def load_item(i, done):
         work = item(i)
@@ -373,7 +353,8 @@ def _products(refs: _Refs, sizes: Sizes, keys: list[Array], slot: Array) -> Arra
         def multiply(products):
             for chunk, own in enumerate(keys):
                 channels = pl.ds(chunk * SWIZZLED, SWIZZLED)
-                plgpu.wgmma(products, own, transpose(queries.at[:, channels]))
+                own_queries = queries.at[:, channels].transpose((1, 0))
+                plgpu.wgmma(products, own, own_queries)
             return products[...]
 
         products = plgpu.WGMMAAccumulatorRef(

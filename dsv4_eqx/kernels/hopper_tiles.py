@@ -36,27 +36,16 @@ _INTERPRETED_BLOCKS: Final = 2
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a grouped product is cut up: what a benchmark tries out.
+    """How a grouped product is cut up: what a benchmark tries out."""
 
-    **Arguments:**
-
-    - `block_m`: rows of a tile of the result, 64 for each warpgroup that multiplies.
-        Where it is 64 and there are more warpgroups, they share out the columns.
-    - `block_n`: columns of a tile; fewer where these do not divide the result's.
-    - `block_k`: channels, or rows, that are multiplied at a time.
-    - `stages`: buffers for those.
-    - `warpgroups`: how many multiply.
-    - `stores`: buffers, for each of them, in which results wait to be written.
-
-    **Raises:** ValueError if warpgroups and blocks do not fit each other.
-    """
-
+    # Rows of a tile of the result, 64 for each warpgroup that multiplies. Where it is
+    # 64 and there are more warpgroups, they share out the columns.
     block_m: int = 128
-    block_n: int = 256
-    block_k: int = 64
-    stages: int = 4
-    warpgroups: int = 2
-    stores: int = 2
+    block_n: int = 256  # columns; fewer where these do not divide the result's
+    block_k: int = 64  # channels, or rows, that are multiplied at a time
+    stages: int = 4  # buffers for those
+    warpgroups: int = 2  # that multiply
+    stores: int = 2  # buffers, for each of them, in which results wait to be written
 
     def __post_init__(self):
         shared_out = self.row_warpgroups * self.column_warpgroups == self.warpgroups
@@ -114,15 +103,10 @@ class Place(NamedTuple):
 
 
 def computing_registers(warpgroups: int, loading: int) -> int:
-    """How many registers a thread that computes may ask for.
+    """How many registers a thread that computes may ask for, where one warpgroup loads.
 
     What a program starts with is all that its warpgroups can share out: one that asks
     for more waits for ever.
-
-    **Arguments:**
-
-    - `warpgroups`: that compute; one more loads.
-    - `loading`: registers that a thread of that one keeps.
     """
     count = warpgroups + 1
     start = _REGISTERS // (_THREADS * count) // 8 * 8
@@ -188,17 +172,7 @@ def barriers(tiles: Tiles, copies: int) -> dict[str, Any]:
 
 
 def check_operands(name: str, left: Array, right: Array, sizes: tuple[int, ...]):
-    """Refuses what the kernels cannot take.
-
-    **Arguments:**
-
-    - `name`: who asks.
-    - `left`, `right`: to be multiplied.
-    - `sizes`: numbers of channels.
-
-    **Raises:** ValueError if they are not of one half-precision dtype, or a number of
-    channels is no multiple of 64.
-    """
+    """Refuses operands not of one 16-bit dtype, and channels no multiple of 64."""
     is_half = left.dtype in (jnp.bfloat16, jnp.float16)
     if not is_half or left.dtype != right.dtype:
         raise ValueError(
@@ -210,13 +184,6 @@ def check_operands(name: str, left: Array, right: Array, sizes: tuple[int, ...])
             f"{name} was called with shapes {left.shape} and {right.shape}: channels "
             f"must be multiples of {CHUNK}."
         )
-
-
-def transpose(ref: Any) -> Any:
-    """The view of a matrix that has rows and columns exchanged."""
-    if hasattr(ref, "transpose"):
-        return ref.transpose((1, 0))
-    return plgpu.transpose_ref(ref, (1, 0))  # jax 0.10
 
 
 def padded(rows: Array, least: int, unit: int = 1) -> Array:
@@ -243,12 +210,6 @@ def kernel_of(
     interpret: Any,
 ) -> Callable[..., Array]:
     """`body`, run by all warpgroups of all blocks."""
-    options = {}
-    if interpret:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-        is_flag = interpret is True
-        options["interpret"] = InterpretGPUParams() if is_flag else interpret
 
     @one_by_one
     def call(*operands):
@@ -262,7 +223,7 @@ def kernel_of(
             num_threads=tiles.warpgroups + 1,
             thread_name="warpgroup",
             kernel_name=name,
-            **options,
+            interpret=interpret,
         )
         return match_varying(kernel(*operands), *operands)[0]
 
@@ -274,24 +235,18 @@ def _num_blocks(interpret: Any) -> int:
 
 
 class Work(NamedTuple):
-    """What there is to do.
+    """What there is to do."""
 
-    **Arguments:**
-
-    - `items`: how many tiles of the result.
-    - `plan`: from an item's number, what it is, and its number of steps.
-    - `load`: starts the copies of a step's operands into a slot of the ring.
-    - `multiply`: adds their product to an accumulator.
-    - `store`: writes the accumulated sum.
-    - `products`: how many products `multiply` starts.
-    """
-
-    items: Array | int
+    items: Array | int  # tiles of the result
+    # From an item's number, what it is, and its number of steps.
     plan: Callable[[Array], tuple[Any, Array]]
+    # Starts the copies of a step's operands into a slot of the ring.
     load: Callable[[Any, Array, Array], None]
+    # Adds their product to an accumulator.
     multiply: Callable[[Any, Any, Array, Array], None]
+    # Writes the accumulated sum.
     store: Callable[[Any, Array], None]
-    products: int = 1
+    products: int = 1  # that `multiply` starts
 
 
 def run(work: Work, loaded: Any, freed: Any, tiles: Tiles, interpret: Any) -> None:

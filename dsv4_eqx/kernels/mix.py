@@ -26,16 +26,9 @@ def sinkhorn(
 ) -> Float[Array, "rows columns *batch"]:
     """Nearly doubly stochastic matrices: columns sum to 1, rows approach it.
 
-    Softmax over the columns' index, then columns and rows are divided by their sums in
-    turn, ending with the columns (paper section 2.2, released kernel).
-
-    **Arguments:**
-
-    - `logits`: matrices in the two leading dimensions.
-    - `iterations`: how often the columns are divided by their sums.
-    - `eps`: added to the softmax and to every sum.
-
-    **Raises:** ValueError if `iterations` is negative.
+    Softmax over the columns' index, then columns, `iterations` times, and rows are
+    divided by their sums in turn, ending with the columns (paper section 2.2, released
+    kernel). `eps` is added to the softmax and to every sum.
     """
     if not is_int(iterations) or iterations < 0:
         raise invalid_argument(
@@ -89,13 +82,7 @@ def mix(
     weights: Float[Array, "*batch sources targets"],
     streams: Float[Array, "*batch sources dim"],
 ) -> Float[Array, "*batch targets dim"]:
-    r"""$Y_k = \sum_j w_{jk} X_j$ for each token, at least float32.
-
-    **Arguments:**
-
-    - `weights`: from each source to each target.
-    - `streams`: the sources.
-    """
+    r"""$Y_k = \sum_j w_{jk} X_j$ for each token, at least float32."""
     if is_reference():
         wide = at_least_float32(streams)
         return wide_einsum("...jk,...jd->...kd", weights.astype(wide.dtype), wide)

@@ -21,10 +21,7 @@ def pool_windows_reference(
     values: Float[Array, "batch windows ratio series head_dim"],
     gates: Float[Array, "batch windows ratio series head_dim"],
 ) -> Float[Array, "batch windows head_dim"]:
-    """What `pool_windows` computes, in a few lines.
-
-    **Arguments:** as for `pool_windows`.
-    """
+    """What `pool_windows` computes, in a few lines."""
     if gates.shape[3] == 1:
         weights = jax.nn.softmax(gates[:, :, :, 0], axis=2)
         return jnp.sum(weights * values[:, :, :, 0], axis=2)
@@ -43,13 +40,7 @@ def pool_windows(
     values: Float[Array, "batch windows ratio series head_dim"],
     gates: Float[Array, "batch windows ratio series head_dim"],
 ) -> Float[Array, "batch windows head_dim"]:
-    """One entry of each window.
-
-    **Arguments:**
-
-    - `values`, `gates`: of consecutive windows' tokens, at least float32; before the
-        first window there is nothing.
-    """
+    """One entry of each of consecutive windows; before the first there is nothing."""
     if is_reference():
         return pool_windows_reference(values, gates)
     return _pool(*match_varying(values, gates), current_form())
@@ -78,8 +69,9 @@ def _pool(values, gates, form):
 
 
 def _pool_forward(values, gates, form):
-    softmax = _softmax_by_token(values, gates) if form.stops_early else None
-    if softmax is None:
+    if form.stops_early:
+        softmax = _softmax_by_token(values, gates)
+    else:
         top = jnp.max(gates, axis=2)
         weights = jnp.exp(gates - top[:, :, None])
         weighted, total = jnp.sum(weights * values, axis=2), jnp.sum(weights, axis=2)

@@ -23,18 +23,11 @@ def map_queries(
     window_keys: Float[Array, "batch keys head_dim"],
     block: int,
 ) -> PyTree[Array]:
-    """Applies a function to blocks of consecutive queries, one after another.
+    """Applies a function to blocks of consecutive queries, and to their window keys.
 
-    For the backward pass it keeps what goes into each block and what `attend` gives,
-    and computes the rest again.
-
-    **Arguments:**
-
-    - `function`: takes a block of `per_query` and the window keys of that block.
-    - `per_query`: arrays over the queries; shorter blocks are filled with ones, and
-        integers with -1.
-    - `window_keys`: as for `attend`.
-    - `block`: queries in a block.
+    Shorter blocks are filled with ones, and integers with -1. For the backward pass it
+    keeps what goes into each block and what `attend` gives, and computes the rest
+    again.
     """
     seq = jax.tree.leaves(per_query)[0].shape[1]
     if seq <= block:

@@ -30,16 +30,7 @@ def select(
     keys: Entries,
     topk: int,
 ) -> Selection:
-    """The entries with the highest scores among those that each query sees.
-
-    **Arguments:**
-
-    - `queries`: of the indexer, rotated.
-    - `weights`: of the heads, scaled.
-    - `seen`: which entries a query may see.
-    - `keys`: the indexer's entries.
-    - `topk`: how many each query selects at most.
-    """
+    """The `topk` entries with the highest scores among those that each query sees."""
     if is_reference():
         return select_reference(queries, weights, seen, keys, topk)
     return _choose(_scores_of_seen(queries, weights, seen, keys), seen, topk)
@@ -63,10 +54,7 @@ def _choose(scores, seen, topk):
 
 
 def select_reference(queries, weights, seen, keys, topk):
-    """What `select` does: by sorting, equal scores in the order of entries.
-
-    **Arguments:** as for `select`.
-    """
+    """What `select` does: by sorting, equal scores in the order of entries."""
     values = tile_of(keys.values, 0, keys.shape[1])
     scores = score_reference(queries, weights, values)
     scores = jnp.where(seen, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
@@ -85,8 +73,6 @@ def select_with_scores(
     """What `select` gives; the indices of the same entries in order; their scores.
 
     Lists are filled up with -1 and minus infinity.
-
-    **Arguments:** as for `select`.
     """
     if is_reference():
         values = tile_of(keys.values, 0, keys.shape[1])
@@ -105,10 +91,7 @@ def score_reference(
     weights: Float[Array, "batch block index_heads"],
     values: Float[Array, "batch entries index_dim"],
 ) -> Float[Array, "batch block entries"]:
-    """What `score` computes of every entry, all products at once.
-
-    **Arguments:** as for `score`; `values`: of the entries.
-    """
+    """What `score` computes of every entry, all products at once."""
     products = jnp.einsum(
         "bqhc,bec->bqhe", queries, values, preferred_element_type=weights.dtype
     )
@@ -126,10 +109,7 @@ def score(
     keys: Entries,
     seen: Bool[Array, "batch block entries"],
 ) -> Float[Array, "batch block entries"]:
-    """Float32 scores, tile by tile; what no query sees may have any.
-
-    **Arguments:** as for `select`.
-    """
+    """Float32 scores, tile by tile; what no query sees may have any."""
     form = current_form()
     if form.hopper and _fits_hopper(queries, keys):
         scores = _score_on_hopper(queries, weights, keys, seen)
@@ -139,12 +119,7 @@ def score(
 
 
 def query_block(keys: Entries) -> int:
-    """How many queries to give to `select` at a time.
-
-    **Arguments:**
-
-    - `keys`: the indexer's entries.
-    """
+    """How many queries to give to `select` at a time."""
     form = current_form()
     if not form.hopper:
         return form.query_block
@@ -156,13 +131,8 @@ def query_block(keys: Entries) -> int:
 def _fits_hopper(queries: Array, keys: Entries) -> bool:
     heads, dim = queries.shape[2:]
     is_half = queries.dtype in (jnp.bfloat16, jnp.float16)
-    return (
-        is_half
-        and queries.dtype == keys.values.dtype
-        and heads % 8 == 0
-        and heads <= 128
-        and dim % 64 == 0
-    )
+    fits = heads % 8 == 0 and heads <= 128 and dim % 64 == 0
+    return fits and is_half and queries.dtype == keys.values.dtype
 
 
 def _score_on_hopper(queries, weights, keys, seen):
@@ -172,14 +142,9 @@ def _score_on_hopper(queries, weights, keys, seen):
     num_entries = keys.shape[1]
     rows, first = flat_entries(keys.values)
     place = jnp.arange(1, num_entries + 1, dtype=jnp.int32)
-    return index_scores(
-        queries,
-        weights.astype(jnp.float32),
-        rows,
-        first,
-        num_entries,
-        jnp.max(jnp.where(seen, place, 0), axis=2),
-    )
+    weights = weights.astype(jnp.float32)
+    num_seen = jnp.max(jnp.where(seen, place, 0), axis=2)
+    return index_scores(queries, weights, rows, first, num_entries, num_seen)
 
 
 def _score_by_tiles(queries, weights, keys, seen, form):
@@ -234,11 +199,7 @@ def highest(
 ) -> Bool[Array, "batch block entries"]:
     """Marks the `count` highest scores of each row; of equal ones, the earlier.
 
-    **Arguments:**
-
-    - `scores`: float32; all are marked where there are no more than `count` above
-        minus infinity.
-    - `count`: how many to mark.
+    All are marked where there are no more than `count` above minus infinity.
     """
     if current_form().stops_early:
         return _highest_by_bits(scores, count)
@@ -306,15 +267,10 @@ def _ordered(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
 def listed(
     marks: Bool[Array, "batch block entries"], count: int
 ) -> Int[Array, "batch block count"]:
-    """Indices of the marked entries of each row, then -1.
+    """Indices of the marked entries of each row, of at most `count`, then -1.
 
     The n-th mark lies in the word of 32 marks before which there are at most n of them;
     within it, a search by halves counts bits. No sorting and no scattering.
-
-    **Arguments:**
-
-    - `marks`: at most `count` in a row.
-    - `count`: length of the lists.
     """
     words = _words(marks)
     ends = _prefix_sums_of_words(lax.population_count(words).astype(jnp.int32))

@@ -17,12 +17,9 @@ import numpy as np
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled once for each shape where nobody else compiles it.
 
-    With traced arguments, as inside of `jax.jit` or a loop, nothing is added. What is
-    compiled sees its Python side effects once; under `jax.disable_jit` it does not.
-
-    **Arguments:**
-
-    - `function`: of modules, arrays and hashable values, for arrays.
+    It takes modules, arrays and hashable values, and returns arrays. With traced
+    arguments, as inside of `jax.jit` or a loop, nothing is added. What is compiled sees
+    its Python side effects once; under `jax.disable_jit` it does not.
     """
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -23,14 +23,7 @@ _LENGTHS: Final = (1 << 13, 1 << 16, 1 << 18)
 def normal(
     key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike, *, std: float
 ) -> Float[Array, "..."]:
-    """`std * jax.random.normal(key, shape, dtype)`, to the bit.
-
-    **Arguments:**
-
-    - `key`: randomness.
-    - `shape`, `dtype`: of the array.
-    - `std`: standard deviation.
-    """
+    """`std * jax.random.normal(key, shape, dtype)`, to the bit."""
     size = math.prod(shape)
     lengths = [length for length in _LENGTHS if length >= size]
     if not lengths or not _may_cut(key):
@@ -41,13 +34,7 @@ def normal(
 
 
 def stack(make: Callable[[PRNGKeyArray], Any], keys: Shaped[Array, "keys ..."]) -> Any:
-    """Modules of all the keys, their arrays stacked: `eqx.filter_vmap(make)(keys)`.
-
-    **Arguments:**
-
-    - `make`: a module of one key.
-    - `keys`: at least one.
-    """
+    """Modules of all the keys, their arrays stacked: `eqx.filter_vmap(make)(keys)`."""
     if not _may_cut(keys):
         return eqx.filter_vmap(make)(keys)
 

@@ -15,19 +15,10 @@ def project(
     over: int = 1,
     wide: bool = False,
 ) -> Float[Array, "..."]:
-    """Sums over the last dimensions of both; the weight's others come last.
+    """Sums over the last `over` dimensions of both; the weight's others come last.
 
     It is one product of matrices, whatever the dimensions are: no transpose of a weight
-    that has three of them is ever laid out.
-
-    **Arguments:**
-
-    - `x`: activations.
-    - `weight`: dimensions that go out, then those that come in.
-    - `over`: how many come in.
-    - `wide`: whether to accumulate and return at least float32.
-
-    **Raises:** ValueError if the last dimensions differ.
+    that has three of them is ever laid out. `wide` makes it at least float32.
     """
     outer, inner = weight.shape[:-over], weight.shape[-over:]
     if x.shape[-over:] != inner:

@@ -82,32 +82,17 @@ class QuantizedWeight(eqx.Module):
 
 
 def codes_per_byte(code_dtype: np.dtype) -> int:
-    """How many codes a byte holds: 1 of FP8, 2 of FP4.
-
-    **Arguments:**
-
-    - `code_dtype`: `float8_e4m3fn` or `float4_e2m1fn`.
-    """
+    """How many codes a byte holds: 1 of FP8, 2 of FP4."""
     return 8 // jnp.finfo(code_dtype).bits
 
 
 def is_quantized(node: Any) -> TypeGuard[QuantizedWeight]:
-    """Whether a node of a tree is a packed weight.
-
-    **Arguments:**
-
-    - `node`: anything.
-    """
+    """Whether a node of a tree is a packed weight."""
     return isinstance(node, QuantizedWeight)
 
 
 def dequantize(tree: Any) -> Any:
-    """The tree with an array in place of every packed weight.
-
-    **Arguments:**
-
-    - `tree`: a module, or any other tree.
-    """
+    """The tree with an array in place of every packed weight."""
 
     def array_of(node: Any) -> Any:
         return node.dequantize() if is_quantized(node) else node

@@ -45,13 +45,7 @@ def is_slice(node: Any) -> bool:
 
 
 def as_slice(x: Any, dim: int = 0) -> Slice:
-    """`x` as it is if it is a `Slice`, else the only part of a stack of one.
-
-    **Arguments:**
-
-    - `x`: an array or what stands for one, or a `Slice` along `dim`.
-    - `dim`: which dimension of the stack counts its parts.
-    """
+    """`x` as it is if it is a `Slice`, else the only part of a stack of one."""
     if isinstance(x, Slice):
         return x
     return Slice(jax.tree.map(lambda x: jnp.expand_dims(x, dim), x), 0, dim)

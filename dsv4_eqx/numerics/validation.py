@@ -23,12 +23,7 @@ _Counts = Int[Array | np.ndarray, " batch"]
 
 
 def as_python(value: Any) -> Any:
-    """A number of numpy's, or in an array without dimensions, as Python's own.
-
-    **Arguments:**
-
-    - `value`: anything; what is no such number, or is traced, comes back as it is.
-    """
+    """`value`, as Python's own if it is a known number of numpy's or in a 0-d array."""
     is_array = isinstance(value, np.generic | np.ndarray | jax.Array)
     if not is_array or isinstance(value, jax.core.Tracer) or value.ndim > 0:
         return value
@@ -36,35 +31,18 @@ def as_python(value: Any) -> Any:
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer, Python's or numpy's; a boolean is none.
-
-    **Arguments:**
-
-    - `value`: anything.
-    """
+    """Whether `value` is an integer, Python's or numpy's; a boolean is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a real number that float32 can hold, Python's or numpy's.
-
-    NaN and booleans are none.
-
-    **Arguments:**
-
-    - `value`: anything.
-    """
+    """Whether it is a real number that float32 can hold; NaN and booleans are none."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and bool(abs(as_python(value)) <= _LARGEST_FLOAT32)
 
 
 def is_concrete(*arrays: Any) -> bool:
-    """Whether all the values are there to be looked at, and not only traced.
-
-    **Arguments:**
-
-    - `arrays`: of JAX or numpy.
-    """
+    """Whether all the values are there to be looked at, and not only traced."""
 
     def is_known(x: Any) -> bool:
         if isinstance(x, jax.core.Tracer):
@@ -76,12 +54,7 @@ def is_concrete(*arrays: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """`value` as an error shows it, whatever it is and however long.
-
-    **Arguments:**
-
-    - `value`: anything.
-    """
+    """`value` as an error shows it, whatever it is and however long."""
     # Enough for a text too long; writing numbers of many digits takes long.
     if isinstance(value, list) and len(value) > _LONGEST:
         value = value[:_LONGEST]
@@ -93,33 +66,14 @@ def shown(value: Any) -> str:
 
 
 def invalid_argument(call: str, name: str, value: Any, allowed: str) -> ValueError:
-    """The error that names the call, the value got and what is allowed.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the value.
-    - `value`: anything.
-    - `allowed`: completes "must be".
-    """
+    """The error that names the call, the value got and what is allowed."""
     return ValueError(f"{call}({name}={shown(value)}): must be {allowed}.")
 
 
 def validate_int(
     call: str, name: str, value: Any, *, least: int = 1, most: int | None = None
 ) -> int:
-    """`value` as a Python integer.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the value.
-    - `value`: anything.
-    - `least`, `most`: the bounds, both allowed; none above by default.
-
-    **Raises:** ValueError unless it is an integer within the bounds: Python's, numpy's,
-    or in an array without dimensions.
-    """
+    """`value` as a Python integer within the bounds, which are both allowed."""
     found = as_python(value)
     if not is_int(found) or found < least or (most is not None and found > most):
         bounds = f", at least {least}" if most is None else f" in [{least}, {most}]"
@@ -128,47 +82,19 @@ def validate_int(
 
 
 def validate_size(call: str, name: str, size: Any) -> int:
-    """`size` as a Python integer of at least 1; otherwise as `validate_int`.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the size.
-    - `size`: anything.
-
-    **Raises:** ValueError as `validate_int`.
-    """
+    """`size` as a Python integer of at least 1."""
     return validate_int(call, name, size)
 
 
 def validate_sizes(call: str, **sizes: Any) -> tuple[int, ...]:
-    """The sizes as Python integers, in the order given.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `sizes`: by name.
-
-    **Raises:** ValueError as `validate_size` does.
-    """
+    """The sizes as Python integers of at least 1, in the order given."""
     return tuple(validate_size(call, name, size) for name, size in sizes.items())
 
 
 def validate_number(
     call: str, name: str, value: Any, *, above: float | None = None
 ) -> float:
-    """`value` as a Python float.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the number.
-    - `value`: anything.
-    - `above`: what it must be above; at least 0 by default.
-
-    **Raises:** ValueError unless it is a number within these bounds that float32 holds:
-    Python's, numpy's, or in an array without dimensions.
-    """
+    """`value` as a Python float, above `above`, by default at least 0."""
     found = as_python(value)
     if not is_number(found) or (found < 0 if above is None else found <= above):
         bound = "at least 0" if above is None else f"above {above}"
@@ -178,15 +104,7 @@ def validate_number(
 
 
 def validate_dtype(call: str, dtype: Any) -> np.dtype:
-    """A dtype of weights, which JAX has as it is set.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `dtype`: anything.
-
-    **Raises:** ValueError if it is no dtype for weights, or float64 without x64.
-    """
+    """A dtype of weights, which JAX has as it is set: float64 needs x64."""
     try:
         found = jnp.dtype(dtype)
     except (TypeError, ValueError):
@@ -203,15 +121,7 @@ def validate_dtype(call: str, dtype: Any) -> np.dtype:
 
 
 def validate_key(call: str, key: Any) -> None:
-    """Refuses what is not one key.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `key`: anything.
-
-    **Raises:** ValueError if it is no key of `jax.random`, or several.
-    """
+    """Refuses what is not one key of `jax.random`."""
     is_array = isinstance(key, jax.Array | np.ndarray)
     is_new = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_raw = is_array and key.dtype == np.uint32
@@ -220,16 +130,7 @@ def validate_key(call: str, key: Any) -> None:
 
 
 def path_of(call: str, name: str, value: Any) -> pathlib.Path:
-    """The path that a user gave, with `~` for the home directory.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the value.
-    - `value`: anything.
-
-    **Raises:** ValueError if it is no path.
-    """
+    """The path that a user gave, with `~` for the home directory."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise invalid_argument(call, name, value, "a path, as a str or an os.PathLike")
@@ -237,31 +138,13 @@ def path_of(call: str, name: str, value: Any) -> pathlib.Path:
 
 
 def validate_flag(call: str, name: str, value: Any) -> None:
-    """Refuses what is neither true nor false.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the value.
-    - `value`: anything.
-
-    **Raises:** ValueError if it is no boolean.
-    """
+    """Refuses what is neither true nor false."""
     if not isinstance(value, bool | np.bool_):
         raise invalid_argument(call, name, value, "True or False")
 
 
 def validate_floating(call: str, x: Array, name: str = "x") -> None:
-    """Refuses arrays of integers, booleans and complex numbers.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `x`: an array.
-    - `name`: of the array.
-
-    **Raises:** ValueError if `x` is not floating point.
-    """
+    """Refuses arrays of integers, booleans and complex numbers."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{call} was called with {name} of dtype {x.dtype}: it needs a "
@@ -275,17 +158,7 @@ def validate_activations(
     weight: Array | QuantizedWeight | Slice,
     dims: tuple[str, ...] | None = None,
 ) -> None:
-    """Refuses activations that do not fit the weight they will meet.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `x`: the activations, channels last.
-    - `weight`: its last dimension is those channels.
-    - `dims`: what the dimensions of `x` are; any, then channels, by default.
-
-    **Raises:** ValueError if `x` has other dimensions, channels or another dtype.
-    """
+    """Refuses activations of other `dims`, channels or dtype than the weight wants."""
     dim = weight.shape[-1]
     fits = x.ndim > 0 if dims is None else x.ndim == len(dims)
     if not fits or x.shape[-1] != dim:
@@ -302,17 +175,7 @@ def validate_activations(
 
 
 def validate_ids(call: str, name: str, ids: Array, shape: tuple[int, ...]) -> None:
-    """Refuses token ids or positions that are not one for each token.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the ids.
-    - `ids`: one for each token.
-    - `shape`: of the tokens.
-
-    **Raises:** ValueError if `ids` have another shape or are not integers.
-    """
+    """Refuses token ids or positions that are not one for each token."""
     if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"{call} was called with {name} of shape {ids.shape} and dtype "
@@ -321,16 +184,7 @@ def validate_ids(call: str, name: str, ids: Array, shape: tuple[int, ...]) -> No
 
 
 def validate_integers(call: str, name: str, values: Any) -> None:
-    """Refuses what is no array of integers.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `name`: of the values.
-    - `values`: anything.
-
-    **Raises:** ValueError if they are something else.
-    """
+    """Refuses what is no array of integers."""
     is_array = isinstance(values, jax.Array | np.ndarray)
     if not is_array or not jnp.issubdtype(values.dtype, jnp.integer):
         found = values.dtype if is_array else type(values).__name__
@@ -338,17 +192,7 @@ def validate_integers(call: str, name: str, values: Any) -> None:
 
 
 def validate_counts(call: str, lengths: _Counts, most: _Counts) -> _Counts:
-    """`lengths` as int32, checked as far as they are known.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `lengths`: tokens of each row that are meant.
-    - `most`: tokens that each row has.
-
-    **Raises:** ValueError if there is not an integer for each row, or, unless traced,
-    one of them is outside `[0, most]`.
-    """
+    """Tokens of each row as int32, checked, as far as known, to be in `[0, most]`."""
     validate_integers(call, "lengths", lengths)
     if lengths.shape != most.shape:
         raise ValueError(

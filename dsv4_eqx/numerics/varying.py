@@ -27,23 +27,12 @@ def shape_varying_like(
 
     Pallas may forget over which mesh axes it varies: join the result by `match_varying`
     too.
-
-    **Arguments:**
-
-    - `shape`, `dtype`: of the output.
-    - `arrays`: it varies over every mesh axis that any of them varies over.
     """
     kind = jax.typeof(match_varying(*arrays)[0]).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def varying(x: Array, axes: Iterable[str]) -> Array:
-    """The same array, of which each device of these mesh axes has one of its own.
-
-    **Arguments:**
-
-    - `x`: varying over some of them, or over none.
-    - `axes`: of the mesh.
-    """
+    """The same array, of which each device of these mesh axes has one of its own."""
     missing = frozenset(axes) - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

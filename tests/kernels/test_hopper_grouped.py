@@ -9,7 +9,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from dsv4_eqx.kernels.hopper_grouped import Tiles, grouped_matmul, grouped_outer
+from dsv4_eqx.kernels.hopper_grouped import Tiles, grouped_matmul
+from dsv4_eqx.kernels.hopper_outer import grouped_outer
 
 pytestmark = pytest.mark.slow  # the interpreter, or whole models
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.slow  # the interpreter, or whole models
 IS_OLD = jax.__version_info__ < (0, 11)
 needs_transpose = pytest.mark.skipif(IS_OLD, reason="its interpreter cannot transpose")
 TRANSPOSED = [pytest.param(False, marks=needs_transpose), True]
+INTERPRETED = InterpretGPUParams()
 QUICKLY = {"xla_backend_optimization_level": 0}
 OUT, IN = 128, 192
 ROWS_SHARED = Tiles(block_m=128, block_n=64, block_k=64, stages=2)
@@ -30,7 +32,7 @@ def integers(*shape):
     return jnp.asarray(numbers, jnp.bfloat16)
 
 
-def matmul(sizes, num_rows, first, transposed, tiles, interpret=True):
+def matmul(sizes, num_rows, first, transposed, tiles, interpret=INTERPRETED):
     matrices = integers(first + len(sizes) + 1, OUT, IN)
     rows = integers(num_rows, OUT if transposed else IN)
     product = functools.partial(

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from dsv4_eqx import make_mesh
 from dsv4_eqx.kernels.hopper_attention import attend_lists
 from dsv4_eqx.kernels.hopper_attention_backward import attend_lists_backward
-from dsv4_eqx.kernels.hopper_grouped import grouped_matmul, grouped_outer
+from dsv4_eqx.kernels.hopper_grouped import grouped_matmul
+from dsv4_eqx.kernels.hopper_outer import grouped_outer
 from dsv4_eqx.kernels.hopper_scores import index_scores
 
 pytestmark = pytest.mark.slow  # the interpreter, or whole models
