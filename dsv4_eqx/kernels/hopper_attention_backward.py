@@ -15,7 +15,6 @@ runs may differ in the last bits.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -119,19 +118,20 @@ def _whole_blocks(lists, num_keys):
 
 
 def _run(sizes, operands, _):
-    """On a GPU. Gradients of keys are references which the kernel adds to."""
-    _, window, entries, *_ = operands
-    sums = [jax.new_ref(jnp.zeros(x.shape, jnp.float32)) for x in (window, entries)]
+    """On a GPU. What the kernel writes and adds to are references, in a `run_state`
+    which jax 0.10 can also map.
+    """
+    queries, window, entries, *_ = operands
 
     def body(*refs, **kept):
-        *inputs, d_window, d_entries, d_queries = refs
+        *inputs, d_queries, d_window, d_entries = refs
         kept |= {"d_queries": d_queries, "d_keys": (d_window, d_entries)}
         differentiate_tile(sizes, Memory(*inputs, **kept))
 
-    # These references may not vary over a mesh, as far as types go, in a kernel.
-    d_queries = shape_varying_like(operands[0].shape, sizes.dtype, *operands)
-    (d_queries,) = _kernel(sizes, body, [d_queries], None)(*operands, *sums)
-    return d_queries, *(jax.freeze(x) for x in sums)
+    kernel = _kernel(sizes, body, [], None)
+    sums = (jnp.zeros(x.shape, jnp.float32) for x in (window, entries))
+    start = lax.empty(queries.shape, sizes.dtype), *sums
+    return pl.run_state(lambda refs: kernel(*operands, *refs))(start)
 
 
 def _run_interpreted(sizes, operands, interpret):

@@ -17,6 +17,7 @@ an item belongs to.
 """
 
 import dataclasses
+import math
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -116,7 +117,9 @@ def _padded(x: Array, axis: int, size: int) -> Array:
 def _sizes(queries: Array, num_entries: int, tiles: Tiles, interprets: bool) -> Sizes:
     batch, count, heads, dim = queries.shape
     step = max(1, _COLUMNS // heads)
-    whole = -(-min(tiles.queries, count) // step) * step
+    # A tile's weights are copied by 128 threads, each the same number of bytes.
+    unit = math.lcm(step, 32 // math.gcd(32, heads))
+    whole = -(-min(tiles.queries, count) // unit) * unit
     tiles = _fitted(tiles, whole, step, heads, dim)
     # Copies leave out what is past an array's end, if its rows are multiples of 16
     # bytes and it is not smaller than what is copied. Only the interpreter of jax 0.10

@@ -309,8 +309,9 @@ def _score(
             slot = lax.rem(done + t, tiles.stages)
             products = _products(refs, sizes, keys, slot)
             for query in range(sizes.step):
-                weights = refs.weight_slots[weight_slot, t * sizes.step + query]
                 own = products[:, query * sizes.heads : (query + 1) * sizes.heads]
+                # Nothing may stand between a load and the layout that it is to have.
+                weights = refs.weight_slots[weight_slot, t * sizes.step + query]
                 scores[t * sizes.step + query] = _weighted_sum(own, weights, sizes)
 
         lax.fori_loop(0, work.steps, score_step, None)

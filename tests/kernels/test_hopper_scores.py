@@ -69,7 +69,7 @@ def test_scores_equal_reference():
 
 
 def test_only_what_is_seen_is_computed_and_nothing_races():
-    shape, num_entries = (2, 3, 72, 64), 150
+    shape, num_entries = (2, 3, 96, 64), 150
     tiles = Tiles(queries=2, stages=2, stores=1, warpgroups=2)
     given = operands(shape, num_entries, seed=1)
     num_seen = np.asarray([[0, 65, 0], [150, 1, 64]])
@@ -82,6 +82,19 @@ def test_only_what_is_seen_is_computed_and_nothing_races():
     np.testing.assert_array_equal(np.isfinite(out), is_computed)
     expected = reference(*given, num_entries)
     close(np.where(is_computed, out, 0), np.where(is_computed, expected, 0))
+
+
+@pytest.mark.parametrize("heads, queries", [(8, 3), (40, 3), (72, 20), (128, 300)])
+def test_scores_are_a_program_for_gpus(heads, queries):
+    queries, weights, keys, first_rows = operands((1, queries, heads, 64), 40)
+    num_seen = jnp.zeros(queries.shape[:2], jnp.int32)
+
+    @jax.jit
+    def run(queries, weights, keys):
+        return index_scores(queries, weights, keys, first_rows, 40, num_seen)
+
+    traced = run.trace(queries, weights, keys)
+    assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_nothing_to_score():

@@ -75,8 +75,8 @@ def low(*shape):
 
 
 SIZES, FIRST = jnp.array([3, 5], jnp.int32), jnp.zeros(1, jnp.int32)
-# Traced for a GPU, not run: kernel, operands, whether each is split.
-TRACED = {
+# Lowered for a GPU, not run: kernel, operands, whether each is split.
+LOWERED = {
     "forward": (
         lambda *given: attend_lists(*given, scale=SCALE),
         (*map(jnp.bfloat16, operands()[:3]), *operands()[3:]),
@@ -106,10 +106,15 @@ TRACED = {
 }
 
 
-@pytest.mark.parametrize("name", TRACED)
-def test_results_vary_over_the_mesh_as_operands_do(name):
-    f, given, is_split = TRACED[name]
-    jax.eval_shape(over_two_devices(f, is_split), *given)
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("name", LOWERED)
+def test_kernels_over_a_mesh_are_programs_for_gpus(name, mapped):
+    f, given, is_split = LOWERED[name]
+    over_mesh = over_two_devices(f, is_split)
+    if mapped:
+        over_mesh, given = jax.vmap(over_mesh), [jnp.stack([x] * 3) for x in given]
+    traced = jax.jit(over_mesh).trace(*given)
+    assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_entries_alone_are_the_rows_from_0():
