@@ -79,7 +79,9 @@ class Block(eqx.Module):
         x, mixing = self.attention_connection.read(streams)
         x = self.attention(self.attention_norm(x), positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids)
+        x, mixing = self.moe_connection.read(streams)
+        x = self.moe(self.moe_norm(x), token_ids)
+        return self.moe_connection.write(streams, x, mixing)
 
     @compiled_once
     @jax.named_scope("Block.observe")
@@ -90,10 +92,7 @@ class Block(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], LayerValues]:
-        """The streams as by calling, and what was computed on the way.
-
-        **Arguments:** as for calling.
-        """
+        """Calls it, and returns what was computed on the way beside the streams."""
         documents = () if segment_ids is None else (segment_ids,)
         x, mixing = self.attention_connection.read(streams)
         x = self.attention_norm(x)
@@ -131,13 +130,6 @@ class Block(eqx.Module):
             self.attention_norm(x), cache, start, lengths
         )
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids), extended
-
-    def _run_moe(
-        self,
-        streams: Float[Array, "batch seq streams dim"],
-        token_ids: Int[Array, "batch seq"],
-    ) -> Float[Array, "batch seq streams dim"]:
         x, mixing = self.moe_connection.read(streams)
         x = self.moe(self.moe_norm(x), token_ids)
-        return self.moe_connection.write(streams, x, mixing)
+        return self.moe_connection.write(streams, x, mixing), extended
