@@ -68,7 +68,9 @@ class AbstractModel(eqx.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
-        Give several sequences as rows of a batch, rather than by `jax.vmap`.
+        Several sequences are rows of a batch. `jax.vmap` over rows, each given as
+        `tokens[None]`, or over models gives the same numbers, but on GPU and TPU some
+        kernels then run one after another.
 
         A row may hold several documents, of any lengths, one after another: with
         `segment_ids`, each is computed as if it were alone. The logits at a document's
