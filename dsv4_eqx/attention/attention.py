@@ -19,10 +19,12 @@ from dsv4_eqx.attention.cache import (
     CompressorState,
     Extended,
     positions_after,
-    validate_parts_of_state,
-    validate_state,
 )
-from dsv4_eqx.attention.checks import validate_parts, validate_sequences
+from dsv4_eqx.attention.checks import (
+    validate_cache,
+    validate_parts,
+    validate_sequences,
+)
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
 from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.indexer import Indexer
@@ -236,8 +238,6 @@ class Attention(eqx.Module):
             indexer=state(None if self.indexer is None else self.indexer.compressor),
         )
 
-    @compiled_once
-    @jax.named_scope("Attention.extend")
     def extend(
         self,
         x: Float[Array, "batch seq dim"],
@@ -258,11 +258,22 @@ class Attention(eqx.Module):
         **Returns:** the output, and an `Extended`, whose `keep` gives the next cache.
 
         **Raises:** ValueError as calling does, and if `cache` is not an
-        `AttentionCache`, such as an `Extended` whose `keep` was not called.
+        `AttentionCache`, such as an `Extended` whose `keep` was not called; and, except
+        under `jit`, if a row would have more tokens than the cache has room for.
         """
-        validate_state("Attention.extend", cache, AttentionCache)
-        validate_parts_of_state(self.compressor, self.indexer, cache)
+        validate_cache("Attention.extend", self, cache, start, lengths)
         validate_activations("Attention", x, self.query_down, ("batch", "seq", "dim"))
+        return self._extend(x, cache, start, lengths)
+
+    @compiled_once
+    @jax.named_scope("Attention.extend")
+    def _extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        cache: AttentionCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq dim"], Extended]:
         self = dequantize(self)
         positions = positions_after(start, lengths, x.shape[1])
         latent = self.project_latent(x)

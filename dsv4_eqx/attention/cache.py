@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from dsv4_eqx.numerics.slice import Slice
-from dsv4_eqx.numerics.validation import validate_counts
+from dsv4_eqx.numerics.validation import is_concrete, validate_counts
 
 
 class CompressorState(eqx.Module):
@@ -86,6 +86,25 @@ def validate_state(call: str, state: Any, kind: type) -> None:
     if not isinstance(state, kind):
         name = type(state).__name__
         raise ValueError(f"{call}: the state must be a {kind.__name__}, not a {name}.")
+
+
+def validate_capacity(
+    call: str,
+    capacity: int,
+    start: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+) -> None:
+    """Refuses rows of more tokens than that, unless their number is traced."""
+    if not is_concrete(start, lengths):
+        return
+    totals = np.asarray(start) + np.asarray(lengths)
+    too_long = np.flatnonzero(totals > capacity)
+    if len(too_long) > 0:
+        row = int(too_long[0])
+        raise ValueError(
+            f"{call}: row {row} would have {totals[row]} tokens, and the state has "
+            f"room for {capacity}: make one of a larger capacity."
+        )
 
 
 def validate_parts_of_state(

@@ -17,6 +17,7 @@ from dsv4_eqx.attention.cache import (
     CompressorState,
     Extended,
     rows_from,
+    validate_capacity,
     validate_state,
 )
 from dsv4_eqx.attention.documents import document_starts, last_tokens, tokens_from
@@ -233,8 +234,6 @@ class Compressor(eqx.Module):
             entries=jnp.zeros((batch, capacity // ratio, head_dim), dtype),
         )
 
-    @compiled_once
-    @jax.named_scope("Compressor.extend")
     def extend(
         self,
         x: Float[Array, "batch seq dim"],
@@ -254,9 +253,22 @@ class Compressor(eqx.Module):
         **Returns:** the entries, and an `Extended`, whose `keep` gives the next state.
 
         **Raises:** ValueError if `state` is not a `CompressorState`, such as an
-        `Extended` whose `keep` was not called.
+        `Extended` whose `keep` was not called; and, except under `jit`, if a row would
+        complete more windows than the state has room for.
         """
         validate_state("Compressor.extend", state, CompressorState)
+        validate_capacity("Compressor.extend", self.capacity(state), start, lengths)
+        return self._extend(x, state, start, lengths)
+
+    @compiled_once
+    @jax.named_scope("Compressor.extend")
+    def _extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        state: CompressorState,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Entries, Extended]:
         ratio = self.ratio
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
@@ -277,6 +289,10 @@ class Compressor(eqx.Module):
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
         extended = Extended(CompressorState(values, gates, entries), x.shape[1])
         return Entries(entries, last_positions), extended
+
+    def capacity(self, state: CompressorState) -> int:
+        """The most tokens of a row all of whose complete windows have an entry."""
+        return (state.entries.shape[1] + 1) * self.ratio - 1
 
     @property
     def num_pending(self) -> int:

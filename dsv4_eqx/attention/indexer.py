@@ -19,7 +19,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.cache import CompressorState, Extended, positions_after
+from dsv4_eqx.attention.cache import (
+    CompressorState,
+    Extended,
+    positions_after,
+    validate_capacity,
+    validate_state,
+)
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.values import IndexerValues, no_selected
@@ -141,7 +147,6 @@ class Indexer(eqx.Module):
         keys = self.compressor(x, *starts)
         return latent, self.project_weights(x), positions, keys, *starts
 
-    @compiled_once
     def extend(
         self,
         x: Float[Array, "batch seq dim"],
@@ -163,8 +168,23 @@ class Indexer(eqx.Module):
         **Returns:** the selection, and an `Extended`; its `keep` gives the next state.
 
         **Raises:** ValueError if `state` is not a `CompressorState`, such as an
-        `Extended` whose `keep` was not called.
+        `Extended` whose `keep` was not called; and, except under `jit`, if a row would
+        complete more windows than the state has room for.
         """
+        validate_state("Indexer.extend", state, CompressorState)
+        capacity = self.compressor.capacity(state)
+        validate_capacity("Indexer.extend", capacity, start, lengths)
+        return self._extend(x, latent, state, start, lengths)
+
+    @compiled_once
+    def _extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        latent: Float[Array, "batch seq q_rank"],
+        state: CompressorState,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Selection, Extended]:
         keys, extended = self.compressor.extend(x, state, start, lengths)
         if keys.values.shape[1] <= self.topk:
             return None, extended

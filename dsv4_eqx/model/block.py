@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.cache import AttentionCache, Extended
+from dsv4_eqx.attention.checks import validate_cache
 from dsv4_eqx.attention.values import observed
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
@@ -103,8 +104,6 @@ class Block(eqx.Module):
         streams = self.moe_connection.write(streams, x, mixing)
         return streams, LayerValues(streams, attention, routing)
 
-    @compiled_once
-    @jax.named_scope("Block.extend")
     def extend(
         self,
         streams: Float[Array, "batch seq streams dim"],
@@ -125,6 +124,20 @@ class Block(eqx.Module):
 
         **Raises:** ValueError as `Attention.extend` does.
         """
+        if isinstance(self.attention, Attention):
+            validate_cache("Block.extend", self.attention, cache, start, lengths)
+        return self._extend(streams, token_ids, cache, start, lengths)
+
+    @compiled_once
+    @jax.named_scope("Block.extend")
+    def _extend(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: AttentionCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
         x, mixing = self.attention_connection.read(streams)
         x, extended = self.attention.extend(
             self.attention_norm(x), cache, start, lengths
