@@ -8,6 +8,8 @@ meaning; `partition_specs` turns them into shardings.
 from dsv4_eqx.attention.attention import Attention as Attention
 from dsv4_eqx.attention.compressor import Compressor as Compressor
 from dsv4_eqx.attention.indexer import Indexer as Indexer
+from dsv4_eqx.attention.values import AttentionValues as AttentionValues
+from dsv4_eqx.attention.values import IndexerValues as IndexerValues
 from dsv4_eqx.checkpoint.load import from_pretrained as from_pretrained
 from dsv4_eqx.checkpoint.save import save_pretrained as save_pretrained
 from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
@@ -31,10 +33,12 @@ from dsv4_eqx.model.layers import Layers as Layers
 from dsv4_eqx.model.layers import replace_layer as replace_layer
 from dsv4_eqx.model.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.model.mtp import MTP as MTP
+from dsv4_eqx.model.observed import LayerValues as LayerValues
 from dsv4_eqx.moe.experts import Experts as Experts
 from dsv4_eqx.moe.experts import SharedExpert as SharedExpert
 from dsv4_eqx.moe.moe import MoE as MoE
 from dsv4_eqx.moe.router import HashRouter as HashRouter
+from dsv4_eqx.moe.router import Routing as Routing
 from dsv4_eqx.moe.router import TopKRouter as TopKRouter
 from dsv4_eqx.plan.costs import flops_per_token as flops_per_token
 from dsv4_eqx.primitives.linear import GroupedLinear as GroupedLinear

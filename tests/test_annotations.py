@@ -22,8 +22,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
+from dsv4_eqx import AttentionValues, IndexerValues, LayerValues, Routing
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState, Extended
-from dsv4_eqx.attention.values import AttentionValues, IndexerValues
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.result import Generated
 from dsv4_eqx.generation.sampling import Sampling
@@ -31,8 +31,6 @@ from dsv4_eqx.generation.steps import Chosen, Draft, Rows, Rules, State
 from dsv4_eqx.kernels.entries import LAYERS, Entries
 from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
-from dsv4_eqx.model.observed import LayerValues
-from dsv4_eqx.moe.router import Routing
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
 from dsv4_eqx.numerics.slice import Slice
 from dsv4_eqx.sharding.context import SplitSequence, SplitSequenceAndHeads

@@ -2,8 +2,14 @@
 
 from typing import Any
 
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
+from dsv4_eqx.attention.cache import (
+    AttentionCache,
+    validate_capacity,
+    validate_parts_of_state,
+    validate_state,
+)
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.documents import validate_positions
 from dsv4_eqx.attention.indexer import Indexer
@@ -16,15 +22,7 @@ def validate_parts(
     compressor: Compressor | None,
     indexer: Indexer | None,
 ) -> None:
-    """Refuses a compressor or an indexer whose sizes are not the attention's.
-
-    **Arguments:**
-
-    - `head_dim`, `q_rank`: of the attention.
-    - `compressor`, `indexer`: its parts.
-
-    **Raises:** ValueError if a size differs, or there is an indexer alone.
-    """
+    """Refuses a compressor or indexer of other sizes, and an indexer alone."""
     if compressor is not None and compressor.head_dim != head_dim:
         raise ValueError(
             f"Attention: the compressor's head_dim is {compressor.head_dim}, it must "
@@ -47,12 +45,7 @@ def validate_sequences(
 ) -> None:
     """Refuses arguments of `Attention` that do not belong together.
 
-    **Arguments:**
-
-    - `x`, `positions`, `segment_ids`: the arguments.
-    - `weight`: an array or a `QuantizedWeight`, whose last dimension is that of `x`.
-
-    **Raises:** ValueError as calling `Attention` does.
+    `weight` is an array or a `QuantizedWeight`; its last dimension is that of `x`.
     """
     validate_activations("Attention", x, weight, ("batch", "seq", "dim"))
     validate_ids("Attention", "positions", positions, x.shape[:2])
@@ -64,3 +57,24 @@ def validate_sequences(
     if segment_ids is not None:
         validate_ids("Attention", "segment_ids", segment_ids, x.shape[:2])
     validate_positions("Attention", positions, segment_ids)
+
+
+def validate_cache(
+    call: str,
+    attention: Any,
+    cache: Any,
+    start: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+) -> None:
+    """Refuses a cache of another kind of attention, and one without room.
+
+    A window needs room only where it is longer than the cache's capacity.
+    """
+    validate_state(call, cache, AttentionCache)
+    validate_parts_of_state(attention.compressor, attention.indexer, cache)
+    num_keys = cache.window_keys.shape[1] + 1
+    if num_keys < attention.window:
+        validate_capacity(call, num_keys, start, lengths)
+    if isinstance(attention.compressor, Compressor):
+        capacity = attention.compressor.capacity(cache.compressor)
+        validate_capacity(call, capacity, start, lengths)

@@ -17,6 +17,7 @@ from dsv4_eqx.attention.cache import (
     CompressorState,
     Extended,
     rows_from,
+    validate_capacity,
     validate_state,
 )
 from dsv4_eqx.attention.documents import document_starts, last_tokens, tokens_from
@@ -141,14 +142,10 @@ class Compressor(eqx.Module):
         Float[Array, "batch seq series head_dim"],
         Float[Array, "batch seq series head_dim"],
     ]:
-        """Each token's values and gates, float32.
-
-        **Arguments:**
-
-        - `x`: normalised activations.
-        """
-        values = project(x, self.value, wide=True)
-        return values, project(x, self.gate, wide=True)
+        """Each token's values and gates, float32, from normalised activations."""
+        values = project(x, self.value, wide=True)  # eq. 20; with overlap, eq. 9
+        gates = project(x, self.gate, wide=True)  # eq. 21; with overlap, eq. 10
+        return values, gates
 
     def pool(
         self,
@@ -157,13 +154,11 @@ class Compressor(eqx.Module):
     ) -> Float[Array, "batch windows head_dim"]:
         """The weighted sum of each window's values, float32.
 
-        **Arguments:**
-
-        - `values`, `gates`: from `project`, of consecutive windows. The first one has
-            no window before it.
+        Values and gates are from `project`, of consecutive windows; none comes before
+        the first.
         """
         gates = gates + self.position_bias.astype(gates.dtype)[None, None]
-        return pool_windows(values, gates)  # eq. 20 to 23; with overlap, eq. 9 to 12
+        return pool_windows(values, gates)  # eq. 22, 23; with overlap, eq. 11, 12
 
     def compress_documents(
         self,
@@ -185,15 +180,10 @@ class Compressor(eqx.Module):
             second entry   [  before  ][   own    ]
             in no entry                             8  9
 
-        **Arguments:**
-
-        - `values`, `gates`: from `project`, of the tokens, and of the tokens before
-            them that their windows need.
-        - `positions`: of the tokens, each in its document.
-        - `segment_ids`: document of each token, never negative.
-        - `windows`: how many entries to return, at least as many as there are; the
-            surplus ones have the segment id -1.
-        - `dtype`: of the entries.
+        Values and gates are from `project`: of earlier tokens that the windows need,
+        then of the given tokens. Positions are those in the documents, and segment ids
+        are never negative. `windows` is how many entries to return, at least as many as
+        there are; the surplus ones have the segment id -1.
         """
         ratio, series, _ = self.position_bias.shape
         seq = positions.shape[1]
@@ -228,7 +218,7 @@ class Compressor(eqx.Module):
     def init_state(
         self, batch: int, capacity: int, dtype: DTypeLike
     ) -> CompressorState:
-        """The state before any token.
+        """The state before any token, for `extend`.
 
         **Arguments:**
 
@@ -244,8 +234,6 @@ class Compressor(eqx.Module):
             entries=jnp.zeros((batch, capacity // ratio, head_dim), dtype),
         )
 
-    @compiled_once
-    @jax.named_scope("Compressor.extend")
     def extend(
         self,
         x: Float[Array, "batch seq dim"],
@@ -265,9 +253,22 @@ class Compressor(eqx.Module):
         **Returns:** the entries, and an `Extended`, whose `keep` gives the next state.
 
         **Raises:** ValueError if `state` is not a `CompressorState`, such as an
-        `Extended` whose `keep` was not called.
+        `Extended` whose `keep` was not called; and, except under `jit`, if a row would
+        complete more windows than the state has room for.
         """
         validate_state("Compressor.extend", state, CompressorState)
+        validate_capacity("Compressor.extend", self.capacity(state), start, lengths)
+        return self._extend(x, state, start, lengths)
+
+    @compiled_once
+    @jax.named_scope("Compressor.extend")
+    def _extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        state: CompressorState,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Entries, Extended]:
         ratio = self.ratio
         values, gates = self.project(x)
         values = jnp.concatenate([state.values, values], axis=1)
@@ -279,7 +280,7 @@ class Compressor(eqx.Module):
 
         def write(entries: Values, start: Int[Array, " batch"]) -> Values:
             pooled = self.pool_after(values, gates, start)
-            new = self._rotated(pooled.astype(x.dtype), window * ratio)
+            new = self.rope(self.norm(pooled.astype(x.dtype)), window * ratio)
             place = jnp.where(is_new, window, entries.shape[1])
             return replaced(entries, place, new)
 
@@ -288,6 +289,10 @@ class Compressor(eqx.Module):
         last_positions = jnp.broadcast_to(index * ratio - 1, entries.shape[:2])
         extended = Extended(CompressorState(values, gates, entries), x.shape[1])
         return Entries(entries, last_positions), extended
+
+    def capacity(self, state: CompressorState) -> int:
+        """The most tokens of a row all of whose complete windows have an entry."""
+        return (state.entries.shape[1] + 1) * self.ratio - 1
 
     @property
     def num_pending(self) -> int:
@@ -301,11 +306,13 @@ class Compressor(eqx.Module):
         gates: Float[Array, "batch seq series head_dim"],
         start: Int[Array, " batch"],
     ) -> Float[Array, "batch windows head_dim"]:
-        """Pools windows of new tokens, beginning with the first new token's window.
+        """Pools the windows of new tokens, beginning with the first new token's.
 
-        As many windows are returned as the new tokens can complete at most. Those that
-        remain incomplete are meaningless. Tokens before position 0 have weight 0. With
-        ratio 4, two series and five new tokens from position 10 on, seven are pending:
+        Values and gates are from `project`, of the `num_pending` tokens before position
+        `start` and of the new tokens. As many windows are returned as the new tokens
+        can complete at most; those that remain incomplete are meaningless. Tokens
+        before position 0 have weight 0. With ratio 4, two series and five new tokens
+        from position 10 on, seven are pending:
 
             position     3   4 5 6 7   8 9 10 11   12 13 14 -- (padding)
             input        pending: 3 .. 9     new: 10 .. 14
@@ -314,12 +321,6 @@ class Compressor(eqx.Module):
 
         Window 2 becomes complete; window 1 is read because window 2's entry pools its
         tokens too. Window 3 stays incomplete here, but not for every `start`.
-
-        **Arguments:**
-
-        - `values`, `gates`: from `project`, of the `num_pending` tokens before `start`
-            and of the new tokens.
-        - `start`: position of each row's first new token.
         """
         ratio, series, _ = self.position_bias.shape
         num_new = values.shape[1] - self.num_pending
@@ -345,27 +346,12 @@ class Compressor(eqx.Module):
         first_positions: Int[Array, "batch windows"],
         segment_ids: Int[Array, "batch windows"] | None = None,
     ) -> Entries:
-        """Normalised, rotated entries.
+        """Normalised, rotated entries, in the dtype of `pooled`.
 
-        **Arguments:**
-
-        - `pooled`: from `pool`, in the dtype that the entries will have.
-        - `first_positions`: position of each window's first token.
-        - `segment_ids`: document of each window, where a row has several.
+        Positions and segment ids are those of each window's first token.
         """
-        ratio = self.ratio
-        return Entries(
-            values=self._rotated(pooled, first_positions),
-            last_positions=first_positions + (ratio - 1),
-            segment_ids=segment_ids,
-        )
-
-    def _rotated(
-        self,
-        pooled: Float[Array, "batch windows head_dim"],
-        first_positions: Int[Array, "batch windows"],
-    ) -> Float[Array, "batch windows head_dim"]:
-        return self.rope(self.norm(pooled), first_positions)
+        values = self.rope(self.norm(pooled), first_positions)
+        return Entries(values, first_positions + (self.ratio - 1), segment_ids)
 
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
@@ -373,16 +359,7 @@ def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
 
 
 def validate_rotary(call: str, rope: RotaryEmbedding, head_dim: int) -> None:
-    """Refuses a rotary embedding with more channels than what it rotates.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `rope`: the rotary embedding.
-    - `head_dim`: channels of what it rotates.
-
-    **Raises:** ValueError if `rope.rotary_dim` is above `head_dim`.
-    """
+    """Refuses a rotary embedding of more channels than a head has."""
     if rope.rotary_dim > head_dim:
         raise ValueError(
             f"{call}: rope rotates {rope.rotary_dim} channels and head_dim is "

@@ -19,7 +19,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.cache import CompressorState, Extended, positions_after
+from dsv4_eqx.attention.cache import (
+    CompressorState,
+    Extended,
+    positions_after,
+    validate_capacity,
+    validate_state,
+)
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.values import IndexerValues, no_selected
@@ -121,10 +127,7 @@ class Indexer(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Selection, IndexerValues]:
-        """The selection as by calling, and what was selected with which scores.
-
-        **Arguments:** as for calling.
-        """
+        """Calls it, and returns windows and scores of what was selected beside it."""
         windows = x.shape[1] // self.compressor.ratio
         if windows == 0:
             return None, no_selected(*x.shape[:2])
@@ -138,13 +141,12 @@ class Indexer(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> tuple:
-        """What `select` needs, of whole sequences."""
+        """The arguments of `select`, of whole sequences."""
         # Starts of documents are the ids that the entries have.
         starts = () if segment_ids is None else (document_starts(segment_ids),)
         keys = self.compressor(x, *starts)
         return latent, self.project_weights(x), positions, keys, *starts
 
-    @compiled_once
     def extend(
         self,
         x: Float[Array, "batch seq dim"],
@@ -166,8 +168,23 @@ class Indexer(eqx.Module):
         **Returns:** the selection, and an `Extended`; its `keep` gives the next state.
 
         **Raises:** ValueError if `state` is not a `CompressorState`, such as an
-        `Extended` whose `keep` was not called.
+        `Extended` whose `keep` was not called; and, except under `jit`, if a row would
+        complete more windows than the state has room for.
         """
+        validate_state("Indexer.extend", state, CompressorState)
+        capacity = self.compressor.capacity(state)
+        validate_capacity("Indexer.extend", capacity, start, lengths)
+        return self._extend(x, latent, state, start, lengths)
+
+    @compiled_once
+    def _extend(
+        self,
+        x: Float[Array, "batch seq dim"],
+        latent: Float[Array, "batch seq q_rank"],
+        state: CompressorState,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Selection, Extended]:
         keys, extended = self.compressor.extend(x, state, start, lengths)
         if keys.values.shape[1] <= self.topk:
             return None, extended
@@ -178,14 +195,9 @@ class Indexer(eqx.Module):
     def project_weights(
         self, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq index_heads"]:
-        """The weight of each head for each query, scaled, at least float32.
-
-        **Arguments:**
-
-        - `x`: normalised activations.
-        """
+        """The weight of each head for each query, scaled, at least float32."""
         heads, dim, _ = self.query_up.shape
-        weights = project(x, self.head_weights)
+        weights = project(x, self.head_weights)  # eq. 15
         return at_least_float32(weights) * (dim**-0.5 * heads**-0.5)
 
     def select(
@@ -198,13 +210,8 @@ class Indexer(eqx.Module):
     ) -> Selection:
         """Selects the entries with the highest scores among those that a query sees.
 
-        **Arguments:**
-
-        - `latent`: the normalised query latent.
-        - `weights`: from `project_weights`.
-        - `positions`: of the queries.
-        - `keys`: the indexer's own entries.
-        - `segment_ids`: document of each query, if the entries have segment ids.
+        `weights` are from `project_weights`, and `keys` the indexer's own entries; give
+        each query's document if these have segment ids.
         """
         return self._by_blocks(select, latent, weights, positions, keys, segment_ids)
 
@@ -218,11 +225,9 @@ class Indexer(eqx.Module):
         *,
         num_windows: int,
     ) -> tuple[Selection, IndexerValues]:
-        """The selection, None if all are selected, and what it consists of.
+        """The selection, None if all entries are selected, and what it consists of.
 
-        **Arguments:** as for `select`, and
-
-        - `num_windows`: in the sequence, the most that a query can see.
+        `num_windows` is their number in the sequence, the most that a query can see.
         """
         selection, best, scores = self._by_blocks(
             select_with_scores, latent, weights, positions, keys, segment_ids
@@ -243,17 +248,17 @@ class Indexer(eqx.Module):
         keys: Entries,
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> Any:
-        """A function of scores, such as `select`, of one block of queries at a time."""
+        """A function such as `select`, given one block of queries at a time."""
         operands = lax.stop_gradient((latent, weights, keys, self.query_up))
         latent, weights, keys, query_up = operands
         seq = latent.shape[1]
 
-        def run_block(operands):
+        def run_block(operands: tuple) -> Any:
             latent, weights, positions, segment_ids = operands
-            queries = project(latent, query_up)
+            queries = project(latent, query_up)  # eq. 14
             queries = self.compressor.rope(queries, positions[..., None])
             seen = visible(keys, positions, segment_ids)
-            return function(queries, weights, seen, keys, self.topk)  # eq. 16
+            return function(queries, weights, seen, keys, self.topk)  # eq. 16, 17
 
         operands = (latent, weights, positions, segment_ids)
         block = query_block(keys)

@@ -5,10 +5,11 @@ an index are plain file names. Links are followed, which only the directory's ow
 have made; what is copied beside the weights may not be one that leads elsewhere.
 """
 
+import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from dsv4_eqx.checkpoint.faults import faults_error, listing_error, naming, summary
@@ -35,6 +36,27 @@ _REPOSITORY: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FILES: Final = tuple(
     "*.safetensors *.json *.jinja *.model *.txt *.md LICENSE*".split()
 )
+
+
+@contextlib.contextmanager
+def unreplaced(call: str, directory: pathlib.Path) -> Iterator[None]:
+    """Refuses what was read inside if another directory has taken its place by then."""
+    before = directory.stat()
+
+    def check() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(before, directory.stat()):
+                return
+        raise ValueError(
+            f"{call}: {directory} was replaced while it was read: load it again."
+        )
+
+    try:
+        yield
+    except (OSError, ValueError):  # perhaps because it was
+        check()
+        raise
+    check()
 
 
 def local_directory(

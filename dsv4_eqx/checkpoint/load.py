@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dsv4_eqx.checkpoint.directory import local_directory
+from dsv4_eqx.checkpoint.directory import local_directory, unreplaced
 from dsv4_eqx.checkpoint.inventory import Checkpoint, chosen_dtype, open_checkpoint
 from dsv4_eqx.checkpoint.names import Source
 from dsv4_eqx.checkpoint.quantized import (
@@ -124,8 +124,9 @@ def from_pretrained(
     if anything is missing, extra, doubled, misshapen, cut short or no number, or does
     not divide over the mesh; where many are, the message counts those that are alike
     and the error's `faults` lists all. ValueError naming an argument that is out of its
-    range; ImportError if the hub's package is needed and missing, OSError if the hub
-    does not give the checkpoint. Pickles are never opened.
+    range, and if another checkpoint took the directory's place meanwhile. ImportError
+    if the hub's package is needed and missing, OSError if the hub does not give the
+    checkpoint. Pickles are never opened.
     """
     flags = dict(split_vocab=split_vocab, fsdp=fsdp, keep_quantized=keep_quantized)
     for name, flag in flags.items():
@@ -136,13 +137,14 @@ def from_pretrained(
     if mesh is None and fsdp:
         raise invalid_argument(_CALL, "fsdp", fsdp, "False without a mesh")
     directory = local_directory(_CALL, directory, revision)
-    checkpoint = open_checkpoint(_CALL, directory, dtype)
     over_mesh = None
     if mesh is not None:
         options = dict(split_vocab=split_vocab, fsdp=fsdp)
         over_mesh = functools.partial(shard, mesh=mesh, **options)
-    with Loader(checkpoint, keep_quantized=keep_quantized) as loader:
-        model = _load(checkpoint, loader, over_mesh)
+    with unreplaced(_CALL, directory):
+        checkpoint = open_checkpoint(_CALL, directory, dtype)
+        with Loader(checkpoint, keep_quantized=keep_quantized) as loader:
+            model = _load(checkpoint, loader, over_mesh)
     return model if over_mesh is None else over_mesh(model)
 
 

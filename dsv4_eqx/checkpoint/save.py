@@ -64,7 +64,8 @@ def save_pretrained(
     same bits; what must be float32 is widened if it is not, which changes no number.
     The directory appears under its name when everything is on the disk, and not at all
     if anything stops it before. With `overwrite`, the old one is first renamed aside,
-    so that for a moment there is none: let nobody load it meanwhile.
+    so that for a moment there is none, which nobody can load; and of several that save
+    there at once, all but one may fail.
 
     **Arguments:**
 

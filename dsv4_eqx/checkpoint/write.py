@@ -168,8 +168,10 @@ def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
         os.rename(filling, final)
         for path in {final.parent, *(path.parent for path in made)}:
             _flush(path)
-    except BaseException:
-        if replaced.exists() and not final.exists():
+    except BaseException as error:
+        if replaced.exists() and final.exists():  # the new one, or somebody else's
+            error.add_note(f"What was in {final} before is now in {replaced}.")
+        elif replaced.exists():
             os.rename(replaced, final)
         shutil.rmtree(filling, ignore_errors=True)
         raise

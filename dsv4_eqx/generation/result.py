@@ -22,7 +22,9 @@ class Generated(eqx.Module):
     mtp_cache: MTPCache | None  # of the prediction block; None without speculation
     num_drafted: Int32[Array, " batch"]  # drafts that the model has verified
     num_accepted: Int32[Array, " batch"]  # drafts that were kept
-    texts: tuple[str, ...] | None = eqx.field(static=True)  # None without `decode`
+    # None without `decode`. Static: jit of a function of the whole result compiles it
+    # for each text; give the function the arrays that it needs.
+    texts: tuple[str, ...] | None = eqx.field(static=True)
 
 
 def result_of(state: State) -> Generated:

@@ -42,15 +42,10 @@ class Lookahead(eqx.Module):
     capacity: int = eqx.field(static=True)
 
     def keep(self, lengths: Lengths) -> Cache:
-        """The cache after the tokens that are kept; entries are not copied.
+        """The cache after the first `lengths` of each row's new tokens.
 
-        **Arguments:**
-
-        - `lengths`: how many of each row's new tokens are kept, from 0 to the number
-            that `lookahead` was given.
-
-        **Raises:** ValueError if `lengths` are not one integer for each row or, except
-        under `jit`, one of them is out of its range.
+        Raises ValueError if `lengths` are not one integer for each row or, except under
+        `jit`, one is not from 0 to the number that `lookahead` was given.
         """
         lengths = validate_counts("Lookahead.keep", lengths, self.lengths)
         lengths = jnp.asarray(lengths, jnp.int32)
@@ -73,12 +68,14 @@ class AbstractModel(eqx.Module):
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
-        Give several sequences as rows of a batch, rather than by `jax.vmap`.
+        Several sequences are rows of a batch. `jax.vmap` over rows, each given as
+        `tokens[None]`, or over models gives the same numbers, but on GPU and TPU some
+        kernels then run one after another.
 
         A row may hold several documents, of any lengths, one after another: with
-        `segment_ids`, each is computed as if it were alone. At a document's last token,
-        the logits are those of a token that would continue this document. Padding is
-        one more document: give it another id, and ignore its output.
+        `segment_ids`, each is computed as if it were alone. The logits at a document's
+        last token are of a token that would continue this document. Padding is one more
+        document: give it another id, and ignore its output.
 
         **Arguments:**
 
@@ -99,10 +96,7 @@ class AbstractModel(eqx.Module):
     def hidden(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq dim"]:
-        """The final hidden activations, from which `unembed` computes logits.
-
-        **Arguments:** as for calling.
-        """
+        """The final hidden activations, for `unembed`; arguments as for calling."""
         return self.collapse(self.streams(tokens, segment_ids, remat=remat))
 
     def observe(
@@ -128,11 +122,9 @@ class AbstractModel(eqx.Module):
     def observe_streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
-        """The residual streams after the last layer, and what each layer computed.
+        """Calls `streams`, and returns what each layer computed beside them.
 
         A model of your own shows nothing, unless it has its own method.
-
-        **Arguments:** as for calling.
         """
         return self.streams(tokens, segment_ids, remat=remat), ()
 
@@ -140,32 +132,19 @@ class AbstractModel(eqx.Module):
     def streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
-        """The residual streams after the last layer.
-
-        **Arguments:** as for calling.
-        """
+        """The residual streams after the last layer; arguments as for calling."""
 
     @abc.abstractmethod
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """Collapses residual streams into the final hidden activations.
-
-        **Arguments:**
-
-        - `streams`: from `streams` or `extend_streams`.
-        """
+        """The final hidden activations, from `streams` or `extend_streams`."""
 
     @abc.abstractmethod
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """Logits of the next token, at least float32.
-
-        **Arguments:**
-
-        - `hidden`: from `hidden` or `collapse`.
-        """
+        """Logits of the next token, at least float32, from `hidden` or `collapse`."""
 
     @abc.abstractmethod
     def cross_entropy(
@@ -220,10 +199,7 @@ class AbstractModel(eqx.Module):
         """
 
     def extend(
-        self,
-        tokens: TokenIds,
-        cache: Cache,
-        lengths: Lengths | None = None,
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq dim"], Cache]:
         """The final hidden activations of tokens that follow those in the cache.
 
@@ -256,9 +232,7 @@ class AbstractModel(eqx.Module):
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
         """The residual streams of new tokens after the last layer, and the cache.
 
-        **Arguments:** as for `extend`.
-
-        **Raises:** ValueError as `extend` does.
+        **Arguments, raises:** as for `extend`.
         """
 
     @abc.abstractmethod
@@ -267,21 +241,17 @@ class AbstractModel(eqx.Module):
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
         """Runs new tokens like `extend_streams`; how many are kept is decided later.
 
-        **Arguments:** as for `extend`.
+        **Arguments, raises:** as for `extend`.
 
-        **Returns:** the streams, and a `Lookahead`: its method `keep` returns the cache
+        **Returns:** the streams, and a `Lookahead`, whose `keep` returns the cache
         after the tokens that are kept.
-
-        **Raises:** ValueError as `extend` does.
         """
 
     @abc.abstractmethod
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """The state of the prediction block before any token.
 
-        **Arguments:** as for `init_cache`.
-
-        **Raises:** ValueError as `init_cache` does, and without a prediction block.
+        **Arguments, raises:** as for `init_cache`, and ValueError without such a block.
         """
 
     @abc.abstractmethod

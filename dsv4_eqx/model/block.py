@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.cache import AttentionCache, Extended
+from dsv4_eqx.attention.checks import validate_cache
 from dsv4_eqx.attention.values import observed
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperConnection
@@ -79,7 +80,9 @@ class Block(eqx.Module):
         x, mixing = self.attention_connection.read(streams)
         x = self.attention(self.attention_norm(x), positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids)
+        x, mixing = self.moe_connection.read(streams)
+        x = self.moe(self.moe_norm(x), token_ids)
+        return self.moe_connection.write(streams, x, mixing)
 
     @compiled_once
     @jax.named_scope("Block.observe")
@@ -90,10 +93,7 @@ class Block(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], LayerValues]:
-        """The streams as by calling, and what was computed on the way.
-
-        **Arguments:** as for calling.
-        """
+        """Calls it, and returns what was computed on the way beside the streams."""
         documents = () if segment_ids is None else (segment_ids,)
         x, mixing = self.attention_connection.read(streams)
         x = self.attention_norm(x)
@@ -104,8 +104,6 @@ class Block(eqx.Module):
         streams = self.moe_connection.write(streams, x, mixing)
         return streams, LayerValues(streams, attention, routing)
 
-    @compiled_once
-    @jax.named_scope("Block.extend")
     def extend(
         self,
         streams: Float[Array, "batch seq streams dim"],
@@ -126,18 +124,25 @@ class Block(eqx.Module):
 
         **Raises:** ValueError as `Attention.extend` does.
         """
+        if isinstance(self.attention, Attention):
+            validate_cache("Block.extend", self.attention, cache, start, lengths)
+        return self._extend(streams, token_ids, cache, start, lengths)
+
+    @compiled_once
+    @jax.named_scope("Block.extend")
+    def _extend(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        token_ids: Int[Array, "batch seq"],
+        cache: AttentionCache,
+        start: Int[Array, " batch"],
+        lengths: Int[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
         x, mixing = self.attention_connection.read(streams)
         x, extended = self.attention.extend(
             self.attention_norm(x), cache, start, lengths
         )
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids), extended
-
-    def _run_moe(
-        self,
-        streams: Float[Array, "batch seq streams dim"],
-        token_ids: Int[Array, "batch seq"],
-    ) -> Float[Array, "batch seq streams dim"]:
         x, mixing = self.moe_connection.read(streams)
         x = self.moe(self.moe_norm(x), token_ids)
-        return self.moe_connection.write(streams, x, mixing)
+        return self.moe_connection.write(streams, x, mixing), extended

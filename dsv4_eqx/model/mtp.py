@@ -57,7 +57,7 @@ class MTP(eqx.Module):
         """**Arguments:**
 
         - `config`: the sizes.
-        - `layer`: the block's number, where counting continues from the main layers.
+        - `layer`: number of the block, counted on from the main layers.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights, except those that are always float32.
         """
@@ -96,10 +96,7 @@ class MTP(eqx.Module):
         return self.norm(self.head(streams))
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> MTPCache:
-        """The state before any token.
-
-        **Arguments:** as for `Attention.init_cache`.
-        """
+        """The state before any token: see `Attention.init_cache`."""
         attention = self.block.attention.init_cache(batch, capacity, dtype)
         return MTPCache(jnp.zeros(batch, jnp.int32), attention)
 

@@ -31,6 +31,7 @@ from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.model.observed import LayerValues
+from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.varying import varying
 from dsv4_eqx.sharding.fsdp import gather_in_use
 from dsv4_eqx.sharding.gather import gather
@@ -102,10 +103,7 @@ class ShardedModel(AbstractModel):
         token_ids = self.model.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         split = token_split("streams", token_ids.shape, self.mesh)
-
-        def run(model: DeepSeekV4, ids: Array, *places: Any) -> Any:
-            return run_layers(model.layers, model.embed(ids), ids, *places, remat=remat)
-
+        run = eqx.Partial(_layers, run_layers, remat)
         return self._run(run, split, split.spec, token_ids, *places, remat=remat)
 
     def collapse(
@@ -126,14 +124,10 @@ class ShardedModel(AbstractModel):
         **Arguments:** as for `AbstractModel.unembed`.
         """
         split = token_split("unembed", hidden.shape[:-1], self.mesh)
-        join, spec = self._for_vocab(split)
-
-        def run(model: DeepSeekV4, hidden: Array) -> Array:
-            return model.unembed(join(hidden))
-
+        axis, spec = self._for_vocab(split)
         leading = [*spec, *[None] * hidden.ndim][: hidden.ndim - 1]
         out = P(*leading, self._vocab_axis)
-        return self._run(run, split, out, hidden)
+        return self._run(eqx.Partial(_logits, axis), split, out, hidden)
 
     def cross_entropy(
         self,
@@ -150,12 +144,8 @@ class ShardedModel(AbstractModel):
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
         split = token_split("cross_entropy", targets.shape, self.mesh)
-        join, spec = self._for_vocab(split)
-
-        def run(model: DeepSeekV4, hidden: Array, targets: Array) -> Array:
-            logits = model.unembed(join(hidden))
-            return cross_entropy_split_vocab(logits, join(targets), self._vocab_axis)
-
+        axis, spec = self._for_vocab(split)
+        run = eqx.Partial(_nats, axis, self._vocab_axis)
         nats = self._run(run, split, spec, hidden, targets)
         return nats if mask is None else jnp.where(mask, nats, 0)
 
@@ -172,11 +162,7 @@ class ShardedModel(AbstractModel):
         split = token_split("multi_token_logits", token_ids.shape, self.mesh)
         # The last position has no next token. Any will do: its output is dropped.
         following = jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
-
-        def run(model: DeepSeekV4, streams: Array, ids: Array, *places: Any):
-            return model.mtp[0](streams, model.embedding[ids], ids, *places)
-
-        ahead = self._run(run, split, split.spec, streams, following, *places)
+        ahead = self._run(_ahead, split, split.spec, streams, following, *places)
         logits = self.unembed(self.collapse(streams))
         return logits, self.unembed(ahead)[:, :-1]
 
@@ -185,16 +171,15 @@ class ShardedModel(AbstractModel):
 
         **Arguments, raises:** as for `AbstractModel.init_cache`.
         """
-        make = functools.partial(self.model.init_cache, batch, capacity)
-        return self._placed("init_cache", batch, make)
+        return self._placed("init_cache", DeepSeekV4.init_cache, batch, capacity)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """The state of the prediction block before any token; only its rows are split.
 
         **Arguments, raises:** as for `AbstractModel.init_mtp_cache`.
         """
-        make = functools.partial(self.model.init_mtp_cache, batch, capacity)
-        return self._placed("init_mtp_cache", batch, make)
+        make = DeepSeekV4.init_mtp_cache
+        return self._placed("init_mtp_cache", make, batch, capacity)
 
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
@@ -235,10 +220,7 @@ class ShardedModel(AbstractModel):
     def _extend(self, extend: Callable, tokens: Any, cache: Any, lengths: Any) -> Any:
         token_ids, lengths = self.model.validate_new(tokens, cache, lengths)
         split = token_split("extend", token_ids.shape[:1], self.mesh)
-
-        def run(model: DeepSeekV4, ids: Array, *state: Any) -> Any:
-            return extend(model.layers, model.embed(ids), ids, *state)
-
+        run = eqx.Partial(_new_tokens, extend)
         inputs = token_ids, cache.layers, cache.lengths, lengths
         streams, layers = self._run(run, split, split.spec, *inputs)
         return streams, layers, lengths
@@ -248,13 +230,14 @@ class ShardedModel(AbstractModel):
         is_split = self.splits_vocab and self.mesh.shape[_HEADS] > 1
         return _HEADS if is_split else None
 
-    def _for_vocab(self, split: TokenSplit) -> tuple[Callable[[Array], Array], P]:
-        """A function that gathers the tokens which the devices that split the
-        vocabulary need all of, and the spec of its results."""
+    def _for_vocab(self, split: TokenSplit) -> tuple[str | None, P]:
+        """The axis over which tokens are gathered, since the devices that split the
+        vocabulary need all of them, and the spec of the result."""
         if self._vocab_axis is None or _HEADS not in split.sequence:
-            return lambda x: x, split.spec
-        return lambda x: gather(x, _HEADS, _SEQ), split.without(_HEADS).spec
+            return None, split.spec
+        return _HEADS, split.without(_HEADS).spec
 
+    @compiled_once
     def _run(
         self,
         function: Callable,
@@ -266,6 +249,7 @@ class ShardedModel(AbstractModel):
         """Runs a function of one device's model and inputs, over the mesh.
 
         All inputs are split like the tokens. Of a state, rows come first in all arrays.
+        Equal calls must have equal functions: a closure would be compiled each time.
         """
         specs = self.specs
 
@@ -301,14 +285,47 @@ class ShardedModel(AbstractModel):
         dimensions = dict(self.dimensions)
         return parallelize(model, self.mesh, split.sequence, dimensions=dimensions)
 
-    def _placed(self, call: str, batch: int, make: Callable[[], Any]) -> Any:
+    def _placed(self, call: str, make: Callable, batch: int, capacity: int) -> Any:
         """A cache split by rows; abstract if the model is."""
-        shapes = eqx.filter_eval_shape(make)
+        shapes = eqx.filter_eval_shape(lambda: make(self.model, batch, capacity))
         rows = token_split(call, (batch,), self.mesh).spec
         specs = jax.tree.map(lambda _: rows, shapes)
         if isinstance(self.model.embedding, jax.ShapeDtypeStruct):
             return place(shapes, specs, self.mesh)
-        return jax.jit(make, out_shardings=self._shardings(specs))()
+        sizes = int(batch), int(capacity)
+        return _made(make, self.model, sizes, self._shardings(specs))
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
+
+
+@compiled_once
+def _made(make: Callable, model: DeepSeekV4, sizes: Any, shardings: Any) -> Any:
+    return jax.lax.with_sharding_constraint(make(model, *sizes), shardings)
+
+
+def _layers(run_layers: Callable, remat: bool, model: Any, ids: Array, *places: Any):
+    return run_layers(model.layers, model.embed(ids), ids, *places, remat=remat)
+
+
+def _new_tokens(extend: Callable, model: Any, ids: Array, *state: Any) -> Any:
+    return extend(model.layers, model.embed(ids), ids, *state)
+
+
+def _ahead(model: Any, streams: Array, ids: Array, *places: Any) -> Array:
+    return model.mtp[0](streams, model.embedding[ids], ids, *places)
+
+
+def _logits(gathered: str | None, model: Any, hidden: Array) -> Array:
+    return model.unembed(_all_tokens(hidden, gathered))
+
+
+def _nats(
+    gathered: str | None, vocab: str | None, model: Any, hidden: Array, targets: Array
+) -> Array:
+    logits = _logits(gathered, model, hidden)
+    return cross_entropy_split_vocab(logits, _all_tokens(targets, gathered), vocab)
+
+
+def _all_tokens(x: Array, axis: str | None) -> Array:
+    return x if axis is None else gather(x, axis, _SEQ)

@@ -16,14 +16,21 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import dsv4_eqx as dsv4
+from dsv4_eqx.checkpoint import load
 from dsv4_eqx.checkpoint.inventory import open_checkpoint
 from dsv4_eqx.checkpoint.load import Loader
 from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
 from dsv4_eqx.sharding.shard import shard
-from tests.checkpoint.saving import load_inner, one_layer
-from tests.models import QUICKLY, random_tensors, relative, small_config
+from tests.checkpoint.saving import load_inner, one_layer, small_model
+from tests.models import (
+    QUICKLY,
+    random_model,
+    random_tensors,
+    relative,
+    small_config,
+)
 from tests.official import (
     FP8,
     meanings,
@@ -357,3 +364,24 @@ def test_numbers_that_would_become_infinite_are_refused_by_name(tmp_path):
         dsv4.from_pretrained(directory, dtype="float16")
     wide = dsv4.from_pretrained(directory, dtype=ml_dtypes.bfloat16)
     assert wide.layers[0].attention.key_value[3, 5] == 70144
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(vocab_size=50)], ids=["alike", "smaller"])
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(
+    sizes, tmp_path, monkeypatch
+):
+    """Where both are alike, half of one and half of the other would be a model."""
+    target, read = tmp_path / "model", load.Loader.load
+    dsv4.save_pretrained(small_model(), target)
+    new = random_model(one_layer(**sizes), seed=5)
+
+    def replaced_meanwhile(self, source, *args):
+        if source.path.endswith("norm.weight"):
+            monkeypatch.undo()
+            dsv4.save_pretrained(new, target, overwrite=True)
+        return read(self, source, *args)
+
+    monkeypatch.setattr(load.Loader, "load", replaced_meanwhile)
+    with pytest.raises(ValueError, match="model was replaced while it was read"):
+        dsv4.from_pretrained(target)
+    assert_same_bits(dsv4.from_pretrained(target), new)

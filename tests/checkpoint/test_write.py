@@ -163,6 +163,28 @@ def test_a_checkpoint_that_cannot_be_replaced_is_put_back(saved, monkeypatch):
     assert contents(saved) == before and os.listdir(saved.parent) == ["model"]
 
 
+def test_where_another_saver_comes_between_it_is_said_where_the_old_one_is(
+    saved, tmp_path, monkeypatch
+):
+    old, rename = contents(saved), os.rename
+    other = tmp_path / "other"
+    dsv4.save_pretrained(random_model(one_layer(), seed=5), other)
+    new = contents(other)
+
+    def between(source, target):
+        rename(source, target)
+        if source == saved:
+            rename(other, saved)
+
+    monkeypatch.setattr(os, "rename", between)
+    with pytest.raises(OSError) as error:
+        dsv4.save_pretrained(small_model(), saved, overwrite=True)
+    assert contents(saved) == new
+    (replaced,) = tmp_path.glob(".model.replaced-*")
+    assert contents(replaced) == old and str(replaced) in error.value.__notes__[0]
+    assert sorted(os.listdir(tmp_path)) == sorted([replaced.name, "model"])
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_directory_that_appears_meanwhile_stays(overwrite, tmp_path, monkeypatch):
     target = tmp_path / "model"

@@ -179,30 +179,37 @@ def test_every_array_of_a_state_has_the_rows_first():
         assert leaf.shape[0] == 7
 
 
-def extended_twice(part):
-    """A part's `extend` given what its `extend` gave."""
-    attention, ones = model().layers[2].attention, jnp.ones(2, jnp.int32)
-    cache = attention.init_cache(2, CAPACITY, jnp.float32)
-    x = jnp.ones((2, 3, CONFIG.hidden_size))
-    streams = jnp.ones((2, 3, CONFIG.hc_mult, CONFIG.hidden_size))
-    latent = jnp.ones((2, 3, CONFIG.q_lora_rank))
-    call, state = {
-        "Attention": (lambda s: attention.extend(x, s, ones, ones), cache),
+def parts_with_states(num_new, capacity=CAPACITY):
+    """Each part's `extend` by new tokens after `start`, and its state before any."""
+    block = model().layers[2]
+    attention, lengths = block.attention, jnp.full(2, num_new)
+    cache = attention.init_cache(2, capacity, jnp.float32)
+    x = jnp.ones((2, num_new, CONFIG.hidden_size))
+    streams = jnp.ones((2, num_new, CONFIG.hc_mult, CONFIG.hidden_size))
+    latent = jnp.ones((2, num_new, CONFIG.q_lora_rank))
+    ids = TOKENS[:, :num_new]
+    return {
+        "Attention": (lambda s, start: attention.extend(x, s, start, lengths), cache),
         "Compressor": (
-            lambda s: attention.compressor.extend(x, s, ones, ones),
+            lambda s, start: attention.compressor.extend(x, s, start, lengths),
             cache.compressor,
         ),
         "Indexer": (
-            lambda s: attention.indexer.extend(x, latent, s, ones, ones),
+            lambda s, start: attention.indexer.extend(x, latent, s, start, lengths),
             cache.indexer,
         ),
         "Block": (
-            lambda s: model().layers[2].extend(streams, TOKENS[:, :3], s, ones, ones),
+            lambda s, start: block.extend(streams, ids, s, start, lengths),
             cache,
         ),
-        "DeepSeekV4": (lambda s: model().lookahead(SOME, s), fresh()),
-    }[part]
-    return jax.eval_shape(lambda: call(call(state)[1]))
+        "DeepSeekV4": (lambda s, _: model().lookahead(SOME, s), fresh()),
+    }
+
+
+def extended_twice(part):
+    """A part's `extend` given what its `extend` gave."""
+    (call, state), start = parts_with_states(3)[part], jnp.ones(2, jnp.int32)
+    return jax.eval_shape(lambda: call(call(state, start)[1], start))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +218,31 @@ def extended_twice(part):
 def test_what_was_extended_is_settled_before_it_is_extended(part, without_shape_checks):
     with pytest.raises(ValueError, match=r"not settled.*give \w+.keep\(lengths\)"):
         extended_twice(part)
+
+
+@pytest.mark.parametrize("part", ["Attention", "Compressor", "Indexer", "Block"])
+def test_a_part_takes_no_more_tokens_than_its_state_has_room_for(
+    part, without_shape_checks
+):
+    """A capacity of 9 has room for two entries of four tokens, and so for 11 tokens."""
+    start = jnp.array([8, 9])
+    call, state = parts_with_states(3, capacity=9)[part]
+    with pytest.raises(ValueError, match=rf"{part}.extend: row 1 .* 12 .* for 11"):
+        call(state, start)
+    jax.eval_shape(call, state, start)  # unknown numbers: there may be padding
+
+
+def test_a_window_takes_no_more_tokens_than_its_capacity():
+    attention = model().layers[0].attention
+    assert attention.compressor is None
+    x = jnp.ones((2, 3, CONFIG.hidden_size))
+    start, lengths = jnp.array([5, 4]), jnp.full(2, 3)
+    short = attention.init_cache(2, 7, jnp.float32)
+    with pytest.raises(ValueError, match="row 0 would have 8 tokens.* room for 7"):
+        attention.extend(x, short, start, lengths)
+    whole, much_later = attention.init_cache(2, 9, jnp.float32), start + 90
+    assert CONFIG.sliding_window == 9
+    jax.eval_shape(lambda x: attention.extend(x, whole, much_later, lengths), x)
 
 
 def test_no_more_tokens_stay_than_were_new(without_shape_checks):

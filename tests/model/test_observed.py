@@ -1,6 +1,7 @@
 """What a model shows of its layers, against the formulas."""
 
 import functools
+import pathlib
 from typing import NamedTuple
 
 import equinox as eqx
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx import layer_mask, use_kernels
+from dsv4_eqx import from_pretrained, layer_mask, use_kernels
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
+from dsv4_eqx.numerics.quantized_weight import dequantize
 from tests.models import QUICKLY, random_model, random_tokens, relative
 from tests.tiny import tiny_config
 
+NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
 pytestmark = pytest.mark.slow
 # A layer that hashes, and a unit that repeats.
 CONFIG = tiny_config(
@@ -266,3 +269,28 @@ def test_values_are_seen_in_float64():
         )
     shown, wanted = (x[2].attention.indexer.windows for x in (values, expected))
     np.testing.assert_array_equal(shown, wanted)
+
+
+def test_values_are_seen_of_quantized_weights_and_in_bfloat16():
+    tokens = jnp.asarray(random_tokens(1, 29))
+    streams = np.random.default_rng(0).standard_normal((2, 29, 4, 128))
+    streams = jnp.asarray(streams.astype(np.float32))
+
+    @quick_jit
+    def observe_layer(block, streams):
+        return block.observe(streams, tokens, positions_of(tokens))[1]
+
+    packed = from_pretrained(NANO, dtype="float32", keep_quantized=True).layers[4]
+    expected = observe_layer(dequantize(packed), streams)
+    values = observe_layer(packed, streams)
+    for one, other in zip(jax.tree.leaves(values), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, 1e-5, 1e-5)
+    half = from_pretrained(NANO, dtype="bfloat16", keep_quantized=True).layers[4]
+    values = observe_layer(half, streams.astype(jnp.bfloat16))
+    assert values.streams.dtype == jnp.bfloat16
+    for name, found, wanted in (
+        ("streams", values.streams, expected.streams),
+        ("sums", values.attention.log_sum_exp, expected.attention.log_sum_exp),
+        ("scores", values.routing.scores, expected.routing.scores),
+    ):
+        assert relative(found.astype(jnp.float32), wanted) <= 0.03, name

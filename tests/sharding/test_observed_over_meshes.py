@@ -10,7 +10,7 @@ import pytest
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from tests.models import QUICKLY, random_model, random_tokens, small_config
-from tests.sharded import make_mesh
+from tests.sharded import assert_equal_gradients, make_mesh, normal
 
 pytestmark = pytest.mark.slow
 REPEATING = (SLIDING, HCA, CSA, HCA, CSA)
@@ -72,3 +72,35 @@ def test_values_over_a_mesh_equal_those_of_one_device(
     jax.tree.map(check, found, expected)
     for one, other in zip(found[1], expected[1]):
         np.testing.assert_array_equal(one.routing.counts, other.routing.counts)
+
+
+def shown(values):
+    """What has a gradient."""
+    routing = values.routing
+    sums = values.attention.log_sum_exp
+    return values.streams, sums, sums**2, routing.scores, routing.weights
+
+
+@functools.cache
+def with_gradients():
+    config = config_of(CSA)
+    tokens = random_tokens(2, 22, batch=4, config=config)
+
+    def loss(model):
+        _, (values,) = model.observe(tokens, remat=True)
+        return sum(
+            jnp.vdot(normal(x.shape, seed), x) for seed, x in enumerate(shown(values))
+        )
+
+    run = quick_jit(jax.value_and_grad(loss, allow_int=True))
+    model = random_model(config, seed=6)
+    return run, model, run(model)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2), dict(context=2, tensor=2)], ids=str)
+def test_gradients_through_values_equal_those_of_one_device(sizes):
+    run, model, (expected, gradients) = with_gradients()
+    sharded = dsv4.shard(model, make_mesh(**sizes), fsdp="data" in sizes)
+    found, found_gradients = run(sharded)
+    np.testing.assert_allclose(found, expected, 1e-5)
+    assert_equal_gradients(found_gradients, gradients, 1e-5, floor=1e-3)

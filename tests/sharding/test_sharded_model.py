@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+import gc
+import weakref
 
 import equinox as eqx
 import jax
@@ -15,7 +17,7 @@ import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding.mesh import AXES
-from tests.models import QUICKLY
+from tests.models import QUICKLY, compilations
 from tests.sharded import (
     BATCH,
     assert_equal_gradients,
@@ -247,6 +249,30 @@ def test_extending_gives_the_same_hidden_activations():
             found[0][row, :length], wanted[0][row, :length], 0, 2e-5
         )
     np.testing.assert_array_equal(found[1].lengths, lengths)
+
+
+@pytest.mark.slow
+def test_calls_outside_of_jit_compile_nothing_the_second_time_and_keep_no_weights():
+    ids = tokens(5)
+
+    def calls(model):
+        hidden = model.hidden(ids)
+        nats = model.cross_entropy(hidden, ids)
+        new, cache = model.extend(ids, model.init_cache(BATCH, 16))
+        return hidden, nats, new, cache.lengths
+
+    model = dsv4.shard(plain(LAYER), make_mesh(data=2, tensor=2))
+    wanted = calls(model)
+    model = jax.tree.map(jnp.copy, model)
+    with compilations() as compiled:
+        found = calls(model)
+    assert len(compiled) == 0
+    assert_same_bits(found, wanted)
+    np.testing.assert_allclose(found[0], plain(LAYER).hidden(ids), 0, 2e-5)
+    weight = weakref.ref(model.model.embedding)
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.parametrize("split_vocab", [True, False])
