@@ -214,10 +214,8 @@ class HyperHead(eqx.Module):
         """
         _validate_streams("HyperHead", streams, self.weight.shape[1:])
         mixes = _project(streams, self.weight, self.norm_eps)
-        scale, base = (
-            _before_tokens(self.scale, mixes),
-            _before_tokens(self.base, mixes),
-        )
+        scale = _before_tokens(self.scale, mixes)
+        base = _before_tokens(self.base, mixes)
         pre = jax.nn.sigmoid(mixes * scale + base) + self.eps
         return _collapse(streams, pre)
 

@@ -5,7 +5,8 @@ come through a low-rank latent and are normalised head by head; the output is ro
 back at the query's position and projected group by group.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -52,7 +53,9 @@ class Attention(eqx.Module):
     attention: every query sees the entries that the indexer selects. DeepSeek-V4's
     layers with a compressor use a longer rotary base and YaRN for every rotation.
 
-    Each method is one step, so that a wrapper can put its own work between them.
+    Each method is one step, so that a wrapper can put its own work between them. Those
+    that take `x` take normalised activations.
+
     Gradients are reverse-mode only: the derivatives are custom.
     """
 
@@ -165,7 +168,7 @@ class Attention(eqx.Module):
         token; and, except under `jit`, if positions do not start at 0 in each document.
         """
         validate_sequences(x, self.query_down, positions, segment_ids)
-        return self._over_rows(x, positions, segment_ids)
+        return self._run(x, positions, segment_ids, is_observed=False)[0]
 
     def observe(
         self,
@@ -173,42 +176,21 @@ class Attention(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionValues]:
-        """The output as by calling, and what was computed on the way.
-
-        **Arguments, raises:** as for calling.
-        """
+        """Calls it, and returns what was computed on the way beside the output."""
         validate_sequences(x, self.query_down, positions, segment_ids)
-        return self._observe_rows(x, positions, segment_ids)
+        return self._run(x, positions, segment_ids, is_observed=True)
 
     @compiled_once
     @jax.named_scope("Attention")
-    def _over_rows(self, x, positions, segment_ids):
+    def _run(
+        self,
+        x: Float[Array, "batch seq dim"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None,
+        *,
+        is_observed: bool,
+    ) -> tuple[Float[Array, "batch seq dim"], Any]:
         self = dequantize(self)
-        positions, latent, keys, entries, *documents = self._project(
-            x, positions, segment_ids
-        )
-        selection = None
-        if self.indexer is not None:
-            selection = self.indexer(x, latent, positions, *documents)
-        return self.attend(latent, positions, keys, entries, selection, *documents)
-
-    @compiled_once
-    @jax.named_scope("Attention.observe")
-    def _observe_rows(self, x, positions, segment_ids):
-        self = dequantize(self)
-        positions, latent, keys, entries, *documents = self._project(
-            x, positions, segment_ids
-        )
-        selection = indexer = None
-        if self.indexer is not None:
-            operands = x, latent, positions, *documents
-            selection, indexer = observed(self.indexer, *operands)
-        out, log_sum_exp = self.attend_observed(
-            latent, positions, keys, entries, selection, *documents
-        )
-        return out, AttentionValues(log_sum_exp, indexer)
-
-    def _project(self, x, positions, segment_ids):
         positions = positions.astype(jnp.int32)  # like those of compressed entries
         # Starts are unique ids, even where a segment id comes back.
         documents = () if segment_ids is None else (document_starts(segment_ids),)
@@ -219,10 +201,21 @@ class Attention(eqx.Module):
         num_before = min(self.window, x.shape[1]) - 1
         before = jnp.zeros_like(keys, shape=(keys.shape[0], num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
-        return positions, latent, keys, entries, *documents
+        selection = shown = None
+        if self.indexer is not None:
+            operands = x, latent, positions, *documents
+            if is_observed:
+                selection, shown = observed(self.indexer, *operands)
+            else:
+                selection = self.indexer(*operands)
+        operands = latent, positions, keys, entries, selection, *documents
+        if not is_observed:
+            return self.attend(*operands), None
+        out, log_sum_exp = self.attend_observed(*operands)
+        return out, AttentionValues(log_sum_exp, shown)
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> AttentionCache:
-        """The state before any token.
+        """The state before any token, for `extend`.
 
         **Arguments:**
 
@@ -292,24 +285,13 @@ class Attention(eqx.Module):
     def project_latent(
         self, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq q_rank"]:
-        """The normalised latent of the queries, which the indexer shares.
-
-        **Arguments:**
-
-        - `x`: normalised activations.
-        """
+        """The normalised latent of the queries, which the indexer shares."""
         return self.query_norm(project(x, self.query_down))
 
     def project_keys(
         self, x: Float[Array, "batch seq dim"], positions: Int[Array, "batch seq"]
     ) -> Float[Array, "batch seq head_dim"]:
-        """Rotated keys, which are also the values.
-
-        **Arguments:**
-
-        - `x`: normalised activations.
-        - `positions`: of the tokens.
-        """
+        """Rotated keys, which are also the values."""
         keys = self.key_value_norm(project(x, self.key_value))
         return self.rope(keys, positions)
 
@@ -325,13 +307,8 @@ class Attention(eqx.Module):
         """From latents to the layer's output, one block of queries at a time.
 
         Queries and the heads' outputs are many times wider than the model, so they
-        never exist for the whole sequence.
-
-        **Arguments:**
-
-        - `latent`: from `project_latent`.
-        - `positions`, `window_keys`, `entries`, `selection`, `segment_ids`: as for the
-            function `attend`.
+        never exist for the whole sequence. The arguments after `latent`, which is from
+        `project_latent`, are those of the function `attend`.
         """
         per_query = (latent, positions, selection, segment_ids)
         return self._by_blocks(lambda out, _: out, per_query, window_keys, entries)
@@ -345,15 +322,20 @@ class Attention(eqx.Module):
         selection: Selection,
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch seq heads"]]:
-        """What `attend` gives, and the log-sum-exp of each query's logits.
-
-        **Arguments:** as for `attend`.
-        """
+        """What `attend` gives, and the log-sum-exp of each query's logits."""
         per_query = (latent, positions, selection, segment_ids)
         return self._by_blocks(lambda *both: both, per_query, window_keys, entries)
 
-    def _by_blocks(self, result, per_query, window_keys, entries):
-        def attend_block(per_query, keys):
+    def _by_blocks(
+        self,
+        result: Callable[[Array, Array], Any],
+        per_query: tuple,
+        window_keys: Float[Array, "batch keys head_dim"],
+        entries: Entries | None,
+    ) -> Any:
+        """`result` of output and log-sum-exp, block by block."""
+
+        def attend_block(per_query: tuple, keys: Array) -> Any:
             latent, positions, selection, segment_ids = per_query
             queries = self.project_queries(latent, positions)
             out, log_sum_exp = attend(
@@ -369,13 +351,7 @@ class Attention(eqx.Module):
         latent: Float[Array, "batch seq q_rank"],
         positions: Int[Array, "batch seq"],
     ) -> Float[Array, "batch seq heads head_dim"]:
-        """Normalised, rotated queries.
-
-        **Arguments:**
-
-        - `latent`: from `project_latent`.
-        - `positions`: of the tokens.
-        """
+        """Normalised, rotated queries, from the latents of `project_latent`."""
         queries = project(latent, self.query_up)
         return self.rope(self.head_norm(queries), positions[..., None])
 
@@ -384,13 +360,7 @@ class Attention(eqx.Module):
         out: Float[Array, "batch seq heads head_dim"],
         positions: Int[Array, "batch seq"],
     ) -> Float[Array, "batch seq dim"]:
-        """Rotates the heads' outputs back and projects them group by group.
-
-        **Arguments:**
-
-        - `out`: outputs of the heads, from the function `attend`.
-        - `positions`: of the queries.
-        """
+        """Rotates the heads' outputs back and projects them group by group."""
         out = self.rope(out, positions[..., None], inverse=True)
         groups = self.output_down.weight.shape[0]
         latent = self.output_down(out.reshape(*out.shape[:2], groups, -1))

@@ -61,16 +61,10 @@ class Extended(eqx.Module):
     seq: int = eqx.field(static=True)
 
     def keep(self, lengths: Int[Array | np.ndarray, " batch"]) -> Any:
-        """The state after the first `lengths` of the new tokens.
+        """The state after the first `lengths` of each row's new tokens.
 
-        **Arguments:**
-
-        - `lengths`: how many of each row's new tokens are kept.
-
-        **Returns:** a state of the kind that was extended.
-
-        **Raises:** ValueError if `lengths` are not one integer for each row or, except
-        under `jit`, one of them is outside `[0, seq]`.
+        Raises ValueError if `lengths` are not one integer for each row or, except under
+        `jit`, one of them is outside `[0, seq]`.
         """
         batch = jax.tree.leaves(self.longer)[0].shape[0]
         num_new = np.full(batch, self.seq, np.int32)
@@ -83,16 +77,7 @@ class Extended(eqx.Module):
 
 
 def validate_state(call: str, state: Any, kind: type) -> None:
-    """Refuses anything but a state of this kind, such as an `Extended`.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `state`: the argument.
-    - `kind`: the class that it must have.
-
-    **Raises:** ValueError if it has another class.
-    """
+    """Refuses anything but a state of this class, such as an `Extended`."""
     if isinstance(state, Extended):
         raise ValueError(
             f"{call}: the state was extended, and which of its new tokens stay is not "
@@ -106,15 +91,7 @@ def validate_state(call: str, state: Any, kind: type) -> None:
 def validate_parts_of_state(
     compressor: Any, indexer: Any, cache: AttentionCache
 ) -> None:
-    """Refuses the cache of an attention with other parts.
-
-    **Arguments:**
-
-    - `compressor`, `indexer`: the attention's, or None.
-    - `cache`: the argument.
-
-    **Raises:** ValueError if only one of part and state is there.
-    """
+    """Refuses the cache of an attention with other parts; None is a missing part."""
     for name, part in (("compressor", compressor), ("indexer", indexer)):
         is_part, is_state = part is not None, getattr(cache, name) is not None
         if is_part != is_state:
@@ -130,48 +107,28 @@ def map_states(
     entries: Callable[[Any], Any],
     states: States,
 ) -> Any:
-    """States of the same structure, with a function applied to each array.
+    """A tree of states of the same structure, with a function applied to each array.
 
-    **Arguments:**
-
-    - `windows`: applied to arrays of tokens, with the dimension of the tokens, counted
-        from the end.
-    - `entries`: applied to compressed entries.
-    - `states`: a state, or any tree of states.
+    `windows` is given an array of tokens, and the dimension of the tokens, counted from
+    the end; `entries` is given compressed entries.
     """
 
-    def map_compressor(state: CompressorState | None) -> CompressorState | None:
-        if state is None:
-            return None
-        values, gates = windows(state.values, -3), windows(state.gates, -3)
-        return CompressorState(values, gates, entries(state.entries))
+    def is_compressor(node: Any) -> bool:
+        return isinstance(node, CompressorState)
 
-    def map_state(state: Any) -> Any:
-        if isinstance(state, CompressorState):
-            return map_compressor(state)
-        return AttentionCache(
-            windows(state.window_keys, -2),
-            map_compressor(state.compressor),
-            map_compressor(state.indexer),
-        )
+    def mapped(node: Any) -> Any:
+        if not is_compressor(node):
+            return windows(node, -2)  # the keys of an `AttentionCache`
+        values, gates = windows(node.values, -3), windows(node.gates, -3)
+        return CompressorState(values, gates, entries(node.entries))
 
-    def is_state(node: Any) -> bool:
-        return isinstance(node, CompressorState | AttentionCache)
-
-    return jax.tree.map(map_state, states, is_leaf=is_state)
+    return jax.tree.map(mapped, states, is_leaf=is_compressor)
 
 
 def positions_after(
     start: Int[Array, " batch"], lengths: Int[Array, " batch"], seq: int
 ) -> Int[Array, "batch seq"]:
-    """Positions of new tokens; -1 for the padding after them.
-
-    **Arguments:**
-
-    - `start`: tokens that each row has already.
-    - `lengths`: new tokens of each row.
-    - `seq`: new tokens and padding of a row together.
-    """
+    """Positions of `lengths` new tokens after the first `start`; -1 for padding."""
     index = jnp.arange(seq, dtype=jnp.int32)[None]
     return jnp.where(index < lengths[:, None], start[:, None] + index, -1)
 
@@ -182,14 +139,9 @@ def rows_from(
     size: int,
     tokens: int,
 ) -> Shaped[Array, "batch ..."]:
-    """Consecutive tokens of each row.
+    """`size` consecutive tokens of each row, from its index `begin` on.
 
-    **Arguments:**
-
-    - `x`: rows of tokens.
-    - `begin`: index of the first token to take, for each row.
-    - `size`: how many tokens to take.
-    - `tokens`: the dimension of the tokens, counted from the end.
+    `tokens` is the dimension of the tokens, counted from the end.
     """
 
     def slice_row(row: Array, begin: Array) -> Array:

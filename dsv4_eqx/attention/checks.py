@@ -16,15 +16,7 @@ def validate_parts(
     compressor: Compressor | None,
     indexer: Indexer | None,
 ) -> None:
-    """Refuses a compressor or an indexer whose sizes are not the attention's.
-
-    **Arguments:**
-
-    - `head_dim`, `q_rank`: of the attention.
-    - `compressor`, `indexer`: its parts.
-
-    **Raises:** ValueError if a size differs, or there is an indexer alone.
-    """
+    """Refuses a compressor or indexer of other sizes, and an indexer alone."""
     if compressor is not None and compressor.head_dim != head_dim:
         raise ValueError(
             f"Attention: the compressor's head_dim is {compressor.head_dim}, it must "
@@ -47,12 +39,7 @@ def validate_sequences(
 ) -> None:
     """Refuses arguments of `Attention` that do not belong together.
 
-    **Arguments:**
-
-    - `x`, `positions`, `segment_ids`: the arguments.
-    - `weight`: an array or a `QuantizedWeight`, whose last dimension is that of `x`.
-
-    **Raises:** ValueError as calling `Attention` does.
+    `weight` is an array or a `QuantizedWeight`; its last dimension is that of `x`.
     """
     validate_activations("Attention", x, weight, ("batch", "seq", "dim"))
     validate_ids("Attention", "positions", positions, x.shape[:2])

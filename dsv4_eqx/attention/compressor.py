@@ -141,12 +141,7 @@ class Compressor(eqx.Module):
         Float[Array, "batch seq series head_dim"],
         Float[Array, "batch seq series head_dim"],
     ]:
-        """Each token's values and gates, float32.
-
-        **Arguments:**
-
-        - `x`: normalised activations.
-        """
+        """Each token's values and gates, float32, from normalised activations."""
         values = project(x, self.value, wide=True)
         return values, project(x, self.gate, wide=True)
 
@@ -157,10 +152,8 @@ class Compressor(eqx.Module):
     ) -> Float[Array, "batch windows head_dim"]:
         """The weighted sum of each window's values, float32.
 
-        **Arguments:**
-
-        - `values`, `gates`: from `project`, of consecutive windows. The first one has
-            no window before it.
+        Values and gates are from `project`, of consecutive windows; none comes before
+        the first.
         """
         gates = gates + self.position_bias.astype(gates.dtype)[None, None]
         return pool_windows(values, gates)  # eq. 20 to 23; with overlap, eq. 9 to 12
@@ -185,15 +178,10 @@ class Compressor(eqx.Module):
             second entry   [  before  ][   own    ]
             in no entry                             8  9
 
-        **Arguments:**
-
-        - `values`, `gates`: from `project`, of the tokens, and of the tokens before
-            them that their windows need.
-        - `positions`: of the tokens, each in its document.
-        - `segment_ids`: document of each token, never negative.
-        - `windows`: how many entries to return, at least as many as there are; the
-            surplus ones have the segment id -1.
-        - `dtype`: of the entries.
+        Values and gates are from `project`: of earlier tokens that the windows need,
+        then of the given tokens. Positions are those in the documents, and segment ids
+        are never negative. `windows` is how many entries to return, at least as many as
+        there are; the surplus ones have the segment id -1.
         """
         ratio, series, _ = self.position_bias.shape
         seq = positions.shape[1]
@@ -228,7 +216,7 @@ class Compressor(eqx.Module):
     def init_state(
         self, batch: int, capacity: int, dtype: DTypeLike
     ) -> CompressorState:
-        """The state before any token.
+        """The state before any token, for `extend`.
 
         **Arguments:**
 
@@ -279,7 +267,7 @@ class Compressor(eqx.Module):
 
         def write(entries: Values, start: Int[Array, " batch"]) -> Values:
             pooled = self.pool_after(values, gates, start)
-            new = self._rotated(pooled.astype(x.dtype), window * ratio)
+            new = self.rope(self.norm(pooled.astype(x.dtype)), window * ratio)
             place = jnp.where(is_new, window, entries.shape[1])
             return replaced(entries, place, new)
 
@@ -301,11 +289,13 @@ class Compressor(eqx.Module):
         gates: Float[Array, "batch seq series head_dim"],
         start: Int[Array, " batch"],
     ) -> Float[Array, "batch windows head_dim"]:
-        """Pools windows of new tokens, beginning with the first new token's window.
+        """Pools the windows of new tokens, beginning with the first new token's.
 
-        As many windows are returned as the new tokens can complete at most. Those that
-        remain incomplete are meaningless. Tokens before position 0 have weight 0. With
-        ratio 4, two series and five new tokens from position 10 on, seven are pending:
+        Values and gates are from `project`, of the `num_pending` tokens before position
+        `start` and of the new tokens. As many windows are returned as the new tokens
+        can complete at most; those that remain incomplete are meaningless. Tokens
+        before position 0 have weight 0. With ratio 4, two series and five new tokens
+        from position 10 on, seven are pending:
 
             position     3   4 5 6 7   8 9 10 11   12 13 14 -- (padding)
             input        pending: 3 .. 9     new: 10 .. 14
@@ -314,12 +304,6 @@ class Compressor(eqx.Module):
 
         Window 2 becomes complete; window 1 is read because window 2's entry pools its
         tokens too. Window 3 stays incomplete here, but not for every `start`.
-
-        **Arguments:**
-
-        - `values`, `gates`: from `project`, of the `num_pending` tokens before `start`
-            and of the new tokens.
-        - `start`: position of each row's first new token.
         """
         ratio, series, _ = self.position_bias.shape
         num_new = values.shape[1] - self.num_pending
@@ -345,27 +329,12 @@ class Compressor(eqx.Module):
         first_positions: Int[Array, "batch windows"],
         segment_ids: Int[Array, "batch windows"] | None = None,
     ) -> Entries:
-        """Normalised, rotated entries.
+        """Normalised, rotated entries, in the dtype of `pooled`.
 
-        **Arguments:**
-
-        - `pooled`: from `pool`, in the dtype that the entries will have.
-        - `first_positions`: position of each window's first token.
-        - `segment_ids`: document of each window, where a row has several.
+        Positions and segment ids are those of each window's first token.
         """
-        ratio = self.ratio
-        return Entries(
-            values=self._rotated(pooled, first_positions),
-            last_positions=first_positions + (ratio - 1),
-            segment_ids=segment_ids,
-        )
-
-    def _rotated(
-        self,
-        pooled: Float[Array, "batch windows head_dim"],
-        first_positions: Int[Array, "batch windows"],
-    ) -> Float[Array, "batch windows head_dim"]:
-        return self.rope(self.norm(pooled), first_positions)
+        values = self.rope(self.norm(pooled), first_positions)
+        return Entries(values, first_positions + (self.ratio - 1), segment_ids)
 
 
 def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
@@ -373,16 +342,7 @@ def _windows(x: Float[Array, "batch seq *channels"], ratio: int) -> Array:
 
 
 def validate_rotary(call: str, rope: RotaryEmbedding, head_dim: int) -> None:
-    """Refuses a rotary embedding with more channels than what it rotates.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `rope`: the rotary embedding.
-    - `head_dim`: channels of what it rotates.
-
-    **Raises:** ValueError if `rope.rotary_dim` is above `head_dim`.
-    """
+    """Refuses a rotary embedding of more channels than a head has."""
     if rope.rotary_dim > head_dim:
         raise ValueError(
             f"{call}: rope rotates {rope.rotary_dim} channels and head_dim is "

@@ -30,14 +30,10 @@ from dsv4_eqx.numerics.validation import is_concrete
 def document_starts(
     segment_ids: Int[Array | np.ndarray, "batch seq"],
 ) -> Int32[Array, "batch seq"]:
-    """For each token the index of its document's first token.
+    """The index of the first token of each token's document.
 
     A document is a run of equal ids; an id that comes back begins a new document. The
     result may be used as segment ids, with the same documents.
-
-    **Arguments:**
-
-    - `segment_ids`: document of each token; any integers.
     """
     if isinstance(segment_ids, np.ndarray):  # JAX would truncate 64 bits
         segment_ids = np.cumsum(_is_first(segment_ids), axis=1, dtype=np.int32)
@@ -48,12 +44,7 @@ def document_starts(
 def local_positions(
     segment_ids: Int[Array | np.ndarray, "batch seq"],
 ) -> Int32[Array, "batch seq"]:
-    """Position of each token in its document.
-
-    **Arguments:**
-
-    - `segment_ids`: document of each token; any integers.
-    """
+    """Position of each token in its document."""
     starts = document_starts(segment_ids)
     return jnp.arange(starts.shape[1], dtype=jnp.int32) - starts
 
@@ -63,11 +54,7 @@ def last_tokens(
 ) -> Int32[Array, "batch windows"]:
     """Index of the last token of each complete window, in order, then `seq`.
 
-    **Arguments:**
-
-    - `positions`: of consecutive tokens, each in its document.
-    - `ratio`: tokens in a window.
-    - `num_windows`: length of the result, at least the number of windows.
+    Positions are those in the documents; `num_windows` is the length of the result.
     """
     seq = positions.shape[1]
     is_last = (positions + 1) % ratio == 0
@@ -83,14 +70,9 @@ def tokens_from(
     first: Int[Array, "batch windows"],
     ratio: int,
 ) -> Float[Array, "batch windows ratio head_dim"]:
-    """Windows of consecutive tokens, wherever they begin.
+    """Windows of `ratio` tokens, each from its index `first` on.
 
-    **Arguments:**
-
-    - `x`: of the tokens.
-    - `first`: index of each window's first token. For a window that begins before the
-        row, the result is arbitrary.
-    - `ratio`: tokens in a window.
+    Where a window begins before the row, the result is arbitrary.
     """
     index = jnp.maximum(jnp.add.outer(first, jnp.arange(ratio, dtype=first.dtype)), 0)
     read = jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))
@@ -102,42 +84,27 @@ def validate_positions(
     positions: Int[Array, "batch seq"],
     segment_ids: Int[Array, "batch seq"] | None,
 ) -> None:
-    """Refuses positions that do not count from each document's first token.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `positions`: of the tokens.
-    - `segment_ids`: their documents; without, a row is one.
-
-    **Raises:** ValueError if they do not, unless positions or ids are traced.
-    """
-    if is_concrete(positions, segment_ids):
-        known = np.asarray(positions)
-        expected = np.arange(known.shape[1])
-        if segment_ids is not None:
-            expected = np.asarray(local_positions(segment_ids))
-        wrong = np.argwhere(known != expected)
-        if len(wrong) > 0:
-            place = [int(i) for i in wrong[0]]
-            raise ValueError(
-                f"{call}: position {known[tuple(place)]} at {place} is not the token's "
-                "in its document: give 0, 1, 2, ... in each row, or in each document "
-                "that segment_ids tell of."
-            )
+    """Refuses positions that do not count from 0 in each document, unless traced."""
+    if not is_concrete(positions, segment_ids):
+        return
+    known = np.asarray(positions)
+    expected = np.arange(known.shape[1])
+    if segment_ids is not None:
+        expected = np.asarray(local_positions(segment_ids))
+    wrong = np.argwhere(known != expected)
+    if len(wrong) > 0:
+        place = [int(i) for i in wrong[0]]
+        raise ValueError(
+            f"{call}: position {known[tuple(place)]} at {place} is not the token's in "
+            "its document: give 0, 1, 2, ... in each row, or in each document that "
+            "segment_ids tell of."
+        )
 
 
 def validate_segment_ids(call: str, segment_ids: Any, shape: tuple[int, ...]) -> None:
-    """Refuses segment ids that do not give each token a document.
+    """Refuses anything but integers of this shape and, unless traced, ids that return.
 
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `segment_ids`: document of each token.
-    - `shape`: of the tokens, `(batch, seq)`.
-
-    **Raises:** ValueError if the ids are not an array of integers of this shape or,
-    unless traced, an id comes back after another one.
+    An id returns if tokens of another document are between its tokens.
     """
     is_array = isinstance(segment_ids, jax.Array | np.ndarray)
     if not is_array or not jnp.issubdtype(segment_ids.dtype, jnp.integer):

@@ -121,10 +121,7 @@ class Indexer(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Selection, IndexerValues]:
-        """The selection as by calling, and what was selected with which scores.
-
-        **Arguments:** as for calling.
-        """
+        """Calls it, and returns what was selected, with which scores, beside it."""
         windows = x.shape[1] // self.compressor.ratio
         if windows == 0:
             return None, no_selected(*x.shape[:2])
@@ -138,7 +135,7 @@ class Indexer(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> tuple:
-        """What `select` needs, of whole sequences."""
+        """The arguments of `select`, of whole sequences."""
         # Starts of documents are the ids that the entries have.
         starts = () if segment_ids is None else (document_starts(segment_ids),)
         keys = self.compressor(x, *starts)
@@ -178,12 +175,7 @@ class Indexer(eqx.Module):
     def project_weights(
         self, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq index_heads"]:
-        """The weight of each head for each query, scaled, at least float32.
-
-        **Arguments:**
-
-        - `x`: normalised activations.
-        """
+        """The weight of each head for each query, scaled, at least float32."""
         heads, dim, _ = self.query_up.shape
         weights = project(x, self.head_weights)
         return at_least_float32(weights) * (dim**-0.5 * heads**-0.5)
@@ -198,13 +190,8 @@ class Indexer(eqx.Module):
     ) -> Selection:
         """Selects the entries with the highest scores among those that a query sees.
 
-        **Arguments:**
-
-        - `latent`: the normalised query latent.
-        - `weights`: from `project_weights`.
-        - `positions`: of the queries.
-        - `keys`: the indexer's own entries.
-        - `segment_ids`: document of each query, if the entries have segment ids.
+        `weights` are from `project_weights`, and `keys` the indexer's own entries; give
+        each query's document if these have segment ids.
         """
         return self._by_blocks(select, latent, weights, positions, keys, segment_ids)
 
@@ -218,11 +205,9 @@ class Indexer(eqx.Module):
         *,
         num_windows: int,
     ) -> tuple[Selection, IndexerValues]:
-        """The selection, None if all are selected, and what it consists of.
+        """The selection, None if all entries are selected, and what it consists of.
 
-        **Arguments:** as for `select`, and
-
-        - `num_windows`: in the sequence, the most that a query can see.
+        `num_windows` is their number in the sequence, the most that a query can see.
         """
         selection, best, scores = self._by_blocks(
             select_with_scores, latent, weights, positions, keys, segment_ids
@@ -243,7 +228,7 @@ class Indexer(eqx.Module):
         keys: Entries,
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> Any:
-        """A function of scores, such as `select`, of one block of queries at a time."""
+        """A function such as `select`, given one block of queries at a time."""
         operands = lax.stop_gradient((latent, weights, keys, self.query_up))
         latent, weights, keys, query_up = operands
         seq = latent.shape[1]

@@ -21,12 +21,7 @@ class IndexerValues(eqx.Module):
 
 
 def no_selected(batch: int, seq: int) -> IndexerValues:
-    """What the indexer shows of sequences too short for an entry.
-
-    **Arguments:**
-
-    - `batch`, `seq`: of the queries.
-    """
+    """What the indexer shows of sequences too short for an entry."""
     shape = (batch, seq, 0)
     return IndexerValues(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
@@ -42,12 +37,7 @@ class AttentionValues(eqx.Module):
 def observed(part: Any, *args: Any) -> tuple[Any, Any]:
     """A part's output, and what its `observe` shows, or None if it has none.
 
-    **Arguments:**
-
-    - `part`: a module, or a wrapper around one.
-    - `args`: those of the part, first an array that begins with batch and seq.
-
-    **Raises:** ValueError if the part shows an array that does not begin with these.
+    The first argument begins with the dimensions batch and seq; so must what it shows.
     """
     if not hasattr(part, "observe"):
         return part(*args), None

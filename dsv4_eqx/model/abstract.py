@@ -42,15 +42,10 @@ class Lookahead(eqx.Module):
     capacity: int = eqx.field(static=True)
 
     def keep(self, lengths: Lengths) -> Cache:
-        """The cache after the tokens that are kept; entries are not copied.
+        """The cache after the first `lengths` of each row's new tokens.
 
-        **Arguments:**
-
-        - `lengths`: how many of each row's new tokens are kept, from 0 to the number
-            that `lookahead` was given.
-
-        **Raises:** ValueError if `lengths` are not one integer for each row or, except
-        under `jit`, one of them is out of its range.
+        Raises ValueError if `lengths` are not one integer for each row or, except under
+        `jit`, one is not from 0 to the number that `lookahead` was given.
         """
         lengths = validate_counts("Lookahead.keep", lengths, self.lengths)
         lengths = jnp.asarray(lengths, jnp.int32)
@@ -220,10 +215,7 @@ class AbstractModel(eqx.Module):
         """
 
     def extend(
-        self,
-        tokens: TokenIds,
-        cache: Cache,
-        lengths: Lengths | None = None,
+        self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq dim"], Cache]:
         """The final hidden activations of tokens that follow those in the cache.
 
@@ -256,9 +248,7 @@ class AbstractModel(eqx.Module):
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
         """The residual streams of new tokens after the last layer, and the cache.
 
-        **Arguments:** as for `extend`.
-
-        **Raises:** ValueError as `extend` does.
+        **Arguments, raises:** as for `extend`.
         """
 
     @abc.abstractmethod
@@ -267,12 +257,10 @@ class AbstractModel(eqx.Module):
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
         """Runs new tokens like `extend_streams`; how many are kept is decided later.
 
-        **Arguments:** as for `extend`.
+        **Arguments, raises:** as for `extend`.
 
-        **Returns:** the streams, and a `Lookahead`: its method `keep` returns the cache
+        **Returns:** the streams, and a `Lookahead`, whose `keep` returns the cache
         after the tokens that are kept.
-
-        **Raises:** ValueError as `extend` does.
         """
 
     @abc.abstractmethod

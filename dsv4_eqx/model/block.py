@@ -90,10 +90,7 @@ class Block(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], LayerValues]:
-        """The streams as by calling, and what was computed on the way.
-
-        **Arguments:** as for calling.
-        """
+        """Calls it, and returns what was computed on the way beside the streams."""
         documents = () if segment_ids is None else (segment_ids,)
         x, mixing = self.attention_connection.read(streams)
         x = self.attention_norm(x)

@@ -27,18 +27,10 @@ Lengths = Int[Array | np.ndarray, " batch"]
 def validate_token_ids(
     call: str, tokens: TokenIds, vocab: int, lengths: Lengths | None = None
 ) -> Int[Array, "batch seq"]:
-    """Validated token ids as an int32 array.
+    """Token ids as an int32 array, 0 at the padding after a row's `lengths` tokens.
 
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `tokens`: token ids.
-    - `vocab`: size of the vocabulary.
-    - `lengths`: tokens of each row; what follows them is padding of any values, and
-        becomes 0.
-
-    **Raises:** ValueError if `tokens` is not an array of integers of two dimensions, is
-    empty or, unless traced, has a value outside `[0, vocab)`.
+    Refuses anything but integers of two dimensions, an empty array and, unless traced,
+    an id outside `[0, vocab)`.
     """
     _validate_array(call, tokens)
     if lengths is not None:
@@ -55,14 +47,7 @@ def token_places(
 ) -> tuple[Int32[Array, "batch seq"], Int32[Array, "batch seq"] | None]:
     """Each token's position in its document, and the index of the document's start.
 
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `token_ids`: the tokens.
-    - `segment_ids`: document of each token; if None, each row is one document, and None
-        is returned instead of starts.
-
-    **Raises:** ValueError if the segment ids do not give each token a document.
+    Without segment ids, each row is one document, and there are no starts.
     """
     index = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
     if segment_ids is None:
@@ -79,19 +64,10 @@ def validate_targets(
     vocab: int,
     mask: Bool[Array | np.ndarray, "*batch"] | None = None,
 ) -> Int[Array, "*batch"]:
-    """Validated targets, 0 where the mask is false.
+    """Targets for positions of this shape, 0 where the mask is false.
 
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `targets`: token ids.
-    - `shape`: of the positions.
-    - `vocab`: size of the vocabulary.
-    - `mask`: which targets count; all by default.
-
-    **Raises:** ValueError if `targets` is not an array of integers of this shape,
-    `mask` is not an array of booleans of this shape or, unless traced, a target that
-    counts is outside `[0, vocab)`.
+    Refuses other shapes and dtypes and, unless traced, a target that counts and is
+    outside `[0, vocab)`.
     """
     validate_integers(call, "targets", targets)
     if targets.shape != shape:
@@ -154,17 +130,7 @@ def _validate_array(call: str, tokens: Any) -> None:
 
 
 def validate_lengths(call: str, lengths: Lengths | None, tokens: TokenIds) -> Lengths:
-    """Validated numbers of tokens as int32; those of whole rows for None.
-
-    **Arguments:**
-
-    - `call`: what the user called.
-    - `lengths`: tokens of each row.
-    - `tokens`: token ids, and padding after them.
-
-    **Raises:** ValueError if `tokens` is not an array of token ids, `lengths` are not
-    one integer for each row or, unless traced, one of them is outside `[0, seq]`.
-    """
+    """Numbers of tokens in each row as int32; those of whole rows for None."""
     _validate_array(call, tokens)
     batch, seq = tokens.shape
     whole = np.full(batch, seq, np.int32)

@@ -18,11 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsv4_eqx.attention.cache import (
-    AttentionCache,
-    Extended,
-    States,
-)
+from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.attention.values import observed
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.block import Block
@@ -98,7 +94,6 @@ class Layers(eqx.Module):
         - `positions`, `segment_ids`: as for `Attention`.
         - `remat`: keep only each layer's input for the backward pass.
         """
-
         documents = () if segment_ids is None else (segment_ids,)
 
         def run(block: Callable[..., Array], streams: Array) -> tuple[Array, None]:
@@ -117,10 +112,7 @@ class Layers(eqx.Module):
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
-        """The streams as by calling, and what each layer computed.
-
-        **Arguments:** as for calling.
-        """
+        """Calls them, and returns what each layer computed beside the streams."""
         documents = () if segment_ids is None else (segment_ids,)
 
         def run(block: Any, streams: Array) -> tuple[Array, LayerValues]:
@@ -205,11 +197,8 @@ class Layers(eqx.Module):
 
         **Raises:** ValueError as `Block.extend` does.
         """
-
-        def settle(extended: Extended) -> AttentionCache:
-            return extended.keep(lengths)
-
-        return self._extend(streams, token_ids, cache, start, lengths, settle, 0)
+        operands = streams, token_ids, cache, start, lengths
+        return self._extend(*operands, lambda extended: extended.keep(lengths), 0)
 
     @compiled_once
     def lookahead(
@@ -228,14 +217,8 @@ class Layers(eqx.Module):
 
         **Raises:** ValueError as `Block.extend` does.
         """
-        seq = token_ids.shape[1]
-
-        def leave(extended: Extended) -> States:
-            return extended.longer
-
-        streams, longer = self._extend(
-            streams, token_ids, cache, start, lengths, leave, seq
-        )
+        seq, operands = token_ids.shape[1], (streams, token_ids, cache, start, lengths)
+        streams, longer = self._extend(*operands, lambda extended: extended.longer, seq)
         return streams, Extended(longer, seq)
 
     def _extend(
@@ -318,10 +301,6 @@ class Layers(eqx.Module):
 
     def place(self, layer: int) -> tuple[str, int, int | None]:
         """Where a layer is: field, index in the field, and repetition if it is stacked.
-
-        **Arguments:**
-
-        - `layer`: its number, from 0.
 
         **Raises:** IndexError if there is no such layer.
         """

@@ -36,8 +36,8 @@ from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import is_quantized
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
-    is_int,
     validate_dtype,
+    validate_int,
     validate_key,
 )
 from dsv4_eqx.primitives.norm import RMSNorm
@@ -91,10 +91,7 @@ class DeepSeekV4(AbstractModel):
     def streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
-        """The residual streams after the last layer.
-
-        **Arguments, raises:** as for `AbstractModel.streams`.
-        """
+        """The residual streams after the last layer: see `AbstractModel.streams`."""
         token_ids = self.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         return self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
@@ -102,10 +99,7 @@ class DeepSeekV4(AbstractModel):
     def observe_streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
-        """The residual streams after the last layer, and what each layer computed.
-
-        **Arguments, raises:** as for `AbstractModel.streams`.
-        """
+        """The residual streams as by `streams`, and what each layer computed."""
         token_ids = self.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         streams = self.embed(token_ids)
@@ -114,40 +108,26 @@ class DeepSeekV4(AbstractModel):
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """Collapses residual streams into the final hidden activations.
-
-        **Arguments:** as for `AbstractModel.collapse`.
-        """
+        """Collapses residual streams into the final hidden activations."""
         return self.norm(self.head(streams))
 
     def embed(
         self, token_ids: Int[Array, "batch seq"]
     ) -> Float[Array, "batch seq streams dim"]:
-        """The streams before the first layer: copies of the embedding.
-
-        **Arguments:**
-
-        - `token_ids`: the tokens.
-        """
+        """The streams before the first layer: copies of the embedding."""
         embedded = self.embedding[token_ids]
         return jnp.repeat(embedded[:, :, None], self.head.base.shape[0], axis=2)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """The state before any token, for `extend`.
-
-        **Arguments, raises:** as for `AbstractModel.init_cache`.
-        """
-        self._validate_sizes("init_cache", batch, capacity)
+        """The state before any token: see `AbstractModel.init_cache`."""
+        batch, capacity = self._validate_sizes("init_cache", batch, capacity)
         layers = self.layers.init_cache(batch, capacity, self.embedding.dtype)
         return Cache(jnp.zeros(batch, jnp.int32), layers, capacity)
 
     def extend_streams(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Cache]:
-        """The residual streams of new tokens after the last layer, and the cache.
-
-        **Arguments, raises:** as for `AbstractModel.extend`.
-        """
+        """The streams of new tokens, and the cache: see `AbstractModel.extend`."""
         token_ids, lengths = self.validate_new(tokens, cache, lengths)
         streams, layers = self.layers.extend(
             self.embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
@@ -157,10 +137,7 @@ class DeepSeekV4(AbstractModel):
     def lookahead(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "batch seq streams dim"], Lookahead]:
-        """Runs new tokens like `extend_streams`; how many are kept is decided later.
-
-        **Arguments, returns, raises:** as for `AbstractModel.lookahead`.
-        """
+        """The streams of new tokens not kept yet: see `AbstractModel.lookahead`."""
         token_ids, lengths = self.validate_new(tokens, cache, lengths)
         streams, layers = self.layers.lookahead(
             self.embed(token_ids), token_ids, cache.layers, cache.lengths, lengths
@@ -173,10 +150,7 @@ class DeepSeekV4(AbstractModel):
         targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
     ) -> Float[Array, "*batch"]:
-        """Cross-entropy of each target in nats, at least float32.
-
-        **Arguments, raises:** as for `AbstractModel.cross_entropy`.
-        """
+        """Cross-entropy in nats of each target: see `AbstractModel.cross_entropy`."""
         positions, vocab = hidden.shape[:-1], self.config.vocab_size
         targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
         nats = cross_entropy_from_logits(self.unembed(hidden), targets)
@@ -186,10 +160,7 @@ class DeepSeekV4(AbstractModel):
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """Logits of the next token, at least float32.
-
-        **Arguments:** as for `AbstractModel.unembed`.
-        """
+        """Logits of the next token, at least float32."""
         return jnp.einsum(
             "...d,vd->...v",
             hidden,
@@ -200,10 +171,7 @@ class DeepSeekV4(AbstractModel):
     def multi_token_logits(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """Logits of the next token, and of the token after next.
-
-        **Arguments, raises:** as for `AbstractModel.multi_token_logits`.
-        """
+        """Logits of the next two tokens: see `AbstractModel.multi_token_logits`."""
         token_ids = self.validate_ahead(tokens)
         places = token_places("multi_token_logits", token_ids, segment_ids)
         streams = self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
@@ -220,12 +188,9 @@ class DeepSeekV4(AbstractModel):
         return len(self.mtp)
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
-        """The state of the prediction block before any token.
-
-        **Arguments, raises:** as for `AbstractModel.init_mtp_cache`.
-        """
+        """The prediction block's state: see `AbstractModel.init_mtp_cache`."""
         self._validate_prediction_block("init_mtp_cache")
-        self._validate_sizes("init_mtp_cache", batch, capacity)
+        batch, capacity = self._validate_sizes("init_mtp_cache", batch, capacity)
         return self.mtp[0].init_cache(batch, capacity, self.embedding.dtype)
 
     def extend_mtp(
@@ -235,10 +200,7 @@ class DeepSeekV4(AbstractModel):
         cache: MTPCache,
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
-        """The prediction block's hidden activations, as `unembed` takes them.
-
-        **Arguments, raises:** as for `AbstractModel.extend_mtp`.
-        """
+        """The prediction block's activations: see `AbstractModel.extend_mtp`."""
         following, lengths = self.validate_following(following, cache, lengths)
         embedded = self.embedding[following]
         return self.mtp[0].extend(streams, embedded, following, cache, lengths)
@@ -274,12 +236,7 @@ class DeepSeekV4(AbstractModel):
                 )
 
     def validate_tokens(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
-        """Token ids, validated as for calling.
-
-        **Arguments:** as for calling.
-
-        **Raises:** ValueError as calling does.
-        """
+        """Token ids, validated as for calling."""
         token_ids = validate_token_ids("DeepSeekV4", tokens, self.config.vocab_size)
         max_positions = self.config.max_position_embeddings
         if not all(isinstance(size, int) for size in token_ids.shape):
@@ -295,12 +252,7 @@ class DeepSeekV4(AbstractModel):
         return token_ids
 
     def validate_ahead(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
-        """Token ids, validated as for `multi_token_logits`.
-
-        **Arguments:** as for calling.
-
-        **Raises:** ValueError as `multi_token_logits` does.
-        """
+        """Token ids, validated as for `multi_token_logits`."""
         self._validate_prediction_block("multi_token_logits")
         token_ids = self.validate_tokens(tokens)
         if token_ids.shape[1] < 2:
@@ -310,12 +262,7 @@ class DeepSeekV4(AbstractModel):
     def validate_new(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
-        """New token ids and their number in each row, validated as for `extend`.
-
-        **Arguments:** as for `extend`.
-
-        **Raises:** ValueError as `extend` does.
-        """
+        """New token ids and their number in each row, validated as for `extend`."""
         lengths = validate_lengths("extend", lengths, tokens)
         vocab = self.config.vocab_size
         token_ids = validate_token_ids("extend", tokens, vocab, lengths)
@@ -325,12 +272,7 @@ class DeepSeekV4(AbstractModel):
     def validate_following(
         self, following: TokenIds, cache: MTPCache, lengths: Lengths
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
-        """Following token ids and their number, validated as for `extend_mtp`.
-
-        **Arguments:** as for `extend_mtp`.
-
-        **Raises:** ValueError as `extend_mtp` does.
-        """
+        """Following token ids and their number, validated as for `extend_mtp`."""
         call = "extend_mtp"
         self._validate_prediction_block(call)
         lengths = validate_lengths(call, lengths, following)
@@ -351,24 +293,17 @@ class DeepSeekV4(AbstractModel):
                 "(num_nextn_predict_layers); it needs one."
             )
 
-    def _validate_sizes(self, call: str, batch: int, capacity: int) -> None:
-        for name, value, limit in (
-            ("batch", batch, _MAX_ROWS),
-            ("capacity", capacity, self.config.max_position_embeddings),
-        ):
-            if not is_int(value) or not 1 <= value <= limit:
-                raise invalid_argument(call, name, value, f"an integer in [1, {limit}]")
+    def _validate_sizes(self, call: str, batch: int, capacity: int) -> tuple[int, int]:
+        max_positions = self.config.max_position_embeddings
+        return (
+            validate_int(call, "batch", batch, most=_MAX_ROWS),
+            validate_int(call, "capacity", capacity, most=max_positions),
+        )
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
-    """A model of shapes and dtypes alone, without arrays.
-
-    **Arguments:**
-
-    - `config`: of the model.
-    - `dtype`: of the weights, except those that are always float32.
-    """
+    """A model of shapes and dtypes alone, without arrays."""
 
     def make() -> DeepSeekV4:
         return DeepSeekV4(config, key=jax.random.key(0), dtype=dtype)
@@ -379,13 +314,7 @@ def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
 def cross_entropy_from_logits(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """Cross-entropy in nats of each target; NaN for a target outside the vocabulary.
-
-    **Arguments:**
-
-    - `logits`: of the whole vocabulary.
-    - `targets`: token ids.
-    """
+    """Cross-entropy in nats of each target; NaN for a target outside the vocabulary."""
     is_token = (targets >= 0) & (targets < logits.shape[-1])
     index = jnp.where(is_token, targets, 0)[..., None]
     chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]

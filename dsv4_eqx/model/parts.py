@@ -1,7 +1,8 @@
 """The parts of a layer, made from a `Config`.
 
 The parts themselves take sizes. Only this file knows the configuration's names for the
-sizes, and which parts each kind of layer has.
+sizes, and which parts each kind of layer has. Kinds are those in `config.layer_types`
+and `config.mlp_layer_types`, and ratios those in `config.compress_ratios`.
 """
 
 from typing import Any
@@ -56,16 +57,7 @@ def make_attention(
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
 ) -> Attention:
-    """A layer's attention.
-
-    **Arguments:**
-
-    - `config`: the sizes.
-    - `kind`: as in `config.layer_types`.
-    - `ratio`: tokens in a compressed entry, as in `config.compress_ratios`.
-    - `key`: randomness of the initial weights.
-    - `dtype`: dtype of the weights.
-    """
+    """A layer's attention; the ratio is that of a compressed entry."""
     keys = jax.random.split(key, 7)
     compressor, indexer = None, None
     if kind in (CSA, HCA):
@@ -152,15 +144,7 @@ def make_rotary(config: Config, kind: str) -> RotaryEmbedding:
 def make_moe(
     config: Config, kind: str, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
 ) -> MoE:
-    """A layer's mixture of experts.
-
-    **Arguments:**
-
-    - `config`: the sizes.
-    - `kind`: as in `config.mlp_layer_types`.
-    - `key`: randomness of the initial weights.
-    - `dtype`: dtype of the weights.
-    """
+    """A layer's mixture of experts."""
     router_key, experts_key, shared_key = jax.random.split(key, 3)
     return MoE(
         router=make_router(config, kind, key=router_key, dtype=dtype),

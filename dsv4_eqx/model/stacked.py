@@ -76,11 +76,8 @@ def write_states(after: tuple, states: tuple, repeat: Int[Array, ""]) -> tuple:
 def repeating_unit(kinds: Sequence[object]) -> tuple[int, int, int]:
     """Start, period and count of the repetition with the fewest blocks to compile.
 
-    **Arguments:**
-
-    - `kinds`: a value for each layer, equal where two layers can share a program.
-
-    **Returns:** the three numbers; `(len(kinds), 0, 0)` where nothing repeats.
+    They are `(len(kinds), 0, 0)` where nothing repeats. Layers of equal kinds can share
+    a program.
     """
     num_layers = len(kinds)
     best = (num_layers, num_layers, 0, 0)  # blocks to compile, start, period, repeats

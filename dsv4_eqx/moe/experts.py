@@ -136,13 +136,7 @@ def _all_matrices(weight: Any, size: int) -> Any:
 
 
 def validate_routing(x: Array, chosen: Array, weights: Array) -> None:
-    """Refuses chosen experts and weights that are not given for each token.
-
-    **Arguments:** as for `Experts`.
-
-    **Raises:** ValueError if `chosen` and `weights` differ in shape, or have another
-    number of tokens than `x`.
-    """
+    """Refuses chosen experts and weights that are not given for each token."""
     # Indexing would clamp silently, and broadcasting would repeat.
     if chosen.ndim != 2 or chosen.shape != weights.shape or len(chosen) != len(x):
         raise ValueError(

@@ -1,5 +1,7 @@
 """The mixture of experts: route, run the chosen experts, add the shared one."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int
@@ -47,22 +49,17 @@ class MoE(eqx.Module):
     def observe(
         self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
     ) -> tuple[Float[Array, "batch seq dim"], Routing]:
-        """The output as by calling, and what the router returned, token by token.
-
-        **Arguments, raises:** as for calling.
-        """
+        """Calls it, and returns the routing of each token beside the output."""
         out, routing = self._run(x, token_ids)
-
-        def by_token(rows: Array) -> Array:
-            return rows.reshape(*x.shape[:2], -1)
-
-        experts, weights = by_token(routing.experts), by_token(routing.weights)
         # A router of one's own may give no scores.
         scores = getattr(routing, "scores", None)
-        scores = None if scores is None else by_token(scores)
-        return out, Routing(experts, weights, scores)
+        routing = Routing(routing.experts, routing.weights, scores)
+        return out, jax.tree.map(lambda rows: rows.reshape(*x.shape[:2], -1), routing)
 
-    def _run(self, x, token_ids):
+    def _run(
+        self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
+    ) -> tuple[Float[Array, "batch seq dim"], Any]:
+        """The output, and the `Routing` of all tokens in one dimension."""
         validate_activations("MoE", x, self.router.weight, ("batch", "seq", "dim"))
         validate_ids("MoE", "token_ids", token_ids, x.shape[:2])
         self._validate_experts()

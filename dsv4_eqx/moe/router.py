@@ -99,11 +99,11 @@ class TopKRouter(eqx.Module):
         - `x`: the tokens' activations.
         - `token_ids`: not used; `HashRouter` has the same arguments and needs them.
         """
-        logits = _logits(x, self.weight)
-        scores = jnp.sqrt(jax.nn.softplus(lax.stop_gradient(logits)))
+        logits = project(x, self.weight, wide=True)
+        scores = _scores(logits)
         biased = scores + self.bias.astype(scores.dtype)[None]
         _, experts = lax.top_k(biased, self.num_slots)
-        return _weigh(logits, experts, self.scaling_factor)
+        return _weigh(logits, scores, experts, self.scaling_factor)
 
 
 class HashRouter(eqx.Module):
@@ -135,9 +135,9 @@ class HashRouter(eqx.Module):
         """**Arguments:** as for `TopKRouter`, and
 
         - `vocab_size`: token ids in the table.
-        - `key`: randomness of the initial weight and of the table, which spreads
-            the token ids evenly over the experts, each row without repetition. The
-            hash of the release is not published; its table is in the checkpoint.
+        - `key`: randomness of the initial weight and table. The table spreads the token
+            ids evenly over the experts, and no row names an expert twice. The hash of
+            the release is not published; its table is in the checkpoint.
 
         **Raises:** ValueError as `TopKRouter` does.
         """
@@ -164,9 +164,9 @@ class HashRouter(eqx.Module):
         - `x`: the tokens' activations.
         - `token_ids`: the tokens' ids, each in `[0, vocab_size)`.
         """
-        return _weigh(
-            _logits(x, self.weight), self.table[token_ids], self.scaling_factor
-        )
+        logits = project(x, self.weight, wide=True)
+        experts = self.table[token_ids]
+        return _weigh(logits, _scores(logits), experts, self.scaling_factor)
 
 
 def _validate_router(
@@ -193,14 +193,14 @@ def _spread_table(
     return order[rows % experts]
 
 
-def _logits(
-    x: Float[Array, "tokens dim"], weight: Float[Array, "routes dim"]
-) -> Float[Array, "tokens experts"]:
-    return project(x, weight, wide=True)
+def _scores(logits: Float[Array, "tokens routes"]) -> Float[Array, "tokens routes"]:
+    """All scores, without a gradient: it is 0/0 where they underflow."""
+    return jnp.sqrt(jax.nn.softplus(lax.stop_gradient(logits)))
 
 
 def _weigh(
     logits: Float[Array, "tokens routes"],
+    scores: Float[Array, "tokens routes"],
     experts: Int[Array, "tokens slots"],
     scaling_factor: float,
 ) -> Routing:
@@ -211,7 +211,10 @@ def _weigh(
     """
     chosen = jnp.take_along_axis(logits, experts, axis=-1)
     weights = jax.nn.softmax(_log_score(chosen), axis=-1)
-    return Routing(experts, weights * scaling_factor, jnp.exp(_log_score(logits)))
+    # What is shown has the value that selects, to the last bit, and this gradient.
+    smooth = jnp.exp(_log_score(logits))
+    shown = scores + (smooth - lax.stop_gradient(smooth))
+    return Routing(experts, weights * scaling_factor, shown)
 
 
 def _log_score(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

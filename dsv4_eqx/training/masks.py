@@ -5,7 +5,6 @@ array each, so that a mask of some of them has arrays of booleans there: partiti
 `trainable(model, layers=...)`, and give the updates to `apply_mask`.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,9 +31,9 @@ def trainable(
 ) -> Any:
     """Marks what a loss over tokens reaches.
 
-    That is every floating-point array but those of indexers and of prediction (MTP)
-    blocks, and the routers' biases: their gradient is zero, yet XLA lays it out, and an
-    optimizer with weight decay would shrink them all the same.
+    That is every floating-point array except those of indexers and of prediction (MTP)
+    blocks, and routers' biases. The gradient of these is zero, but it takes memory, and
+    an optimizer with weight decay would shrink them all the same.
 
     `trained, rest = eqx.partition(model, trainable(model))`
 
@@ -43,27 +42,25 @@ def trainable(
     - `model`: a model, or a part of one; its arrays may be abstract.
     - `mtp`: whether the prediction blocks' own loss is part of it.
     - `layers`: if given, only these layers, counted from 0, and with `mtp` the
-        prediction blocks. Of layers that are stacked, arrays are marked that hold one
-        of them: `apply_mask` keeps the others still.
+        prediction blocks. Where layers are stacked, an array is marked if it holds one
+        of them; `apply_mask` then keeps the others still.
 
     **Raises:** ValueError if there is no such layer, the model has no `Layers` to
     choose from, or `mtp` is not a boolean.
     """
     validate_flag("trainable", "mtp", mtp)
+    left_out = (Indexer,) if mtp else (Indexer, MTP)
 
     def is_part(node: Any) -> bool:
-        is_left_out = isinstance(node, Indexer) or isinstance(node, MTP) and not mtp
-        return is_left_out or isinstance(node, TopKRouter)
+        return isinstance(node, (*left_out, TopKRouter))
 
     def mark(node: Any) -> Any:
-        if isinstance(node, TopKRouter):
-            marks = jax.tree.map(_is_inexact, node)
-            if node.bias is None:
-                return marks
-            return eqx.tree_at(lambda router: router.bias, marks, False)
-        if is_part(node):
+        if isinstance(node, left_out):
             return jax.tree.map(lambda _: False, node)
-        return _is_inexact(node)
+        marks = jax.tree.map(_is_inexact, node)
+        if isinstance(node, TopKRouter) and node.bias is not None:
+            marks = eqx.tree_at(lambda router: router.bias, marks, False)
+        return marks
 
     marks = jax.tree.map(mark, model, is_leaf=is_part)
     if layers is None:
@@ -101,8 +98,8 @@ def decay_mask(model: Any) -> Any:
 def layer_mask(model: Any, layers: Iterable[Any]) -> Any:
     """Marks the arrays of some layers.
 
-    A stack that holds these layers and others has an array of booleans, which
-    broadcasts against it.
+    Where a stacked array holds these layers and others, its mask is an array of
+    booleans, which broadcasts against it.
 
     **Arguments:**
 
@@ -124,7 +121,10 @@ def _mark_layers(
     unknown = [layer for layer in wanted if not is_int(layer)]
     if unknown:
         raise invalid_argument(call, "layers", unknown, "numbers of layers, as [2]")
-    is_part = functools.partial(_is_instance, kinds=(Layers, *others))
+
+    def is_part(node: Any) -> bool:
+        return isinstance(node, (Layers, *others))
+
     if not any(isinstance(x, Layers) for x in jax.tree.leaves(model, is_leaf=is_part)):
         raise invalid_argument(call, "model", type(model).__name__, "one with Layers")
 
@@ -152,10 +152,6 @@ def _mark_some(call: str, layers: Layers, wanted: set[int]) -> Layers:
                 _mark_repeats(block, repeats, layers.num_repeats),
             )
     return marks
-
-
-def _is_instance(node: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(node, kinds)
 
 
 def _mark_repeats(block: Any, repeats: list[int | None], num_repeats: int) -> Any:

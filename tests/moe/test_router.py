@@ -11,6 +11,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 from dsv4_eqx import HashRouter, TopKRouter
 from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 from dsv4_eqx.model.parts import make_router
+from dsv4_eqx.numerics.product import project
 from tests.models import relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
@@ -118,6 +119,16 @@ def test_gradients_equal_transformers():
         (weights * torch.tensor(by_expert)[rows, experts]).sum().backward()
         assert relative(grads[0].weight, theirs.weight.grad) < 5e-4
         assert relative(grads[1], tensor.grad) < 5e-4
+
+
+@pytest.mark.parametrize("make", [top_k_routers, hash_routers])
+def test_scores_shown_are_those_that_select(make):
+    ours, _ = make()
+    x = jnp.asarray(normal((TOKENS, 15), 3, scale=30.0))
+    scores = jnp.sqrt(jax.nn.softplus(project(x, ours.weight, wide=True)))
+    assert (scores == 0).any()
+    routing = ours(x, jnp.asarray(token_ids()))
+    np.testing.assert_array_equal(routing.scores, scores)
 
 
 def test_bias_only_selects():
