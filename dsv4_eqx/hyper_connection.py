@@ -99,10 +99,6 @@ class HyperConnection(eqx.Module):
     ) -> tuple[Float[Array, "*batch dim"], StreamMixing]:
         """The sublayer's input, and the coefficients that `write` needs.
 
-        **Arguments:**
-
-        - `streams`: the residual streams.
-
         **Raises:** ValueError if the streams have other sizes than the weight or are
         not floating point.
         """
@@ -206,9 +202,7 @@ class HyperHead(eqx.Module):
     def __call__(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """**Arguments:**
-
-        - `streams`: the residual streams after the last block.
+        """The weighted sum of the streams.
 
         **Raises:** ValueError as `HyperConnection.read` does.
         """

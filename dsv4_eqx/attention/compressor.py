@@ -142,8 +142,9 @@ class Compressor(eqx.Module):
         Float[Array, "batch seq series head_dim"],
     ]:
         """Each token's values and gates, float32, from normalised activations."""
-        values = project(x, self.value, wide=True)
-        return values, project(x, self.gate, wide=True)
+        values = project(x, self.value, wide=True)  # eq. 20; with overlap, eq. 9
+        gates = project(x, self.gate, wide=True)  # eq. 21; with overlap, eq. 10
+        return values, gates
 
     def pool(
         self,
@@ -156,7 +157,7 @@ class Compressor(eqx.Module):
         the first.
         """
         gates = gates + self.position_bias.astype(gates.dtype)[None, None]
-        return pool_windows(values, gates)  # eq. 20 to 23; with overlap, eq. 9 to 12
+        return pool_windows(values, gates)  # eq. 22, 23; with overlap, eq. 11, 12
 
     def compress_documents(
         self,

@@ -102,10 +102,7 @@ def validate_positions(
 
 
 def validate_segment_ids(call: str, segment_ids: Any, shape: tuple[int, ...]) -> None:
-    """Refuses anything but integers of this shape and, unless traced, ids that return.
-
-    An id returns if tokens of another document are between its tokens.
-    """
+    """Refuses other shapes, other dtypes and, unless traced, an id that comes back."""
     is_array = isinstance(segment_ids, jax.Array | np.ndarray)
     if not is_array or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         got = segment_ids.dtype if is_array else type(segment_ids).__name__

@@ -121,7 +121,7 @@ class Indexer(eqx.Module):
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Selection, IndexerValues]:
-        """Calls it, and returns what was selected, with which scores, beside it."""
+        """Calls it, and returns windows and scores of what was selected beside it."""
         windows = x.shape[1] // self.compressor.ratio
         if windows == 0:
             return None, no_selected(*x.shape[:2])
@@ -177,7 +177,7 @@ class Indexer(eqx.Module):
     ) -> Float[Array, "batch seq index_heads"]:
         """The weight of each head for each query, scaled, at least float32."""
         heads, dim, _ = self.query_up.shape
-        weights = project(x, self.head_weights)
+        weights = project(x, self.head_weights)  # eq. 15
         return at_least_float32(weights) * (dim**-0.5 * heads**-0.5)
 
     def select(
@@ -233,12 +233,12 @@ class Indexer(eqx.Module):
         latent, weights, keys, query_up = operands
         seq = latent.shape[1]
 
-        def run_block(operands):
+        def run_block(operands: tuple) -> Any:
             latent, weights, positions, segment_ids = operands
-            queries = project(latent, query_up)
+            queries = project(latent, query_up)  # eq. 14
             queries = self.compressor.rope(queries, positions[..., None])
             seen = visible(keys, positions, segment_ids)
-            return function(queries, weights, seen, keys, self.topk)  # eq. 16
+            return function(queries, weights, seen, keys, self.topk)  # eq. 16, 17
 
         operands = (latent, weights, positions, segment_ids)
         block = query_block(keys)

@@ -71,9 +71,9 @@ class AbstractModel(eqx.Module):
         Give several sequences as rows of a batch, rather than by `jax.vmap`.
 
         A row may hold several documents, of any lengths, one after another: with
-        `segment_ids`, each is computed as if it were alone. At a document's last token,
-        the logits are those of a token that would continue this document. Padding is
-        one more document: give it another id, and ignore its output.
+        `segment_ids`, each is computed as if it were alone. The logits at a document's
+        last token are of a token that would continue this document. Padding is one more
+        document: give it another id, and ignore its output.
 
         **Arguments:**
 
@@ -94,10 +94,7 @@ class AbstractModel(eqx.Module):
     def hidden(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq dim"]:
-        """The final hidden activations, from which `unembed` computes logits.
-
-        **Arguments:** as for calling.
-        """
+        """The final hidden activations, for `unembed`; arguments as for calling."""
         return self.collapse(self.streams(tokens, segment_ids, remat=remat))
 
     def observe(
@@ -123,11 +120,9 @@ class AbstractModel(eqx.Module):
     def observe_streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
-        """The residual streams after the last layer, and what each layer computed.
+        """Calls `streams`, and returns what each layer computed beside them.
 
         A model of your own shows nothing, unless it has its own method.
-
-        **Arguments:** as for calling.
         """
         return self.streams(tokens, segment_ids, remat=remat), ()
 
@@ -135,32 +130,19 @@ class AbstractModel(eqx.Module):
     def streams(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> Float[Array, "batch seq streams dim"]:
-        """The residual streams after the last layer.
-
-        **Arguments:** as for calling.
-        """
+        """The residual streams after the last layer; arguments as for calling."""
 
     @abc.abstractmethod
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
     ) -> Float[Array, "*batch dim"]:
-        """Collapses residual streams into the final hidden activations.
-
-        **Arguments:**
-
-        - `streams`: from `streams` or `extend_streams`.
-        """
+        """The final hidden activations, from `streams` or `extend_streams`."""
 
     @abc.abstractmethod
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """Logits of the next token, at least float32.
-
-        **Arguments:**
-
-        - `hidden`: from `hidden` or `collapse`.
-        """
+        """Logits of the next token, at least float32, from `hidden` or `collapse`."""
 
     @abc.abstractmethod
     def cross_entropy(
@@ -267,9 +249,7 @@ class AbstractModel(eqx.Module):
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """The state of the prediction block before any token.
 
-        **Arguments:** as for `init_cache`.
-
-        **Raises:** ValueError as `init_cache` does, and without a prediction block.
+        **Arguments, raises:** as for `init_cache`, and ValueError without such a block.
         """
 
     @abc.abstractmethod

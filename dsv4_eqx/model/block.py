@@ -79,7 +79,9 @@ class Block(eqx.Module):
         x, mixing = self.attention_connection.read(streams)
         x = self.attention(self.attention_norm(x), positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids)
+        x, mixing = self.moe_connection.read(streams)
+        x = self.moe(self.moe_norm(x), token_ids)
+        return self.moe_connection.write(streams, x, mixing)
 
     @compiled_once
     @jax.named_scope("Block.observe")
@@ -128,13 +130,6 @@ class Block(eqx.Module):
             self.attention_norm(x), cache, start, lengths
         )
         streams = self.attention_connection.write(streams, x, mixing)
-        return self._run_moe(streams, token_ids), extended
-
-    def _run_moe(
-        self,
-        streams: Float[Array, "batch seq streams dim"],
-        token_ids: Int[Array, "batch seq"],
-    ) -> Float[Array, "batch seq streams dim"]:
         x, mixing = self.moe_connection.read(streams)
         x = self.moe(self.moe_norm(x), token_ids)
-        return self.moe_connection.write(streams, x, mixing)
+        return self.moe_connection.write(streams, x, mixing), extended

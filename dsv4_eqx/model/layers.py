@@ -112,7 +112,7 @@ class Layers(eqx.Module):
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
-        """Calls them, and returns what each layer computed beside the streams."""
+        """Calls the layers, and returns what each computed beside the streams."""
         documents = () if segment_ids is None else (segment_ids,)
 
         def run(block: Any, streams: Array) -> tuple[Array, LayerValues]:
@@ -156,10 +156,7 @@ class Layers(eqx.Module):
     def init_cache(
         self, batch: int, capacity: int, dtype: DTypeLike
     ) -> tuple[AttentionCache, ...]:
-        """The state of all layers before any token: first, repeated, last.
-
-        **Arguments:** as for `Attention.init_cache`.
-        """
+        """The state of all layers, in their order; see `Attention.init_cache`."""
 
         def state(block: Block) -> AttentionCache:
             return block.attention.init_cache(batch, capacity, dtype)
@@ -191,11 +188,9 @@ class Layers(eqx.Module):
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[AttentionCache, ...]]:
         """Runs new tokens, all of which are kept.
 
-        **Arguments:** as for `Block.extend`, with the state of all layers.
+        **Arguments, raises:** as for `Block.extend`, with the state of all layers.
 
         **Returns:** the streams, and the state of all layers after the new tokens.
-
-        **Raises:** ValueError as `Block.extend` does.
         """
         operands = streams, token_ids, cache, start, lengths
         return self._extend(*operands, lambda extended: extended.keep(lengths), 0)
@@ -211,11 +206,9 @@ class Layers(eqx.Module):
     ) -> tuple[Float[Array, "batch seq streams dim"], Extended]:
         """Runs new tokens; how many of them are kept is decided later.
 
-        **Arguments:** as for `extend`.
+        **Arguments, raises:** as for `extend`.
 
         **Returns:** the streams, and an `Extended`, whose `keep` gives the next state.
-
-        **Raises:** ValueError as `Block.extend` does.
         """
         seq, operands = token_ids.shape[1], (streams, token_ids, cache, start, lengths)
         streams, longer = self._extend(*operands, lambda extended: extended.longer, seq)

@@ -96,10 +96,7 @@ class MTP(eqx.Module):
         return self.norm(self.head(streams))
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> MTPCache:
-        """The state before any token.
-
-        **Arguments:** as for `Attention.init_cache`.
-        """
+        """The state before any token: see `Attention.init_cache`."""
         attention = self.block.attention.init_cache(batch, capacity, dtype)
         return MTPCache(jnp.zeros(batch, jnp.int32), attention)
 

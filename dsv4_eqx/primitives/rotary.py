@@ -34,8 +34,10 @@ class YarnScaling:
 
     - `factor`: how many times longer the context becomes.
     - `original_max_position`: positions that the model saw before.
-    - `beta_fast`: pairs that turn more often than this over them stay as they are.
-    - `beta_slow`: pairs that turn less often than this are slowed down by `factor`.
+    - `beta_fast`: pairs that turn more often than this over these positions stay as
+        they are.
+    - `beta_slow`: pairs that turn less often are slowed down by `factor`, and those in
+        between in part.
 
     **Raises:** ValueError if a value is not a positive and finite number, the positions
     are no integer, `factor` is below 1, or `beta_fast` is not above `beta_slow`.
@@ -101,9 +103,7 @@ class RotaryEmbedding(eqx.Module):
             raise ValueError(
                 f"RotaryEmbedding(yarn={yarn!r}): must be None or a YarnScaling."
             )
-        self.rotary_dim = rotary_dim
-        self.base = base
-        self.yarn = yarn
+        self.rotary_dim, self.base, self.yarn = rotary_dim, base, yarn
 
     @property
     def inv_freq(self) -> np.ndarray:
