@@ -25,21 +25,35 @@ Lengths = Int[Array | np.ndarray, " batch"]
 
 
 def validate_token_ids(
-    call: str, tokens: TokenIds, vocab: int, lengths: Lengths | None = None
+    call: str, tokens: TokenIds, vocab: int
 ) -> Int[Array, "batch seq"]:
-    """Token ids as an int32 array, 0 at the padding after a row's `lengths` tokens.
+    """Token ids as an int32 array.
 
     Refuses anything but integers of two dimensions, an empty array and, unless traced,
     an id outside `[0, vocab)`.
     """
     _validate_array(call, tokens)
-    if lengths is not None:
-        # Nothing may depend on the padding, not even how tokens are grouped by expert.
-        where = np.where if is_concrete(tokens, lengths) else jnp.where
-        is_token = np.arange(tokens.shape[1])[None] < lengths[:, None]
-        tokens = where(is_token, tokens, tokens.dtype.type(0))
     _check_range(call, "token id", tokens, vocab)
     return jnp.asarray(tokens, jnp.int32)
+
+
+def validate_new_tokens(
+    call: str, tokens: TokenIds, lengths: Lengths | None, vocab: int
+) -> tuple[Int[Array, "batch seq"], Lengths]:
+    """New token ids, 0 at the padding, and how many of them each row has, as int32.
+
+    Without `lengths` there is no padding.
+    """
+    _validate_array(call, tokens)
+    batch, seq = tokens.shape
+    whole = np.full(batch, seq, np.int32)
+    lengths = whole if lengths is None else validate_counts(call, lengths, whole)
+    # Nothing may depend on the padding, not even how tokens are grouped by expert.
+    where = np.where if is_concrete(tokens, lengths) else jnp.where
+    is_token = np.arange(seq)[None] < lengths[:, None]
+    tokens = where(is_token, tokens, tokens.dtype.type(0))
+    _check_range(call, "token id", tokens, vocab)
+    return jnp.asarray(tokens, jnp.int32), lengths
 
 
 def token_places(
@@ -127,11 +141,3 @@ def _validate_array(call: str, tokens: Any) -> None:
             f"{call}: token ids must have the shape (batch, seq), neither empty, not "
             f"{tokens.shape}.{hint if tokens.ndim == 1 else ''}"
         )
-
-
-def validate_lengths(call: str, lengths: Lengths | None, tokens: TokenIds) -> Lengths:
-    """Numbers of tokens in each row as int32; those of whole rows for None."""
-    _validate_array(call, tokens)
-    batch, seq = tokens.shape
-    whole = np.full(batch, seq, np.int32)
-    return whole if lengths is None else validate_counts(call, lengths, whole)

@@ -23,7 +23,7 @@ from dsv4_eqx.model.inputs import (
     TokenIds,
     is_concrete,
     token_places,
-    validate_lengths,
+    validate_new_tokens,
     validate_targets,
     validate_token_ids,
 )
@@ -263,9 +263,8 @@ class DeepSeekV4(AbstractModel):
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
         """New token ids and their number in each row, validated as for `extend`."""
-        lengths = validate_lengths("extend", lengths, tokens)
         vocab = self.config.vocab_size
-        token_ids = validate_token_ids("extend", tokens, vocab, lengths)
+        token_ids, lengths = validate_new_tokens("extend", tokens, lengths, vocab)
         self._validate_cache(cache, lengths)
         return token_ids, jnp.asarray(lengths, jnp.int32)
 
@@ -275,9 +274,8 @@ class DeepSeekV4(AbstractModel):
         """Following token ids and their number, validated as for `extend_mtp`."""
         call = "extend_mtp"
         self._validate_prediction_block(call)
-        lengths = validate_lengths(call, lengths, following)
         vocab = self.config.vocab_size
-        token_ids = validate_token_ids(call, following, vocab, lengths)
+        token_ids, lengths = validate_new_tokens(call, following, lengths, vocab)
         rows = cache.lengths.shape if isinstance(cache, MTPCache) else None
         if rows != lengths.shape:
             raise ValueError(
