@@ -57,7 +57,7 @@ class MTP(eqx.Module):
         """**Arguments:**
 
         - `config`: the sizes.
-        - `layer`: the block's number, where counting continues from the main layers.
+        - `layer`: number of the block, counted on from the main layers.
         - `key`: randomness of the initial weights.
         - `dtype`: dtype of the weights, except those that are always float32.
         """

@@ -83,5 +83,5 @@ class GroupedLinear(eqx.Module):
                 f"GroupedLinear was called with x of dtype {x.dtype}, its weight is "
                 f"{self.weight.dtype}: cast one of them."
             )
-        # A product for each group has the groups first; only then are they moved.
+        # The products have the groups first; these are moved afterwards.
         return jnp.moveaxis(jnp.einsum("...gi,goi->g...o", x, self.weight), 0, -2)

@@ -59,8 +59,8 @@ class RMSNorm(eqx.Module):
                 f"dimension must be {dim}."
             )
         wide = at_least_float32(x)
-        # Explicitly, so that the weight's gradient is summed over the rows first, and
-        # only a vector over the devices; rank promotion may be forbidden, too.
+        # Broadcast explicitly: the weight's gradient is then summed over rows before
+        # it is summed over devices. And rank promotion may be forbidden.
         weight, wide = match_varying(self.weight.astype(wide.dtype), wide)
         weight = jnp.broadcast_to(weight, wide.shape)
         return (weight * _normalised(wide, self.eps)).astype(x.dtype)
