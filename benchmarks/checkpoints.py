@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,16 +118,14 @@ def measure(directory, devices, keep_quantized, processes, rank, port):
     jax.config.update("jax_num_cpu_devices", devices)
     if processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank)
-    mesh = None
+    options: dict[str, Any] = {"keep_quantized": bool(keep_quantized)}
     if devices * processes > 1:
-        mesh = dsv4.make_mesh(expert=devices * processes)
+        options["mesh"] = dsv4.make_mesh(expert=devices * processes)
     counts = []
     preadv = os.preadv
     os.preadv = lambda *args: (counts.append(preadv(*args)), counts[-1])[1]
     jax.block_until_ready(jnp.zeros(8) + 1)
-    load = functools.partial(
-        dsv4.from_pretrained, directory, mesh=mesh, keep_quantized=bool(keep_quantized)
-    )
+    load = functools.partial(dsv4.from_pretrained, directory, **options)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory()
     start = time.perf_counter()
@@ -138,7 +137,7 @@ def measure(directory, devices, keep_quantized, processes, rank, port):
     different = sum(share_of(x) for x in jax.tree.leaves(model))
     num_read = sum(counts)
     del model, held
-    for _ in range(4 if mesh is None else 0):
+    for _ in range(0 if "mesh" in options else 4):
         start = time.perf_counter()
         load()
         seconds.append(time.perf_counter() - start)
@@ -199,7 +198,7 @@ def copy_rate():
 
 def main():
     """Writes, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--directory", help="where to write; a temporary one else")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     arguments = parser.parse_args()
@@ -223,13 +222,14 @@ def report(plain, packed):
     rate = small / one_core["seconds"] / MEGABYTE
     print(f"FP4 -> BF16 on one core: {rate:,.0f} MB/s of the file, {small:,} bytes")
     print(f"one core copies {copy_rate() / MEGABYTE:,.0f} MB/s")
-    for what, directory, options in (
+    cases: list[tuple[str, pathlib.Path, dict[str, Any]]] = [
         ("BF16, 1 device", plain, {}),
         ("BF16, 8 devices", plain, dict(devices=8)),
         ("BF16, 2 processes x 4", plain, dict(devices=4, processes=2)),
         ("FP4, 8 devices", packed, dict(devices=8)),
         ("FP4 kept packed, 8 devices", packed, dict(devices=8, keep=True)),
-    ):
+    ]
+    for what, directory, options in cases:
         for seen in run(directory, **options):
             over = (seen["peak"] - seen["share"]) / MEGABYTE
             print(

@@ -138,4 +138,4 @@ def agreement(args: argparse.Namespace) -> None:
         except Exception as error:
             row = dict(error=error_text(error))
         emit(case=case.name, **case.columns, **row)
-        end_if_fatal(row.get("error", ""))
+        end_if_fatal(str(row.get("error", "")))

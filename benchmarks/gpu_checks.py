@@ -27,7 +27,7 @@ from gpu_operations import random_selection
 from dsv4_eqx import Attention, Block, Config, from_pretrained
 from dsv4_eqx.config.kinds import HASH_MOE, TOPK_MOE
 from dsv4_eqx.kernels.entries import is_index
-from dsv4_eqx.model.parts import make_attention
+from dsv4_eqx.model.parts import make_attention, make_router
 
 NANO: Final = pathlib.Path(__file__).parent.parent / "tests" / "data" / "nano-release"
 # Gradients that are told together, by how their path begins; the first that fits.
@@ -219,7 +219,7 @@ def choices(config: Config, tokens: int, forms: tuple[str, ...]) -> Iterator[Cas
     def make_indexer(key, dtype):
         return attention_of(own, "CSA")(key, dtype).indexer
 
-    def make_router(key, dtype):
+    def make_own_router(key, dtype):
         return make_router(own, TOPK_MOE, key=key, dtype=dtype)
 
     def of_indexer(arrays, x, latent, positions):
@@ -238,10 +238,10 @@ def choices(config: Config, tokens: int, forms: tuple[str, ...]) -> Iterator[Cas
 
     def make_routing(dtype, kept):
         x = data((1, tokens, own.hidden_size), dtype)[0]
-        return weights(make_router, "router", dtype, kept), x
+        return weights(make_own_router, "router", dtype, kept), x
 
     indexer_of = shapes_of_module(make_indexer, jnp.float32)[1]
-    router_of = shapes_of_module(make_router, jnp.float32)[1]
+    router_of = shapes_of_module(make_own_router, jnp.float32)[1]
     columns = dict(what="indexer's choice", kind="CSA", tokens=tokens)
     yield from in_forms(columns, of_indexer, make, variants)
     columns = dict(what="router's choice", kind="", tokens=tokens)

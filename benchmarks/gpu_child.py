@@ -51,6 +51,7 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, float, Any]:
     for _ in range(2):  # also fetches what a first call fetches
         jax.block_until_ready(run())
     taken: list[float] = []
+    out = None
     while len(taken) < 5 or (sum(taken) < _ENOUGH and len(taken) < 30):
         start = time.perf_counter()
         out = jax.block_until_ready(run())
@@ -165,6 +166,7 @@ def measured(
     rates: tuple[float, float],
 ) -> dict[str, Any]:
     memory = program.memory_analysis()
+    assert memory is not None  # CPUs, GPUs and TPUs have one
     temporaries = memory.temp_size_in_bytes
     total = temporaries + memory.argument_size_in_bytes + memory.output_size_in_bytes
     row: dict[str, Any] = dict(temp_GB=temporaries / 1e9, total_GB=total / 1e9)

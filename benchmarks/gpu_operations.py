@@ -55,7 +55,9 @@ class CoreAttention:
         *floats, selection, seed = operands
 
         def loss(floats):
-            out = self.forward(*floats, selection, seed).astype(jnp.float32)
+            queries, keys, values, sinks = floats
+            out = self.forward(queries, keys, values, sinks, selection, seed)
+            out = out.astype(jnp.float32)
             return jnp.sum(out * seed.astype(jnp.float32))
 
         return jax.grad(loss)(floats)
@@ -305,8 +307,7 @@ def indexer_case(alone: IndexerAlone, tokens: int, form: str) -> Case:
 def finders(count: int) -> dict[str, Callable[..., Any]]:
     """Ways to find the `count` highest scores."""
     return {
-        "top_k, stable": lambda x: lax.top_k(x, count)[1],
-        "top_k": lambda x: lax.top_k(x, count, is_stable=False)[1],
+        "top_k": lambda x: lax.top_k(x, count)[1],
         "threshold": lambda x: highest(x, count),
         "threshold, listed": lambda x: listed(highest(x, count), count),
     }
