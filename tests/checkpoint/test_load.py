@@ -94,7 +94,7 @@ def test_a_quantised_release_over_a_mesh_gives_the_official_codes_logits():
     assert_as_released(*both_logits(model, tokens))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quantised_blocks_under_shard_map_compute_the_same():
     mesh, rows = make_mesh(expert=2, tensor=2), P("expert")
     generator = np.random.default_rng(0)

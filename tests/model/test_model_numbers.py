@@ -88,15 +88,12 @@ def test_gradients_equal_those_of_autograd(seed):
     assert np.median(list(errors.values())) <= 5e-5
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        pytest.param((SLIDING, CSA, CSA, HCA), marks=pytest.mark.exhaustive),
-        pytest.param((HCA, CSA, CSA), marks=pytest.mark.slow),
-    ],
-    ids=len,
-)
-def test_gradients_do_not_depend_on_remat(kinds):
+REPEATING = [(CSA, CSA), (HCA, CSA, CSA), (SLIDING, CSA, CSA, HCA)]
+
+
+@pytest.mark.parametrize("number", tiers(range(3), in_ci=[0]))
+def test_gradients_do_not_depend_on_remat(number):
+    kinds = REPEATING[number]
     config = small_config(
         num_hidden_layers=len(kinds),
         layer_types=kinds,

@@ -14,6 +14,7 @@ from dsv4_eqx import from_pretrained, layer_mask, use_kernels
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from tests.models import QUICKLY, random_model, random_tokens, relative
+from tests.tiers import tiers
 from tests.tiny import tiny_config
 
 NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
@@ -99,7 +100,7 @@ def expected_log_sum_exp(attention, x, selected):
     return np.log(total + np.exp(wide(attention.sinks)))
 
 
-@pytest.mark.parametrize("length", [3, 13, LENGTH])
+@pytest.mark.parametrize("length", tiers([3, 13, LENGTH], in_ci=[13, LENGTH]))
 def test_values_equal_the_formulas(length):
     tokens = random_tokens(1, length, config=CONFIG)
     out, values = observe(model(), tokens)
@@ -157,7 +158,7 @@ def test_values_are_those_of_each_document():
         start = end
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", tiers([False, True], in_ci=[True]))
 def test_values_come_out_of_gradients_and_have_gradients(remat):
     tokens = random_tokens(3, LENGTH, config=CONFIG)
     trained, rest = eqx.partition(model(), layer_mask(model(), [2, 4]))
@@ -255,6 +256,7 @@ def test_a_part_of_ones_own_shows_what_it_has():
         _ = values[0].routing.counts
 
 
+@pytest.mark.exhaustive
 def test_values_are_seen_in_float64():
     with jax.enable_x64(True), use_kernels("reference"):
         exact = jax.tree.map(

@@ -68,7 +68,7 @@ def test_no_operation_promotes_ranks_over_a_mesh(without_rank_promotion):
         jax.eval_shape(jax.grad(loss, allow_int=True), sharded, *args)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_text_is_generated_where_ranks_are_not_promoted(without_rank_promotion):
     sampling = Sampling(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01)
     options = dict(max_new_tokens=3, sampling=sampling, key=jax.random.key(0))
