@@ -6,7 +6,6 @@ Each device runs the layers on its part of the weights and rows; `parallelize` a
 sums over devices that the parts need. It needs optax; on a CPU it makes eight devices.
 """
 
-import pathlib
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 import dsv4_eqx as dsv4
@@ -34,19 +32,9 @@ class Layer(eqx.Module):
         entries = dsv4.Compressor(dim, 32, 4, overlap=True, rope=rope, key=keys[2])
         scored = dsv4.Compressor(dim, 24, 4, overlap=True, rope=rope, key=keys[3])
         indexer = dsv4.Indexer(dim, 40, 8, 8, compressor=scored, key=keys[4])
-        self.attention = dsv4.Attention(
-            dim,
-            num_heads=8,
-            head_dim=32,
-            q_rank=40,
-            num_groups=4,
-            out_per_group=24,
-            window=16,
-            rope=rope,
-            compressor=entries,
-            indexer=indexer,
-            key=keys[5],
-        )
+        sizes = dict(q_rank=40, num_groups=4, out_per_group=24, window=16)
+        parts: Any = dict(rope=rope, compressor=entries, indexer=indexer)
+        self.attention = dsv4.Attention(dim, 8, 32, **sizes, **parts, key=keys[5])
         router = dsv4.TopKRouter(dim, 16, 2, key=keys[6])
         experts = dsv4.Experts(dim, 48, 16, key=keys[7])
         self.moe = dsv4.MoE(router, experts, dsv4.SharedExpert(dim, 48, key=keys[8]))
@@ -73,7 +61,8 @@ class Model(eqx.Module):
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def train(steps: int) -> None:
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
     *layer_keys, key = jax.random.split(jax.random.key(0), 4)
     embedding = 0.02 * jax.random.normal(key, (256, 64))
     model: Any = Model(embedding, [Layer(64, key) for key in layer_keys])
@@ -82,12 +71,11 @@ def train(steps: int) -> None:
     specs = dsv4.partition_specs(model, rules, mesh=mesh)
     optimizer = optax.adamw(3e-3)
 
-    def loss_of_rows(model: Model, tokens: Array) -> Array:
+    def local(model: Model, tokens: Array) -> Array:
         return jax.lax.pmean(parallelize(model, mesh).loss(tokens), rows)
 
-    loss = jax.shard_map(
-        loss_of_rows, mesh=mesh, in_specs=(specs, P(rows)), out_specs=P()
-    )
+    in_specs = specs, jax.P(rows)
+    loss = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=jax.P())
 
     @jax.jit
     def step(model: Any, state: optax.OptState, tokens: Array) -> tuple:
@@ -95,13 +83,12 @@ def train(steps: int) -> None:
         updates, state = optimizer.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, nats
 
-    text = np.frombuffer(pathlib.Path(__file__).read_bytes(), np.uint8)
-    state, tokens = optimizer.init(model), jnp.asarray(text[: 4 * 129], jnp.int32)
-    for i in range(steps):
-        model, state, nats = step(model, state, tokens.reshape(4, 129))
+    tokens = np.fromfile(__file__, np.uint8, 4 * 129).reshape(4, 129).astype(np.int32)
+    state = optimizer.init(model)
+    for i in range(20):
+        model, state, nats = step(model, state, tokens)
         print(f"step {i}: {nats:.3f} nats a byte")
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
-    train(steps=20)
+    main()
