@@ -55,3 +55,6 @@ from dsv4_eqx.training.masks import apply_mask as apply_mask
 from dsv4_eqx.training.masks import decay_mask as decay_mask
 from dsv4_eqx.training.masks import layer_mask as layer_mask
 from dsv4_eqx.training.masks import trainable as trainable
+from dsv4_eqx.training.optimizer import optimizer as optimizer
+from dsv4_eqx.training.roles import describe_optimizer as describe_optimizer
+from dsv4_eqx.training.schedule import schedule as schedule
