@@ -51,10 +51,16 @@ from dsv4_eqx.sharding.rules import DEFAULT_RULES as DEFAULT_RULES
 from dsv4_eqx.sharding.rules import partition_specs as partition_specs
 from dsv4_eqx.sharding.shard import shard as shard
 from dsv4_eqx.sharding.sharded_model import ShardedModel as ShardedModel
+from dsv4_eqx.training.balance import BalanceParts as BalanceParts
+from dsv4_eqx.training.balance import balance_loss as balance_loss
+from dsv4_eqx.training.balance import scored_routings as scored_routings
+from dsv4_eqx.training.losses import NextTokenParts as NextTokenParts
+from dsv4_eqx.training.losses import next_token_loss as next_token_loss
 from dsv4_eqx.training.masks import apply_mask as apply_mask
 from dsv4_eqx.training.masks import decay_mask as decay_mask
 from dsv4_eqx.training.masks import layer_mask as layer_mask
 from dsv4_eqx.training.masks import trainable as trainable
 from dsv4_eqx.training.optimizer import optimizer as optimizer
 from dsv4_eqx.training.roles import describe_optimizer as describe_optimizer
+from dsv4_eqx.training.router_bias import update_router_bias as update_router_bias
 from dsv4_eqx.training.schedule import schedule as schedule

@@ -22,7 +22,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dsv4_eqx as dsv4
-from dsv4_eqx import AttentionValues, IndexerValues, LayerValues, Routing
+from dsv4_eqx import (
+    AttentionValues,
+    BalanceParts,
+    IndexerValues,
+    LayerValues,
+    NextTokenParts,
+    Routing,
+)
 from dsv4_eqx.attention.cache import AttentionCache, CompressorState, Extended
 from dsv4_eqx.generation.prompt import Caches
 from dsv4_eqx.generation.result import Generated
@@ -56,6 +63,7 @@ OF_ACTIVATIONS = {
     IndexerValues: {"batch", "seq", "selected"},
     AttentionValues: {"batch", "seq"},
     LayerValues: {"batch", "seq"},
+    BalanceParts: {"layers"},
     MTPCache: {"batch"},
 }
 # What it stands for decides.
@@ -120,6 +128,13 @@ def shown():
     return LayerValues(jnp.zeros((3, 5, 4, T.hidden_size)), attention, routing)
 
 
+def parts():
+    """What losses consist of."""
+    one, count, layers = jnp.zeros(()), jnp.int32(3), jnp.zeros(4)
+    nats = NextTokenParts(one, count, one, count)
+    return nats, NextTokenParts(one, count, None, None), BalanceParts(layers, layers)
+
+
 def trees():
     """Everything that is walked."""
     cache = model().init_cache(3, 50)
@@ -144,7 +159,7 @@ def trees():
         parallel_model(),
         entries(),
         packed(),
-        (generated, state, chosen, rules, lookahead, caches, stacks, shown()),
+        (generated, state, chosen, rules, lookahead, caches, stacks, shown(), parts()),
         of_a_mesh(),
     ]
 

@@ -11,8 +11,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dsv4_eqx.attention.cache import AttentionCache, Extended
+from dsv4_eqx.attention.documents import validate_segment_ids
 from dsv4_eqx.config.config import Config
-from dsv4_eqx.model.inputs import Lengths, SegmentIds, TokenIds
+from dsv4_eqx.model.inputs import (
+    Lengths,
+    SegmentIds,
+    TokenIds,
+    validate_prediction_block,
+    validate_token_ids,
+    validate_two_tokens,
+)
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.numerics.validation import validate_counts
@@ -152,6 +160,8 @@ class AbstractModel(eqx.Module):
         hidden: Float[Array, "*batch dim"],
         targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
+        *,
+        chunk: int | None = None,
     ) -> Float[Array, "*batch"]:
         """Cross-entropy of each target in nats, at least float32.
 
@@ -161,13 +171,37 @@ class AbstractModel(eqx.Module):
         - `targets`: the next token at each position.
         - `mask`: which targets count; all by default. The cross-entropy of the others
             is 0, whatever they are: the mean is `nats.sum() / mask.sum()`.
+        - `chunk`: the most tokens whose logits are held at once, over a mesh those of
+            each device; all by default. Logits are computed again for the gradient.
 
         **Raises:** ValueError if targets or mask do not have one value for each
-        position, or a target that counts is outside the vocabulary. Under `jit`, where
-        values are unknown, the cross-entropy of such a target is NaN.
+        position, or a target that counts is outside the vocabulary, or `chunk` is not a
+        positive integer. Under `jit`, where values are unknown, the cross-entropy of
+        such a target is NaN.
         """
 
     @abc.abstractmethod
+    def hidden_ahead(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+    ) -> Float[Array, "batch seq dim"]:
+        """The prediction block's hidden activations, for `unembed` or `cross_entropy`.
+
+        Those at position p predict token p + 2, from the streams at p and token p + 1.
+        At the last position of a row or document they are meaningless, and at the last
+        but one there is no token to predict.
+
+        **Arguments:**
+
+        - `streams`: from `streams` or `observe_streams` of the same tokens.
+        - `tokens`, `segment_ids`: as for calling; at least two tokens.
+
+        **Raises:** ValueError if the model has no prediction block, there is a single
+        token or the streams have another shape, and as for calling.
+        """
+
     def multi_token_logits(
         self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
     ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
@@ -184,6 +218,16 @@ class AbstractModel(eqx.Module):
         **Raises:** ValueError if the model has no prediction block or there is a single
         token, and as for calling.
         """
+        call = "multi_token_logits"
+        validate_prediction_block(call, self.num_mtp)
+        token_ids = validate_token_ids(call, tokens, self.config.vocab_size)
+        validate_two_tokens(call, token_ids)
+        if segment_ids is not None:
+            validate_segment_ids(call, segment_ids, token_ids.shape)
+        streams = self.streams(token_ids, segment_ids, remat=remat)
+        ahead = self.hidden_ahead(streams, token_ids, segment_ids)
+        logits = self.unembed(self.collapse(streams))
+        return logits, self.unembed(ahead)[:, :-1]
 
     @abc.abstractmethod
     def init_cache(self, batch: int, capacity: int) -> Cache:

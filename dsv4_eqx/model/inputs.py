@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from dsv4_eqx.attention.documents import document_starts, validate_segment_ids
 from dsv4_eqx.numerics.validation import (
@@ -56,6 +56,32 @@ def validate_new_tokens(
     return jnp.asarray(tokens, jnp.int32), lengths
 
 
+def validate_prediction_block(call: str, num_mtp: int) -> None:
+    """Refuses a model that has not one prediction block."""
+    if num_mtp != 1:
+        raise ValueError(
+            f"{call}: the model has {num_mtp} prediction blocks "
+            "(num_nextn_predict_layers); it needs one."
+        )
+
+
+def validate_two_tokens(call: str, token_ids: TokenIds) -> None:
+    """Refuses rows of a single token, which have nothing to predict."""
+    if token_ids.shape[1] < 2:
+        raise ValueError(f"{call}: give at least two tokens a row.")
+
+
+def validate_streams(
+    call: str, streams: Float[Array, "..."], token_ids: TokenIds
+) -> None:
+    """Refuses residual streams of other positions than the tokens have."""
+    if streams.ndim != 4 or streams.shape[:2] != token_ids.shape:
+        raise ValueError(
+            f"{call}: streams of shape {streams.shape} are not (batch, seq, streams, "
+            f"dim) of the tokens of shape {token_ids.shape}."
+        )
+
+
 def token_places(
     call: str, token_ids: Int[Array, "batch seq"], segment_ids: SegmentIds
 ) -> tuple[Int32[Array, "batch seq"], Int32[Array, "batch seq"] | None]:
@@ -91,7 +117,7 @@ def validate_targets(
         )
     kept = targets
     if mask is not None:
-        _validate_mask(call, mask, shape)
+        validate_mask(call, mask, shape)
         where = np.where if is_concrete(targets, mask) else jnp.where
         kept = where(mask, targets, targets.dtype.type(0))
     _check_range(call, "target", kept, vocab)
@@ -100,7 +126,8 @@ def validate_targets(
     return jnp.asarray(kept, jnp.int32 if is_narrow or is_concrete(kept) else None)
 
 
-def _validate_mask(call: str, mask: Any, shape: tuple[int, ...]) -> None:
+def validate_mask(call: str, mask: Any, shape: tuple[int, ...]) -> None:
+    """Refuses what is not one boolean for each target."""
     is_array = isinstance(mask, jax.Array | np.ndarray)
     if not is_array or mask.dtype != bool or mask.shape != shape:
         got = f"{mask.dtype}{list(mask.shape)}" if is_array else type(mask).__name__

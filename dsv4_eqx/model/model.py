@@ -17,6 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.hyper_connection import HyperHead
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
+from dsv4_eqx.model.cross_entropy import (
+    cross_entropy_from_hidden,
+    in_chunks,
+    logits_from,
+)
 from dsv4_eqx.model.inputs import (
     Lengths,
     SegmentIds,
@@ -24,21 +29,24 @@ from dsv4_eqx.model.inputs import (
     is_concrete,
     token_places,
     validate_new_tokens,
+    validate_prediction_block,
+    validate_streams,
     validate_targets,
     validate_token_ids,
+    validate_two_tokens,
 )
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP, MTPCache
 from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.model.parts import make_hyper_head
 from dsv4_eqx.numerics.initial import normal
-from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.quantized_weight import is_quantized
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
     validate_dtype,
     validate_int,
     validate_key,
+    validate_size,
 )
 from dsv4_eqx.primitives.norm import RMSNorm
 
@@ -149,38 +157,33 @@ class DeepSeekV4(AbstractModel):
         hidden: Float[Array, "*batch dim"],
         targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
+        *,
+        chunk: int | None = None,
     ) -> Float[Array, "*batch"]:
         """Cross-entropy in nats of each target: see `AbstractModel.cross_entropy`."""
-        positions, vocab = hidden.shape[:-1], self.config.vocab_size
-        targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
-        nats = cross_entropy_from_logits(self.unembed(hidden), targets)
+        call, vocab = "cross_entropy", self.config.vocab_size
+        targets = validate_targets(call, targets, hidden.shape[:-1], vocab, mask)
+        chunk = None if chunk is None else validate_size(call, "chunk", chunk)
+        weights = self.unembedding
+        nats = in_chunks(cross_entropy_from_hidden, chunk, weights, hidden, targets)
         return nats if mask is None else jnp.where(mask, nats, 0)
 
-    @jax.named_scope("unembed")
     def unembed(
         self, hidden: Float[Array, "*batch dim"]
     ) -> Float[Array, "*batch vocab"]:
         """Logits of the next token, at least float32."""
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            self.unembedding,
-            preferred_element_type=at_least_float32(hidden).dtype,
-        )
+        return logits_from(hidden, self.unembedding)
 
-    def multi_token_logits(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
-    ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """Logits of the next two tokens: see `AbstractModel.multi_token_logits`."""
-        token_ids = self.validate_ahead(tokens)
-        places = token_places("multi_token_logits", token_ids, segment_ids)
-        streams = self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
-        following = token_ids[:, 1:]
-        positions, documents = jax.tree.map(lambda x: x[:, :-1], places)
-        ahead = self.mtp[0](
-            streams[:, :-1], self.embedding[following], following, positions, documents
-        )
-        return self.unembed(self.collapse(streams)), self.unembed(ahead)
+    def hidden_ahead(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+    ) -> Float[Array, "batch seq dim"]:
+        """The prediction block's activations: see `AbstractModel.hidden_ahead`."""
+        token_ids, following = self.validate_ahead(streams, tokens)
+        places = token_places("hidden_ahead", token_ids, segment_ids)
+        return self.mtp[0](streams, self.embedding[following], following, *places)
 
     @property
     def num_mtp(self) -> int:
@@ -189,7 +192,7 @@ class DeepSeekV4(AbstractModel):
 
     def init_mtp_cache(self, batch: int, capacity: int) -> MTPCache:
         """The prediction block's state: see `AbstractModel.init_mtp_cache`."""
-        self._validate_prediction_block("init_mtp_cache")
+        validate_prediction_block("init_mtp_cache", self.num_mtp)
         batch, capacity = self._validate_sizes("init_mtp_cache", batch, capacity)
         return self.mtp[0].init_cache(batch, capacity, self.embedding.dtype)
 
@@ -251,13 +254,17 @@ class DeepSeekV4(AbstractModel):
             )
         return token_ids
 
-    def validate_ahead(self, tokens: TokenIds) -> Int[Array, "batch seq"]:
-        """Token ids, validated as for `multi_token_logits`."""
-        self._validate_prediction_block("multi_token_logits")
+    def validate_ahead(
+        self, streams: Float[Array, "batch seq streams dim"], tokens: TokenIds
+    ) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
+        """Token ids, validated as for `hidden_ahead`, and the token after each."""
+        call = "hidden_ahead"
+        validate_prediction_block(call, self.num_mtp)
         token_ids = self.validate_tokens(tokens)
-        if token_ids.shape[1] < 2:
-            raise ValueError("multi_token_logits: give at least two tokens a row.")
-        return token_ids
+        validate_two_tokens(call, token_ids)
+        validate_streams(call, streams, token_ids)
+        # The last position has no next token. Any will do: its output means nothing.
+        return token_ids, jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
 
     def validate_new(
         self, tokens: TokenIds, cache: Cache, lengths: Lengths | None
@@ -273,7 +280,7 @@ class DeepSeekV4(AbstractModel):
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
         """Following token ids and their number, validated as for `extend_mtp`."""
         call = "extend_mtp"
-        self._validate_prediction_block(call)
+        validate_prediction_block(call, self.num_mtp)
         vocab = self.config.vocab_size
         token_ids, lengths = validate_new_tokens(call, following, lengths, vocab)
         rows = cache.lengths.shape if isinstance(cache, MTPCache) else None
@@ -283,13 +290,6 @@ class DeepSeekV4(AbstractModel):
                 f"{len(lengths)} rows need one from init_mtp_cache."
             )
         return token_ids, jnp.asarray(lengths, jnp.int32)
-
-    def _validate_prediction_block(self, call: str) -> None:
-        if len(self.mtp) != 1:
-            raise ValueError(
-                f"{call}: the model has {len(self.mtp)} prediction blocks "
-                "(num_nextn_predict_layers); it needs one."
-            )
 
     def _validate_sizes(self, call: str, batch: int, capacity: int) -> tuple[int, int]:
         max_positions = self.config.max_position_embeddings
@@ -307,16 +307,6 @@ def abstract_model(config: Config, dtype: DTypeLike) -> DeepSeekV4:
         return DeepSeekV4(config, key=jax.random.key(0), dtype=dtype)
 
     return eqx.filter_eval_shape(make)
-
-
-def cross_entropy_from_logits(
-    logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"]
-) -> Float[Array, "*batch"]:
-    """Cross-entropy in nats of each target; NaN for a target outside the vocabulary."""
-    is_token = (targets >= 0) & (targets < logits.shape[-1])
-    index = jnp.where(is_token, targets, 0)[..., None]
-    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    return jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
 
 
 def count_params(tree: object) -> int:

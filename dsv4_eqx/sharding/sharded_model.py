@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
+from dsv4_eqx.model.cross_entropy import in_chunks, logits_from
 from dsv4_eqx.model.inputs import (
     Lengths,
     SegmentIds,
@@ -32,6 +33,7 @@ from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.numerics.compile_once import compiled_once
+from dsv4_eqx.numerics.validation import validate_size
 from dsv4_eqx.numerics.varying import varying
 from dsv4_eqx.sharding.fsdp import gather_in_use
 from dsv4_eqx.sharding.gather import gather
@@ -134,6 +136,8 @@ class ShardedModel(AbstractModel):
         hidden: Float[Array, "*batch dim"],
         targets: Int[Array | np.ndarray, "*batch"],
         mask: Bool[Array | np.ndarray, "*batch"] | None = None,
+        *,
+        chunk: int | None = None,
     ) -> Float[Array, "*batch"]:
         """Cross-entropy of each target in nats, at least float32.
 
@@ -141,30 +145,29 @@ class ShardedModel(AbstractModel):
 
         **Arguments, raises:** as for `AbstractModel.cross_entropy`.
         """
-        positions, vocab = hidden.shape[:-1], self.config.vocab_size
-        targets = validate_targets("cross_entropy", targets, positions, vocab, mask)
-        split = token_split("cross_entropy", targets.shape, self.mesh)
+        call, vocab = "cross_entropy", self.config.vocab_size
+        targets = validate_targets(call, targets, hidden.shape[:-1], vocab, mask)
+        chunk = None if chunk is None else validate_size(call, "chunk", chunk)
+        split = token_split(call, targets.shape, self.mesh)
         axis, spec = self._for_vocab(split)
-        run = eqx.Partial(_nats, axis, self._vocab_axis)
+        run = eqx.Partial(_nats, axis, self._vocab_axis, chunk)
         nats = self._run(run, split, spec, hidden, targets)
         return nats if mask is None else jnp.where(mask, nats, 0)
 
-    def multi_token_logits(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
-    ) -> tuple[Float[Array, "batch seq vocab"], Float[Array, "batch seq-1 vocab"]]:
-        """Logits of the next token, and of the token after next.
+    def hidden_ahead(
+        self,
+        streams: Float[Array, "batch seq streams dim"],
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+    ) -> Float[Array, "batch seq dim"]:
+        """The prediction block's hidden activations, for `unembed`.
 
-        **Arguments, raises:** as for `AbstractModel.multi_token_logits`.
+        **Arguments, raises:** as for `AbstractModel.hidden_ahead`.
         """
-        token_ids = self.model.validate_ahead(tokens)
-        places = token_places("multi_token_logits", token_ids, segment_ids)
-        streams = self.streams(token_ids, segment_ids, remat=remat)
-        split = token_split("multi_token_logits", token_ids.shape, self.mesh)
-        # The last position has no next token. Any will do: its output is dropped.
-        following = jnp.pad(token_ids[:, 1:], ((0, 0), (0, 1)))
-        ahead = self._run(_ahead, split, split.spec, streams, following, *places)
-        logits = self.unembed(self.collapse(streams))
-        return logits, self.unembed(ahead)[:, :-1]
+        token_ids, following = self.model.validate_ahead(streams, tokens)
+        places = token_places("hidden_ahead", token_ids, segment_ids)
+        split = token_split("hidden_ahead", token_ids.shape, self.mesh)
+        return self._run(_ahead, split, split.spec, streams, following, *places)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """The state before any token, for `extend`; only its rows are split.
@@ -321,10 +324,19 @@ def _logits(gathered: str | None, model: Any, hidden: Array) -> Array:
 
 
 def _nats(
-    gathered: str | None, vocab: str | None, model: Any, hidden: Array, targets: Array
+    gathered: str | None,
+    vocab: str | None,
+    chunk: int | None,
+    model: Any,
+    hidden: Array,
+    targets: Array,
 ) -> Array:
-    logits = _logits(gathered, model, hidden)
-    return cross_entropy_split_vocab(logits, _all_tokens(targets, gathered), vocab)
+    def nats(unembedding: Array, hidden: Array, targets: Array) -> Array:
+        logits = logits_from(hidden, unembedding)
+        return cross_entropy_split_vocab(logits, targets, vocab)
+
+    tokens = (_all_tokens(x, gathered) for x in (hidden, targets))
+    return in_chunks(nats, chunk, model.unembedding, *tokens)
 
 
 def _all_tokens(x: Array, axis: str | None) -> Array:

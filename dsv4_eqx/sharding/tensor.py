@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.attention.values import AttentionValues, observed
-from dsv4_eqx.model.model import cross_entropy_from_logits
+from dsv4_eqx.model.cross_entropy import cross_entropy_from_logits
 from dsv4_eqx.sharding.gather import gather, own_part, sum_and_split
 
 

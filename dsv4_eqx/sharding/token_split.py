@@ -11,7 +11,7 @@ from dsv4_eqx.sharding.rules import entry_of
 
 _BATCH, _CONTEXT, _HEADS = ("data", "expert"), "context", "tensor"
 # Calls in which tokens see other tokens.
-_WHOLE_SEQUENCES: Final = ("streams", "multi_token_logits")
+_WHOLE_SEQUENCES: Final = ("streams", "hidden_ahead")
 
 
 @dataclasses.dataclass(frozen=True)

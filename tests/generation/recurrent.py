@@ -90,7 +90,7 @@ class Recurrent(AbstractModel):
     def streams(self, tokens, *, remat=False):
         raise NotImplementedError
 
-    cross_entropy = multi_token_logits = streams
+    cross_entropy = hidden_ahead = streams
 
     # By hand, in numpy.
 

@@ -15,8 +15,9 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.config.kinds import CSA, TOPK_MOE
+from dsv4_eqx.model.cross_entropy import cross_entropy_from_logits
 from dsv4_eqx.model.inputs import validate_targets, validate_token_ids
-from dsv4_eqx.model.model import abstract_model, cross_entropy_from_logits
+from dsv4_eqx.model.model import abstract_model
 from tests.checkpoint.saving import one_layer
 from tests.models import (
     LENGTH,

@@ -45,6 +45,19 @@ def test_any_parts_give_what_the_whole_gives():
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
+def test_hidden_activations_of_the_block_are_those_of_its_logits():
+    model, tokens = random_model(small_config()), random_tokens(4, 9)
+
+    @quick_jit
+    def both(model, tokens):
+        hidden = model.hidden_ahead(model.streams(tokens), tokens)
+        return model.unembed(hidden), model.multi_token_logits(tokens)[1]
+
+    found, expected = both(model, tokens)
+    assert found.shape == (2, 9, 97)
+    np.testing.assert_array_equal(found[:, :-1], expected)
+
+
 def test_what_does_not_fit_the_prediction_block_is_refused(without_shape_checks):
     model = random_model(small_config())
     without = random_model(small_config(num_nextn_predict_layers=0))
@@ -58,6 +71,18 @@ def test_what_does_not_fit_the_prediction_block_is_refused(without_shape_checks)
         (
             lambda: without.extend_mtp(streams, tokens, cache, lengths),
             "extend_mtp: .* 0 prediction",
+        ),
+        (
+            lambda: without.hidden_ahead(streams, tokens),
+            "hidden_ahead: .* 0 prediction",
+        ),
+        (
+            lambda: model.hidden_ahead(streams[:, :1], tokens[:, :1]),
+            "hidden_ahead: give at least two tokens",
+        ),
+        (
+            lambda: model.hidden_ahead(streams[:, 1:], tokens),
+            r"hidden_ahead: streams of shape \(2, 2, .* tokens of shape \(2, 3\)",
         ),
         (
             lambda: model.extend_mtp(streams, tokens + 97, cache, lengths),

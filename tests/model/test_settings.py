@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_eqx import Sampling, generate, shard, use_kernels
+from dsv4_eqx import (
+    Sampling,
+    balance_loss,
+    generate,
+    next_token_loss,
+    scored_routings,
+    shard,
+    use_kernels,
+)
 from tests.models import random_model, random_tokens, small_config
 from tests.sharded import make_mesh
 from tests.tiers import tiers
@@ -37,10 +45,13 @@ def test_no_operation_promotes_ranks(form, without_rank_promotion):
     segment_ids = np.repeat([[0, 4, 7]], [1, 32, 100], axis=1).repeat(2, 0)
 
     def loss(model, *segment_ids):
-        hidden, _ = model.observe(tokens, *segment_ids, remat=True)
+        streams, layers = model.observe_streams(tokens, *segment_ids, remat=True)
         logits, ahead = model.multi_token_logits(tokens, *segment_ids)
-        nats = model.cross_entropy(hidden, tokens, tokens > 3)
-        return nats.sum() + logits.sum() + ahead.sum()
+        nats = model.cross_entropy(model.collapse(streams), tokens, tokens > 3)
+        options = dict(mask=tokens > 3, streams=streams, mtp_weight=0.3, chunk=60)
+        mean, _ = next_token_loss(model, tokens, *segment_ids, **options)
+        balance, _ = balance_loss(scored_routings(model, layers), *segment_ids)
+        return nats.sum() + logits.sum() + ahead.sum() + mean + balance
 
     def extend(model):
         hidden, cache = model.extend(tokens, model.init_cache(2, 140))
