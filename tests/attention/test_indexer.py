@@ -256,7 +256,8 @@ def test_never_an_invisible_entry_nor_one_twice(gather_cost):
 
 @pytest.mark.parametrize("gather_cost", [0, 10**6])
 def test_entries_over_a_tile_are_scored_alike(gather_cost, monkeypatch):
-    indexer, given = small_indexer(topk=4), operands(130)
+    indexer, (latent, weights, at, keys) = small_indexer(topk=4), operands(130)
+    given = latent, weights, jnp.full_like(at, 129), keys  # all see the last entry
     expected = picks(run_select(indexer, given, gather_cost))
     for tile in (7, 42, 43):
         form = dataclasses.replace(FORMS["cpu"], entry_tile=tile)
