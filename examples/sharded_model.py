@@ -79,7 +79,7 @@ def run(step, model, tokens, steps):
 
 
 def print_placement(model):
-    """Bytes of the weights on each device, and what a training step sends."""
+    """Bytes of the weights, in all and on each device."""
     whole, held = 0, collections.Counter()
     for leaf in jax.tree.leaves(model):
         whole += leaf.nbytes

@@ -79,9 +79,10 @@ def generate(
         and `texts`.
     - `logits_fn`: `logits_fn(logits, tokens, lengths)` returns the logits `[rows,
         vocab]` to choose from, given the model's logits, each row's tokens so far,
-        prompt included but not the earlier turns of `after`, and their number. It is
-        compiled, and so must be a pure JAX function, and it must leave a finite logit
-        in each row. Another function needs another compilation.
+        prompt included, and their number. Of the earlier turns of `after`, they begin
+        with the last token alone. It is compiled, and so must be a pure JAX function,
+        and it must leave a finite logit in each row. Another function needs another
+        compilation.
     - `capacity`: the most tokens that a row of the cache can have. By default, enough
         for this call, rounded up so that similar calls need no compilation.
     - `after`: an earlier result, whose rows these prompts continue, as in the next turn

@@ -315,6 +315,6 @@ class AbstractModel(eqx.Module):
         - `cache`: from `init_mtp_cache` or another call.
         - `lengths`: new tokens of each row.
 
-        **Raises:** ValueError if there is no prediction block, or ids, cache and
-        lengths do not match, as for `extend`.
+        **Raises:** ValueError if there is no prediction block, or streams, ids, cache
+        and lengths do not match, as for `extend`.
         """

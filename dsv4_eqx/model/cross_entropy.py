@@ -57,7 +57,7 @@ def in_chunks(
     """`function(unembedding, hidden, targets)` of at most `chunk` tokens at a time.
 
     Each chunk is computed again in the backward pass. All chunks have the same number
-    of tokens, the last one with padding: fewer tokens than there are chunks.
+    of tokens, the last one padded by fewer than there are chunks.
     """
     num_tokens = targets.size
     num_chunks = 1 if chunk is None else -(-num_tokens // chunk)

@@ -204,7 +204,8 @@ class DeepSeekV4(AbstractModel):
         lengths: Int[Array, " batch"],
     ) -> tuple[Float[Array, "batch seq dim"], MTPCache]:
         """The prediction block's activations: see `AbstractModel.extend_mtp`."""
-        following, lengths = self.validate_following(following, cache, lengths)
+        new = streams, following, cache, lengths
+        following, lengths = self.validate_following(*new)
         embedded = self.embedding[following]
         return self.mtp[0].extend(streams, embedded, following, cache, lengths)
 
@@ -276,13 +277,18 @@ class DeepSeekV4(AbstractModel):
         return token_ids, jnp.asarray(lengths, jnp.int32)
 
     def validate_following(
-        self, following: TokenIds, cache: MTPCache, lengths: Lengths
+        self,
+        streams: Float[Array, "..."],
+        following: TokenIds,
+        cache: MTPCache,
+        lengths: Lengths,
     ) -> tuple[Int[Array, "batch seq"], Int32[Array, " batch"]]:
         """Following token ids and their number, validated as for `extend_mtp`."""
         call = "extend_mtp"
         validate_prediction_block(call, self.num_mtp)
         vocab = self.config.vocab_size
         token_ids, lengths = validate_new_tokens(call, following, lengths, vocab)
+        validate_streams(call, streams, token_ids)
         rows = cache.lengths.shape if isinstance(cache, MTPCache) else None
         if rows != lengths.shape:
             raise ValueError(

@@ -215,7 +215,8 @@ class ShardedModel(AbstractModel):
 
         **Arguments, raises:** as for `AbstractModel.extend_mtp`.
         """
-        following, lengths = self.model.validate_following(following, cache, lengths)
+        new = streams, following, cache, lengths
+        following, lengths = self.model.validate_following(*new)
         split = token_split("extend_mtp", lengths.shape, self.mesh)
         inputs = streams, following, cache, lengths
         return self._run(DeepSeekV4.extend_mtp, split, split.spec, *inputs)

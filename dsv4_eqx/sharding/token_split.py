@@ -24,6 +24,8 @@ class TokenSplit:
     @property
     def spec(self) -> P:
         """The PartitionSpec of an array `[batch, seq, ...]`, or `[batch, ...]`."""
+        if not self.batch and not self.sequence:  # an array may have no dimensions
+            return P()
         entries = (self.batch, self.sequence) if self.sequence else (self.batch,)
         return P(*map(entry_of, entries))
 
@@ -39,8 +41,9 @@ def token_split(
     """How tokens of a shape are split: `()`, `(batch,)` or `(batch, seq, ...)`.
 
     Rows are split over `data` and `expert`, sequences over `context` and then `tensor`.
-    Where a sequence does not divide over `tensor`, its devices have the same tokens;
-    the same holds for `context` in calls where tokens do not see other tokens.
+    Where a sequence does not divide over `tensor`, its devices have the same tokens.
+    Where it does not divide over `context`, neither axis splits it in calls where
+    tokens do not see each other, and other calls raise a ValueError.
     """
     sizes = mesh.shape
     batch = tuple(axis for axis in _BATCH if sizes[axis] > 1)

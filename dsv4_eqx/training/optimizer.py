@@ -67,7 +67,7 @@ def optimizer(
     - `adam_b1`, `adam_b2`, `adam_eps`: of AdamW.
     - `own`: other optax transformations, learning rate included, for some arrays. The
         key is a part of their path: `own={"shared.down": optax.adamw(1e-3)}`. What has
-        a dimension of your own, or no annotation, needs one.
+        a matrix's dimension of your own, or no annotation, needs one.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`.
 
@@ -84,8 +84,8 @@ def optimizer(
         if name != "clip" or value is not None:
             validate_number("optimizer", name, value, above=0)
     validate_number("optimizer", "weight_decay", weight_decay)
-    if not callable(schedule) and not is_number(schedule):
-        allowed = "a learning rate, or a function of the steps done"
+    if not callable(schedule) and not (is_number(schedule) and schedule >= 0):
+        allowed = "a learning rate of at least 0, or a function of the steps done"
         raise invalid_argument("optimizer", "schedule", schedule, allowed)
     own = validate_own("optimizer", trained, own)
     leaf_roles("optimizer", trained, own)

@@ -83,7 +83,7 @@ def _moved(
         )
     loads = [_loads(call, i, counts[i], bias.shape[-1:]) for i in placed.layers]
     load = jnp.stack(loads) if placed.is_stacked else loads[0]
-    # Multiplied, not divided: the sign is 0 for an expert with exactly the mean.
+    # Multiplied, not divided: exact, and so 0 at the mean, up to 2**24 tokens.
     total = jnp.sum(load, axis=-1, keepdims=True)
     step = jnp.sign(total - load.shape[-1] * load)
     return bias + jnp.asarray(speed, bias.dtype) * step.astype(bias.dtype)
@@ -98,6 +98,6 @@ def _loads(
         found = f"{counts.dtype}{list(counts.shape)}" if is_array else counts
         allowed = f"an array of {shape[0]} numbers, one for each expert"
         raise invalid_argument(call, f"counts[{layer}]", found, allowed)
-    # Differences of large counts are exact; float32 would round the counts.
+    # Differences of integers are exact, where float32 would round large counts.
     counts = jnp.asarray(counts)
     return (counts - jnp.min(counts)).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Where the routers of a model are that choose experts by score."""
+"""Finds the routers of a model that choose experts by score."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from dsv4_eqx.sharding.sharded_model import ShardedModel
 
 
 class PlacedRouter(NamedTuple):
-    """A router, and the layers whose it is: several where layers are stacked."""
+    """A router, and the layers it belongs to: several where layers are stacked."""
 
     router: TopKRouter
     layers: tuple[int, ...]  # in the order of the stack; MTP blocks come last
@@ -18,7 +18,7 @@ class PlacedRouter(NamedTuple):
 
 
 def model_on_device(call: str, model: Any) -> DeepSeekV4:
-    """The `DeepSeekV4` that a model is, or holds the arrays of."""
+    """The `DeepSeekV4` itself, or the one inside of a `ShardedModel`."""
     inner = model.model if isinstance(model, ShardedModel) else model
     if not isinstance(inner, DeepSeekV4):
         name = type(model).__name__

@@ -24,8 +24,9 @@ def schedule(
     **Arguments:**
 
     - `peak`: the learning rate after the warm-up.
-    - `final`: the learning rate after the decay, and from then on.
-    - `warmup_steps`: steps from 0, which the first step has, to `peak`.
+    - `final`: the learning rate after the decay, and from then on; without steps of
+        decay, it stays at `peak`.
+    - `warmup_steps`: over how many steps it rises from 0, at the first step, to `peak`.
     - `constant_steps`: steps at `peak`.
     - `decay_steps`: steps from `peak` to `final`.
 

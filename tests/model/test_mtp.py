@@ -45,6 +45,14 @@ def test_any_parts_give_what_the_whole_gives():
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
+def test_streams_of_other_positions_are_refused(without_shape_checks):
+    model, lengths = random_model(small_config()), np.array([3, 3], np.int32)
+    streams = jnp.zeros((2, 1, 4, 60))
+    given = streams, jnp.zeros((2, 3), jnp.int32), model.init_mtp_cache(2, 9), lengths
+    with pytest.raises(ValueError, match=r"streams of shape \(2, 1, 4, 60\)"):
+        model.extend_mtp(*given)
+
+
 def test_hidden_activations_of_the_block_are_those_of_its_logits():
     model, tokens = random_model(small_config()), random_tokens(4, 9)
 

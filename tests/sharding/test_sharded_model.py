@@ -477,6 +477,8 @@ def test_a_token_alone_and_no_token_at_all():
     model = dsv4.shard(plain(), mesh)
     hidden = normal((CONFIG.hidden_size,), 8)
     np.testing.assert_allclose(model.unembed(hidden), plain().unembed(hidden), 1e-5)
+    ours, wanted = (one.cross_entropy(hidden, jnp.int32(3)) for one in (model, plain()))
+    np.testing.assert_allclose(ours, wanted, 1e-5)
     hidden = normal((BATCH, SEQ, CONFIG.hidden_size), 8)
     for one in (plain(), model):
         nats = quick_jit(lambda model, *args: model.cross_entropy(*args))

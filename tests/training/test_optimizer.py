@@ -288,6 +288,10 @@ def test_own_transformations_train_their_arrays():
         (dict(clip=-1.0), r"clip=-1.0\): .*above 0"),
         (dict(weight_decay=math.nan), r"weight_decay=nan"),
         (dict(schedule="cosine"), r"schedule='cosine'\): must be a learning rate"),
+        (
+            dict(schedule=-0.1),
+            r"schedule=-0.1\): must be a learning rate of at least 0",
+        ),
     ],
 )
 def test_wrong_numbers_are_refused(changes, message, without_shape_checks):
