@@ -8,8 +8,8 @@ from jax._src.lru_cache import LRUCache
 
 # What XLA calls YNNPACK for, where it is not told otherwise.
 YNN = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-# Compiles in a sixth of the time; LLVM's optimisation and YNNPACK, which XLA's products
-# of matrices otherwise call, change nothing tested with it.
+# Compiles in far less time; LLVM's optimisation and YNNPACK, which XLA's products of
+# matrices otherwise call, change nothing tested with it.
 QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_parallel_codegen_split_count": 1,

@@ -66,8 +66,8 @@ def optimizer(
     - `gamma`: the RMS of Muon's updates, before $\eta$; near that of AdamW's.
     - `adam_b1`, `adam_b2`, `adam_eps`: of AdamW.
     - `own`: other optax transformations, learning rate included, for some arrays. The
-        key is a part of their path: `own={"shared.down": optax.adamw(1e-3)}`. What has
-        a matrix's dimension of your own, or no annotation, needs one.
+        key is a part of their path: `own={"shared.down": optax.adamw(1e-3)}`. A
+        matrix with a dimension of your own needs one, and any array without annotation.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`.
 
