@@ -6,8 +6,9 @@
 For each kind of layer, bfloat16: forward, forward and backward, of one row of 4,096
 tokens, and a decoded token of 8 rows after 8,192. On a GPU it counts the kernels that
 the program launches and the loops whose rounds only the device knows; on a TPU, XLA
-says what moves through memory, where it counts a loop once. The table is printed and
-written to benchmarks/results/.
+says what moves through memory, where it counts a loop once. Beside it stands the least
+time that the device's rates allow: its products, or reading weights and caches and
+writing gradients once. The table is printed and written to benchmarks/results/.
 """
 
 import argparse
@@ -20,10 +21,12 @@ from typing import Any, Final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from gpu_cases import layer_flops, num_bytes
 from tqdm import tqdm
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.plan.absent import absent_devices, compile_for, launches
+from dsv4_eqx.plan.machines import Machine, is_gpu, machine
 
 RESULTS: Final = pathlib.Path(__file__).parent / "results"
 TOKENS: Final = 4096
@@ -85,14 +88,31 @@ def program(kind: str, what: str, tokens: int) -> tuple[Callable[..., Any], tupl
     return decode, (arrays, streams, ids, cache, start)
 
 
-def measure(device: Any, is_gpu: bool, kind: str, what: str, tokens: int) -> dict:
+def least_ms(on: Machine, kind: str, what: str, tokens: int, shapes: tuple) -> str:
+    """What the products take, and reading and writing once: the longer of the two."""
+    if on.products is None or on.bandwidth is None:
+        return "unknown"
+    config, (arrays, streams, _, *rest) = dsv4.Config.flash(), shapes
+    if what == "decoding":
+        # A matrix is read for each expert that a token chooses.
+        routed = num_bytes(arrays.moe.experts)
+        chosen = ROWS * config.num_experts_per_tok / config.n_routed_experts
+        moved = num_bytes(arrays) - routed * (1 - min(1.0, chosen)) + num_bytes(rest)
+        return f"{moved / on.bandwidth * 1e3:.2f}"
+    index = PASSES.index(what)
+    moved = (1, 3)[index] * num_bytes(arrays) + (2, 4)[index] * num_bytes(streams)
+    products = layer_flops(config, kind, tokens)[index]
+    return f"{max(moved / on.bandwidth, products / on.products) * 1e3:.2f}"
+
+
+def measure(device: Any, target: str, kind: str, what: str, tokens: int) -> dict:
     """One row of the table."""
     began = time.perf_counter()
     function, shapes = program(kind, what, tokens)
     compiled = compile_for(device, function, *shapes)
     row = {"layer": kind, "pass": what}
     memory = compiled.memory_analysis()
-    if is_gpu:
+    if is_gpu(target):
         found = launches(compiled.as_text())
         row |= {
             "launches": found.kernels,
@@ -104,6 +124,7 @@ def measure(device: Any, is_gpu: bool, kind: str, what: str, tokens: int) -> dic
     return row | {
         "temporaries, GB": f"{memory.temp_size_in_bytes / 1e9:.2f}",
         "arguments, GB": f"{memory.argument_size_in_bytes / 1e9:.2f}",
+        "at least, ms": least_ms(machine(target), kind, what, tokens, shapes),
         "compiled in, s": round(time.perf_counter() - began),
     }
 
@@ -121,21 +142,21 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Launches and memory, compiled only.")
-    parser.add_argument("target", help="h100, h200, v5p:2x2x1, or a description")
+    parser.add_argument("target", help="h100, h200, b200, v5p:2x2x1, or a description")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--passes", default=",".join(PASSES))
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="folder")
     options = parser.parse_args()
-    is_gpu = ":" not in options.target
     device = absent_devices(options.target)[0]
     cases = [
         (kind, what)
         for kind in options.layers.split(",")
         for what in options.passes.split(",")
     ]
-    with dsv4.use_kernels("hopper" if is_gpu else "tpu"):
+    with dsv4.use_kernels(machine(options.target).form):
         rows = [
-            measure(device, is_gpu, kind, what, options.tokens)
+            measure(device, options.target, kind, what, options.tokens)
             for kind, what in tqdm(cases)
         ]
     title = (
@@ -145,10 +166,10 @@ def main() -> None:
     )
     text = title + table(rows) + "\n"
     print(text)
-    RESULTS.mkdir(exist_ok=True)
+    options.output.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "_", pathlib.Path(options.target).stem)
     name += "" if options.tokens == TOKENS else f"_{options.tokens}"
-    (RESULTS / f"compiled_{name}.md").write_text(text)
+    (options.output / f"compiled_{name}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile",
         metavar="TARGET",
-        help="compile both steps for h100, h200, a TPU such as v5p:4x4x4, or the file "
-        "of a GPU's description, and tell what XLA says of them",
+        help="compile both steps for h100, h200, b200, a TPU such as v5p:4x4x4, or the "
+        "file of a GPU's description, and tell what XLA says of them",
     )
     parser.add_argument("--plot", help="a file for a picture of the mesh")
     return parser

@@ -6,7 +6,6 @@ can be run.
 """
 
 import os
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -14,28 +13,7 @@ from typing import Any, Final, NamedTuple
 import jax
 from jax.experimental import topologies
 
-# What XLA asks about a GPU. Clock in GHz, bytes and bytes/s.
-_HOPPER: Final = """gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth}  l2_cache_size: 52428800  clock_rate_ghz: 1.98
-  device_memory_size: {memory}
-  cuda_compute_capability {{ major: 9 }}
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 2 }}
-device_description_str: "{name}"
-"""
-_GPUS: Final = {
-    "h100": dict(
-        bandwidth=3352320000000, memory=84942979072, name="NVIDIA H100 80GB HBM3"
-    ),
-    "h200": dict(bandwidth=4800000000000, memory=150754820096, name="NVIDIA H200"),
-}
+from dsv4_eqx.plan.machines import machine
 
 
 class Launches(NamedTuple):
@@ -45,30 +23,17 @@ class Launches(NamedTuple):
     unknown_loops: tuple[str, ...]  # loops whose rounds only the device knows
 
 
-def is_gpu(target: str) -> bool:
-    """Whether a target of `absent_devices` is one or more GPUs."""
-    return re.fullmatch(r"v\d\w*:\d+(x\d+)*", target) is None
-
-
 def absent_devices(target: str, count: int = 1) -> list[Any]:
     """Devices to compile for. It must be called before JAX is asked for real ones.
 
-    The target is "h100", "h200", the file of another GPU's description (XLA's
+    The target is "h100", "h200", "b200", the file of another GPU's description (XLA's
     `GpuTargetConfigProto` as text), or a TPU and its chips, "v5p:2x2x1". `count` is of
     GPUs, all in one host.
     """
-    if not is_gpu(target):
+    description = machine(target).description
+    if description is None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         return _devices(target, "tpu", "tpu")
-    if target in _GPUS:
-        description = _HOPPER.format(**_GPUS[target])
-    elif os.path.isfile(target):
-        description = pathlib.Path(target).read_text()
-    else:
-        raise ValueError(
-            f"absent_devices was called with {target!r}: it must be one of "
-            f"{', '.join(_GPUS)}, a file, or a TPU such as 'v5p:2x2x1'."
-        )
     # Without a GPU nothing can be tried out.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     flags = os.environ.get("XLA_FLAGS", "")

@@ -16,8 +16,10 @@ from jax.typing import DTypeLike
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.kernels.form import use_kernels
 from dsv4_eqx.model.model import abstract_model
-from dsv4_eqx.plan.absent import Launches, absent_devices, is_gpu, launches
+from dsv4_eqx.plan.absent import Launches, absent_devices, launches
 from dsv4_eqx.plan.collectives import Collective, collectives
+from dsv4_eqx.plan.costs import flops_per_token
+from dsv4_eqx.plan.machines import is_gpu, machine
 from dsv4_eqx.plan.programs import decoding_step, training_step
 from dsv4_eqx.sharding.mesh import make_mesh
 from dsv4_eqx.sharding.shard import shard
@@ -29,6 +31,7 @@ class CompiledStep(NamedTuple):
     arguments: int  # bytes
     temporaries: int  # bytes
     results: int  # bytes, without those that take an argument's place
+    flops: float  # of the model's mathematics, without what is computed again
     moved: float | None  # bytes through memory, where XLA counts them
     launches: Launches | None  # of a GPU
     collectives: list[Collective]
@@ -50,16 +53,25 @@ def compile_steps(
     model = shard(abstract_model(config, dtype), mesh, fsdp=fsdp)
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
     newest = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    with use_kernels("hopper" if is_gpu(target) else "tpu"):
+    with use_kernels(machine(target).form):
         training = jax.jit(training_step).lower(model, tokens, tokens).compile()
         # A cache takes the place of the last.
         step = jax.jit(decoding_step, donate_argnums=2)
         decoding = step.lower(model, newest, model.init_cache(batch, seq)).compile()
-    programs = {"training": training, "decoding": decoding}
-    return {name: _said(x, mesh, target) for name, x in programs.items()}
+    # A backward pass has two products for each of the forward pass. The last token of a
+    # row costs what a sequence costs more than one without it.
+    row = seq * flops_per_token(config, seq)
+    shorter = (seq - 1) * flops_per_token(config, seq - 1) if seq > 1 else 0.0
+    share = batch / math.prod(sizes.values())
+    return {
+        "training": _said(training, mesh, target, 3 * row * share),
+        "decoding": _said(decoding, mesh, target, (row - shorter) * share),
+    }
 
 
-def _said(program: jax.stages.Compiled, mesh: Any, target: str) -> CompiledStep:
+def _said(
+    program: jax.stages.Compiled, mesh: Any, target: str, flops: float
+) -> CompiledStep:
     memory, text = program.memory_analysis(), program.as_text() or ""
     assert memory is not None
     cost = None if is_gpu(target) else program.cost_analysis()
@@ -67,6 +79,7 @@ def _said(program: jax.stages.Compiled, mesh: Any, target: str) -> CompiledStep:
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops,
         cost["bytes accessed"] if cost else None,
         launches(text) if is_gpu(target) else None,
         collectives(text, mesh),
@@ -82,6 +95,7 @@ def compiled_report(target: str, steps: Mapping[str, CompiledStep]) -> Iterator[
         numbers = (getattr(step, name) for step in steps.values())
         yield f"  {name:50}" + "".join(f"{x:>18,}" for x in numbers)
     for name, step in steps.items():
+        yield from _allowed_time(target, name, step)
         if step.moved is not None:
             yield f"a step of {name} moves {step.moved:,.0f} bytes; loops count once"
         if step.launches is not None:
@@ -96,3 +110,19 @@ def compiled_report(target: str, steps: Mapping[str, CompiledStep]) -> Iterator[
         for (kind, axes), sizes in totals.items():
             over = " x ".join(axes)
             yield f"  {kind:20}{over:22}{len(sizes):>7,} times{sum(sizes):>20,} bytes"
+
+
+def _allowed_time(target: str, name: str, step: CompiledStep) -> Iterator[str]:
+    """The least time of a step, by the rates that the device's maker states."""
+    _, products, bandwidth, _ = machine(target)
+    if products is not None:
+        yield (
+            f"a step of {name} takes at least {step.flops / products * 1e3:,.2f} ms to "
+            f"multiply, at {products / 1e12:,.0f} TFLOP/s"
+        )
+    if bandwidth is not None:
+        once = (step.arguments + step.results) / bandwidth
+        yield (
+            f"a step of {name} takes at least {once * 1e3:,.2f} ms to read its "
+            f"arguments and write its results, at {bandwidth / 1e12:,.2f} TB/s"
+        )
