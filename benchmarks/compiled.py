@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--passes", default=",".join(PASSES))
+    parser.add_argument("--form", help="of the kernels, if not the device's own")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="folder")
     options = parser.parse_args()
     device = absent_devices(options.target)[0]
@@ -154,13 +155,14 @@ def main() -> None:
         for kind in options.layers.split(",")
         for what in options.passes.split(",")
     ]
-    with dsv4.use_kernels(machine(options.target).form):
+    form = options.form or machine(options.target).form
+    with dsv4.use_kernels(form):
         rows = [
             measure(device, options.target, kind, what, options.tokens)
             for kind, what in tqdm(cases)
         ]
     title = (
-        f"# Compiled for {options.target}, jax {jax.__version__}\n\n"
+        f"# Compiled for {options.target}, jax {jax.__version__}, kernels {form!r}\n\n"
         f"One layer of Flash, bfloat16: one row of {options.tokens:,} tokens, and "
         f"decoding {ROWS} rows after {CONTEXT:,}.\n\n"
     )
@@ -168,6 +170,7 @@ def main() -> None:
     print(text)
     options.output.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "_", pathlib.Path(options.target).stem)
+    name += "" if options.form is None else f"_{form.replace('-', '_')}"
     name += "" if options.tokens == TOKENS else f"_{options.tokens}"
     (options.output / f"compiled_{name}.md").write_text(text)
 

@@ -27,6 +27,7 @@ class Form:
     stops_early: bool = False  # whether loops may end where the data say so
     hopper: bool = False  # whether the kernels written for Hopper GPUs run
     hopper_query_block: int = 4096  # where they do
+    untried: bool = False  # whether those run too that no GPU has run yet
 
 
 _WHOLE: Final = 1 << 30
@@ -37,6 +38,9 @@ FORMS: Final = {
         Form("cpu", query_block=64, entry_tile=256, stops_early=True),
         Form("gpu", query_block=512, entry_tile=2048),
         Form("hopper", query_block=2048, entry_tile=1024, hopper=True),
+        Form(
+            "hopper-next", query_block=2048, entry_tile=1024, hopper=True, untried=True
+        ),
         Form("tpu", query_block=512, entry_tile=2048),
     )
 }
@@ -83,7 +87,9 @@ def use_kernels(name: str) -> Iterator[None]:
 
     **Arguments:**
 
-    - `name`: `"reference"`, `"cpu"`, `"gpu"`, `"hopper"` (H100 and H200) or `"tpu"`.
+    - `name`: `"reference"`, `"cpu"`, `"gpu"`, `"tpu"`, `"hopper"` (H100 and H200), or
+        `"hopper-next"`: Hopper's and, beside them, a kernel for Sinkhorn's rounds,
+        which is equal to the reference in an interpreter and has not run on a GPU yet.
 
     **Raises:** ValueError if there is no such form.
     """

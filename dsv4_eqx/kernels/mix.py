@@ -38,16 +38,20 @@ def sinkhorn(
     if iterations == 0:
         return matrix
 
+    rounds = 2 * iterations - 1
+    if current_form().untried:
+        from dsv4_eqx.kernels.hopper_sinkhorn import divide_and_turn, fits_sinkhorn
+
+        if fits_sinkhorn(matrix, rounds):
+            return jnp.swapaxes(divide_and_turn(matrix, rounds, eps), 0, 1)
     by_sums = _by_column_sums_reference if is_reference() else _by_column_sums
 
-    def divide_and_turn(matrix, _):
+    def divide_by_sums(matrix, _):
         return jnp.swapaxes(by_sums(matrix, eps), 0, 1), None
 
     # On a GPU some rounds are one step; all in one would take minutes to compile.
     unroll = 1 if current_form().stops_early else _ROUNDS_IN_A_STEP
-    matrix, _ = lax.scan(
-        divide_and_turn, matrix, length=2 * iterations - 1, unroll=unroll
-    )
+    matrix, _ = lax.scan(divide_by_sums, matrix, length=rounds, unroll=unroll)
     return jnp.swapaxes(matrix, 0, 1)
 
 
