@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.sharding.parallelize import parallelize
+from dsv4_eqx.sharding.rules import place
 
 norm = dsv4.UnweightedRMSNorm()
 
@@ -66,16 +67,16 @@ def main() -> None:
     *layer_keys, key = jax.random.split(jax.random.key(0), 4)
     embedding = 0.02 * jax.random.normal(key, (256, 64))
     model: Any = Model(embedding, [Layer(64, key) for key in layer_keys])
-    mesh = dsv4.make_mesh(data=2, expert=2, tensor=2)
+    mesh, optimizer = dsv4.make_mesh(data=2, expert=2, tensor=2), optax.adamw(3e-3)
+    jax.set_mesh(mesh)
     rules, rows = {**dsv4.DEFAULT_RULES, "vocab": None}, ("data", "expert")
     specs = dsv4.partition_specs(model, rules, mesh=mesh)
-    optimizer = optax.adamw(3e-3)
+    model = place(model, specs, mesh)
 
     def local(model: Model, tokens: Array) -> Array:
         return jax.lax.pmean(parallelize(model, mesh).loss(tokens), rows)
 
-    in_specs = specs, jax.P(rows)
-    loss = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=jax.P())
+    loss = jax.shard_map(local, in_specs=(specs, jax.P(rows)), out_specs=jax.P())
 
     @jax.jit
     def step(model: Any, state: optax.OptState, tokens: Array) -> tuple:

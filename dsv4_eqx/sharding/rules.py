@@ -107,6 +107,10 @@ def place(module: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """
 
     def put(leaf: Any, spec: P) -> Any:
+        # As a compiled program says it of its results, so that none is compiled again
+        # when it is called with them.
+        while spec and spec[-1] is None:
+            spec = P(*spec[:-1])
         sharding = NamedSharding(mesh, spec)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

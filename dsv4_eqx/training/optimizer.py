@@ -3,11 +3,13 @@
 Paper sections 2.4 and 4.2.2. `roles` says which array is which, `muon` has the step.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.validation import (
@@ -118,7 +120,11 @@ def _in_float32(optax: Any, inner: Any) -> Any:
         return jax.tree.map(lambda x: at_least_float32(jnp.asarray(x)), tree)
 
     def init(params: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
+        # On the weights' mesh the counts of steps lie as a step gives them, so that it
+        # is compiled once.
+        mesh = _mesh_of(params)
+        on_mesh = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+        with jax.numpy_dtype_promotion("standard"), on_mesh:
             return inner.init(wide(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -128,3 +134,13 @@ def _in_float32(optax: Any, inner: Any) -> Any:
         return jax.tree.map(lambda x, y: x.astype(y.dtype), updates, like), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _mesh_of(params: Any) -> Mesh | None:
+    """The mesh of weights that are split over one, outside of `jit`."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            sharding = leaf.sharding
+            if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+                return sharding.mesh
+    return None
