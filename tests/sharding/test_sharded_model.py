@@ -102,10 +102,10 @@ QUICK = [(ONE_KIND, dict(data=2, context=2, tensor=2, fsdp=True))]
 # Every axis on its own, and with others.
 IN_CI = [
     (CONFIG, dict(expert=2, context=2, tensor=2)),
-    (LAYER, dict(data=8, fsdp=True)),
     *((LAYER, {axis: 8}) for axis in AXES[1:]),
 ]
 MORE = [
+    (LAYER, dict(data=8, fsdp=True)),
     *((config, dict(data=2, expert=2, tensor=2)) for config in (CONFIG, ONE_KIND)),
     # In CI, packed rows are split over it.
     (CONFIG, dict(data=2, expert=2, context=2, fsdp=True)),
