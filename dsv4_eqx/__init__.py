@@ -30,10 +30,10 @@ from dsv4_eqx.model.abstract import AbstractModel as AbstractModel
 from dsv4_eqx.model.abstract import Cache as Cache
 from dsv4_eqx.model.block import Block as Block
 from dsv4_eqx.model.layers import Layers as Layers
-from dsv4_eqx.model.layers import replace_layer as replace_layer
 from dsv4_eqx.model.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.model.mtp import MTP as MTP
 from dsv4_eqx.model.observed import LayerValues as LayerValues
+from dsv4_eqx.model.replace_layer import replace_layer as replace_layer
 from dsv4_eqx.moe.experts import Experts as Experts
 from dsv4_eqx.moe.experts import SharedExpert as SharedExpert
 from dsv4_eqx.moe.moe import MoE as MoE

@@ -32,7 +32,6 @@ from dsv4_eqx.model.stacked import (
 )
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import stack
-from dsv4_eqx.numerics.validation import invalid_argument, is_int
 
 
 class Layers(eqx.Module):
@@ -253,14 +252,14 @@ class Layers(eqx.Module):
             streams, after = run(streams, blocks, before, "repeated")
             return (streams, write_states(after, states, repeat)), None
 
-        num_first, num_last = len(self.first), len(cache) - len(self.last)
-        repeated = cache[num_first:num_last]
-        streams, first = run(streams, self.first, cache[:num_first], "first")
+        begin, end = len(self.first), len(cache) - len(self.last)
+        repeated = cache[begin:end]
+        streams, first = run(streams, self.first, cache[:begin], "first")
         if self.repeated:
             units = jnp.arange(self.num_repeats), self.repeated
             carry = streams, with_room(repeated, room)
             (streams, repeated), _ = lax.scan(run_unit, carry, units)
-        streams, last = run(streams, self.last, cache[num_last:], "last")
+        streams, last = run(streams, self.last, cache[end:], "last")
         return streams, (*first, *repeated, *last)
 
     def __len__(self) -> int:
@@ -278,12 +277,13 @@ class Layers(eqx.Module):
             return block
 
         def part(x: Any) -> Any:
+            is_shared = isinstance(x, bool | int | float | str)
+            if is_shared or getattr(x, "ndim", None) == 0:
+                return x  # a label, or a number for all layers in the stack
             if isinstance(x, jax.Array | np.ndarray):
                 return x[repeat]
             if isinstance(x, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-            if isinstance(x, bool | int | float | str):
-                return x  # a label, which all layers in the stack share
             raise ValueError(
                 f"layer {layer} lies in a stack with others, and cannot be reached "
                 f"through layers[{layer}] here: edit the block model.layers[{layer}], "
@@ -306,55 +306,3 @@ class Layers(eqx.Module):
         if repeat < self.num_repeats:
             return "repeated", index, repeat
         return "last", inner - self.num_repeats * len(self.repeated), None
-
-
-def replace_layer(model: Any, layer: int, block: Block) -> Any:
-    """The model with one layer replaced by another block.
-
-    `replace_layer(model, 2, edit(model.layers[2]))` edits a layer, whether it is single
-    or stacked with others; gradients flow through it.
-
-    **Arguments:**
-
-    - `model`: a model, or its `layers`.
-    - `layer`: number of the layer, from 0.
-    - `block`: any block for a single layer; for a stacked one, a block of the same
-        structure, shapes and dtypes as the others in the stack.
-
-    **Raises:** ValueError if there is no such layer, or the block cannot be stacked
-    with the others.
-    """
-
-    def is_layers(node: Any) -> bool:
-        return isinstance(node, Layers)
-
-    stacks = [x for x in jax.tree.leaves(model, is_leaf=is_layers) if is_layers(x)]
-    if len(stacks) != 1 or not is_int(layer) or not 0 <= layer < len(stacks[0]):
-        num_layers = sum(map(len, stacks))
-        allowed = f"the number of one of the model's {num_layers} layers"
-        raise invalid_argument("replace_layer", "layer", layer, allowed)
-    section, index, repeat = stacks[0].place(layer)
-    if repeat is not None:
-        block = _put(getattr(stacks[0], section)[index], block, layer, repeat)
-
-    def replaced(node: Any) -> Any:
-        if not is_layers(node):
-            return node
-        return eqx.tree_at(lambda node: getattr(node, section)[index], node, block)
-
-    return jax.tree.map(replaced, model, is_leaf=is_layers)
-
-
-def _put(stack: Block, block: Block, layer: int, repeat: int) -> Block:
-    def shapes(block: Block, start: int) -> list:
-        leaves = jax.tree_util.tree_leaves_with_path(block)
-        return [(path, x.shape[start:], x.dtype) for path, x in leaves]
-
-    same = jax.tree.structure(stack) == jax.tree.structure(block)
-    if not same or shapes(stack, 1) != shapes(block, 0):
-        raise ValueError(
-            f"replace_layer: layer {layer} lies in a stack with others, which one "
-            "program runs: the block must have the same structure, shapes and dtypes "
-            f"as model.layers[{layer}]."
-        )
-    return jax.tree.map(lambda x, new: x.at[repeat].set(new), stack, block)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_eqx import Block, Config, Layers, replace_layer
+from dsv4_eqx import Block, Config, Layers
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.model.stacked import repeating_unit
 from tests.models import QUICKLY, random_model, random_tensors, small_config
@@ -124,43 +124,6 @@ def test_layers_that_are_not_there_raise_an_index_error(layer):
     layers = random_model(STACK).layers
     with pytest.raises(IndexError, match=f"layer {layer} of 6"):
         layers[layer]
-
-
-@pytest.mark.parametrize("layer", range(6))
-def test_a_layer_is_replaced_alone(layer):
-    model = random_model(STACK)
-    block = model.layers[layer]
-    sinks = block.attention.sinks + 3
-    edited = eqx.tree_at(lambda block: block.attention.sinks, block, sinks)
-    after = replace_layer(model, layer, edited)
-    for number, (now, before) in enumerate(zip(after.layers, model.layers)):
-        assert eqx.tree_equal(now, edited if number == layer else before)
-    assert after.config == model.config
-    gradient = jax.grad(
-        lambda sinks: jnp.sum(
-            replace_layer(
-                model.layers,
-                layer,
-                eqx.tree_at(lambda block: block.attention.sinks, block, sinks),
-            )[layer].attention.sinks
-        )
-    )(sinks)
-    np.testing.assert_array_equal(gradient, jnp.ones_like(sinks))
-
-
-def test_a_layer_of_its_own_may_become_another_kind():
-    layers = random_model(STACK).layers
-    after = replace_layer(layers, 0, layers[1])
-    assert eqx.tree_equal(after[0], layers[1])
-    with pytest.raises(ValueError, match="layer 2 lies in a stack with others"):
-        replace_layer(layers, 2, layers[1])  # compressed, and not
-
-
-@pytest.mark.parametrize("layer", [6, -1, True, "2"])
-def test_a_layer_that_is_not_there_is_not_replaced(layer, without_shape_checks):
-    model = random_model(STACK)
-    with pytest.raises(ValueError, match=r"replace_layer\(layer=.*6 layers"):
-        replace_layer(model, layer, model.layers[0])
 
 
 def test_tree_at_reaches_a_layer_of_its_own_and_says_what_to_call_in_a_stack():
