@@ -194,7 +194,7 @@ def test_example_says_that_drafts_need_a_prediction_block(tmp_path):
     )
     done = run("generate.py", *arguments, run=run_here)
     assert done.returncode == 1
-    wrong = "generate.py: generate_stream: the model has 0 prediction blocks"
+    wrong = "generate.py: generate_stream(speculative=True): the model has 0 prediction"
     assert done.stderr.startswith(wrong), done.stderr
 
 

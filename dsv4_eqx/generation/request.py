@@ -15,6 +15,7 @@ from dsv4_eqx.generation.sampling import Sampling
 from dsv4_eqx.generation.steps import LogitsFn, Rows, Rules
 from dsv4_eqx.generation.stop_strings import Texts, validate_stop
 from dsv4_eqx.model.abstract import AbstractModel
+from dsv4_eqx.model.inputs import validate_prediction_block
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
     is_concrete,
@@ -130,11 +131,8 @@ def _validate_model(call: str, model: Any, speculative: Any, arrays: tuple) -> N
             "prompts in lists or arrays of numpy."
         )
     validate_flag(call, "speculative", speculative)
-    if speculative and model.num_mtp != 1:
-        raise ValueError(
-            f"{call}: the model has {model.num_mtp} prediction blocks "
-            "(num_nextn_predict_layers); speculative=True needs one."
-        )
+    if speculative:
+        validate_prediction_block(f"{call}(speculative=True)", model.num_mtp)
 
 
 def _validate_sampling(call: str, sampling: Any, key: Any) -> Sampling:
@@ -202,6 +200,6 @@ def _capacity(
         return validate_int(call, "capacity", capacity, **limits)
     if existing >= least:
         return existing
-    # Parts of prompts are read whole.
+    # Every part of a prompt has the same size, so the last may end after the prompt.
     needed = int(before.max()) + sum(parts(longest)) + new
     return rounded_capacity(needed, max_positions)

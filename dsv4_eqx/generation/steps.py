@@ -136,7 +136,8 @@ def begin(
     """The state after the prompts, and the first new token, for `settle`."""
     draft = None
     if caches.mtp is not None:
-        draft = Draft(caches.mtp, rows.last_tokens, None)
+        unused = rows.last_tokens  # `settle` drafts before a draft is read
+        draft = Draft(caches.mtp, unused, None)
     _, choice_key, _ = _split(key)
     counts = jnp.ones_like(rows.lengths)
     chosen = _choose(model, streams[:, None], rows, counts, rules, choice_key)
@@ -241,7 +242,8 @@ def _look_ahead(
     streams, lookahead = model.lookahead(tokens, cache, read)
     logits = _logits(model, streams)
     ones = jnp.ones_like(room)
-    with_draft = rows.append(draft.token[:, None], 0.0 * logits[:, :1, 0], ones)
+    unused = jnp.zeros_like(logits[:, :1, 0])  # no rule reads log-probabilities
+    with_draft = rows.append(draft.token[:, None], unused, ones)
     adjusted = jnp.stack(
         [rules.adjust(logits[:, 0], rows), rules.adjust(logits[:, 1], with_draft)],
         axis=1,
