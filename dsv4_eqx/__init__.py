@@ -54,6 +54,7 @@ from dsv4_eqx.sharding.sharded_model import ShardedModel as ShardedModel
 from dsv4_eqx.training.balance import BalanceParts as BalanceParts
 from dsv4_eqx.training.balance import balance_loss as balance_loss
 from dsv4_eqx.training.balance import scored_routings as scored_routings
+from dsv4_eqx.training.cast import cast as cast
 from dsv4_eqx.training.losses import NextTokenParts as NextTokenParts
 from dsv4_eqx.training.losses import next_token_loss as next_token_loss
 from dsv4_eqx.training.masks import apply_mask as apply_mask

@@ -25,6 +25,7 @@ from dsv4_eqx.numerics.validation import invalid_argument, path_of, shown
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 CONFIG: Final = "config.json"
+GENERATION: Final = "generation_config.json"  # how transformers ends a text
 _MOST_JSON_BYTES: Final = {CONFIG: 1 << 20, INDEX: 24 << 20}
 _ENTRY_BYTES: Final = 30  # of the shortest likely entry of an index
 _SUFFIX: Final = ".safetensors"

@@ -62,6 +62,10 @@ def save_pretrained(
 
     Every array is written in the dtype that it has, so that `from_pretrained` gives the
     same bits; what must be float32 is widened if it is not, which changes no number.
+    The token ids that open and end a text, if the configuration has any, go into
+    `generation_config.json` too, for transformers; such a file that comes with the
+    tokenizer, or is kept from a checkpoint that is replaced, stays as it is.
+
     The directory appears under its name when everything is on the disk, and not at all
     if anything stops it before. With `overwrite`, the old one is first renamed aside,
     so that for a moment there is none, which nobody can load; and of several that save
@@ -222,9 +226,11 @@ def _check_leaf(name: str, leaf: Any, expected: Any, dtype: np.dtype) -> None:
     is_array = not is_quantized(leaf)
     may_widen = is_array and leaf.dtype == dtype and expected.dtype == np.float32
     if leaf.shape != expected.shape or not (leaf.dtype == expected.dtype or may_widen):
+        is_cast = leaf.shape == expected.shape and is_array
+        remedy = f" Give it cast(model, {dtype.name!r})." if is_cast else ""
         raise ValueError(
             f"{_CALL}: {name} is {leaf.dtype} of the shape {leaf.shape}; the "
-            f"configuration says {expected.dtype} and {expected.shape}."
+            f"configuration says {expected.dtype} and {expected.shape}.{remedy}"
         )
     arrays = jax.tree.leaves(leaf)
     if not all(map(_has_numbers, arrays)):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dsv4_eqx.checkpoint.directory import (
     CONFIG,
+    GENERATION,
     INDEX,
     SINGLE,
     other_files,
@@ -29,6 +30,7 @@ from dsv4_eqx.checkpoint.directory import (
 )
 from dsv4_eqx.checkpoint.tensors import NAME_OF_DTYPE, Region, split_region, whole
 from dsv4_eqx.config.config import Config
+from dsv4_eqx.config.hf import generation_to_hf
 from dsv4_eqx.numerics.validation import path_of, validate_flag
 
 # Of tqdm: shown on a terminal alone, and where it takes more than two seconds.
@@ -143,6 +145,9 @@ def write_checkpoint(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(filling / INDEX, index)
         _write_json(filling / CONFIG, config.to_hf() | dict(more_config))
+        generation = generation_to_hf(vars(config))
+        if generation and not (filling / GENERATION).exists():
+            _write_json(filling / GENERATION, generation)
         fault = _why_not_free(directory, overwrite)  # again: it took a while
         if fault is not None:
             raise ValueError(f"{directory} {fault}.")

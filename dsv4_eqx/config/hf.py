@@ -81,6 +81,13 @@ def fields_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
+def generation_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers writes of these fields into `generation_config.json`."""
+    given = {name: fields[name] for name in _TOKEN_IDS if fields[name] is not None}
+    ids = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items()}
+    return {"_from_model_config": True} | ids if ids else {}
+
+
 def _read_json(source: str | os.PathLike) -> dict[str, Any]:
     path = path_of(CALL, "source", source)
     path = path / "config.json" if path.is_dir() else path

@@ -8,7 +8,7 @@ the container. A field annotated `...` belongs to a module that stands for an ar
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,23 @@ def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
     return annotated
 
 
+def float32_leaves(
+    call: str, module: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[bool]:
+    """Whether each leaf's annotation says float32, in the order of `jax.tree.leaves`.
+
+    `is_leaf` is for modules that stand for an array, which has no part of its own.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_leaf)
+    found = []
+    for path, _ in leaves:
+        name = jax.tree_util.keystr(path) or "the array"
+        annotation = _annotation(module, path)
+        _refuse_text(call, name, annotation)
+        found.append(_dtypes(annotation) == {"float32"})
+    return found
+
+
 def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
     """The annotation of the last module field on the way to a leaf."""
     node, annotation = module, None
@@ -54,12 +71,7 @@ def _field_types(node: Any) -> Mapping[str, Any]:
 
 
 def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
-    if isinstance(annotation, str):
-        raise ValueError(
-            f"partition_specs: the annotation of {name} is the string {annotation!r}; "
-            "take away its quotes, or `from __future__ import annotations` in the "
-            "module that defines it."
-        )
+    _refuse_text("partition_specs", name, annotation)
     shapes = _shapes(annotation)
     if len(shapes) > 1:
         raise ValueError(
@@ -69,8 +81,24 @@ def _dims(name: str, annotation: Any) -> tuple[str, ...] | None:
     return tuple(shapes.pop().split()) if shapes else None
 
 
+def _refuse_text(call: str, name: str, annotation: Any) -> None:
+    if isinstance(annotation, str):
+        raise ValueError(
+            f"{call}: the annotation of {name} is the string {annotation!r}; take away "
+            "its quotes, or `from __future__ import annotations` in the module that "
+            "defines it."
+        )
+
+
 def _shapes(annotation: Any) -> set[str]:
     """Dimension strings in an annotation, also inside `X | None` or `tuple[X, ...]`."""
     shape = getattr(annotation, "dim_str", None)
     inner = [_shapes(part) for part in typing.get_args(annotation)]
     return set().union(*inner) if shape is None else {shape}
+
+
+def _dtypes(annotation: Any) -> set[str]:
+    """Names of the dtypes in an annotation, also inside `X | None`."""
+    dtypes = getattr(annotation, "dtypes", ())
+    inner = [_dtypes(part) for part in typing.get_args(annotation)]
+    return set().union(*inner, dtypes if isinstance(dtypes, tuple | list) else ())

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import NamedSharding
+from transformers import GenerationConfig
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 import dsv4_eqx as dsv4
+from dsv4_eqx.checkpoint.save import convert
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
@@ -310,6 +312,34 @@ def test_a_sharded_model_is_saved(tmp_path):
     assert_same_bits(dsv4.from_pretrained(tmp_path / "model"), model)
 
 
+@pytest.mark.parametrize("ids", [(0, 1), (None, (1, 7)), (5, None)])
+def test_transformers_reads_how_a_text_ends(ids, tmp_path):
+    config = one_layer(bos_token_id=ids[0], eos_token_id=ids[1])
+    dsv4.save_pretrained(random_model(config), tmp_path / "model")
+    found = GenerationConfig.from_pretrained(tmp_path / "model")
+    eos = list(ids[1]) if isinstance(ids[1], tuple) else ids[1]
+    assert (found.bos_token_id, found.eos_token_id) == (ids[0], eos)
+
+
+def test_a_file_on_generation_that_is_there_is_not_changed(tmp_path):
+    config, name = one_layer(bos_token_id=0, eos_token_id=1), "generation_config.json"
+    old, new, text = tmp_path / "old", tmp_path / "new", '{"temperature": 0.5}'
+    dsv4.save_pretrained(random_model(config), old)
+    (old / name).write_text(text)
+    dsv4.save_pretrained(random_model(config), old, overwrite=True)
+    assert (old / name).read_text() == text
+    convert(old, new)
+    assert (new / name).read_text() == text
+    # From here, the tokenizer is what knows where the model came from.
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(old / "tokenizer.json"))
+    tokenizer = dsv4.load_tokenizer(old)
+    dsv4.save_pretrained(random_model(config), tmp_path / "third", tokenizer=tokenizer)
+    assert (tmp_path / "third" / name).read_text() == text
+    dsv4.save_pretrained(small_model(), tmp_path / "none")
+    assert not (tmp_path / "none" / name).exists()
+
+
 @pytest.mark.usefixtures("without_shape_checks")
 def test_models_that_are_not_as_their_configuration_says_are_refused(tmp_path):
     model = small_model()
@@ -323,7 +353,8 @@ def test_models_that_are_not_as_their_configuration_says_are_refused(tmp_path):
     narrow = eqx.tree_at(
         lambda model: model.norm.weight, model, model.norm.weight.astype(jnp.bfloat16)
     )
-    refused(narrow, tmp_path, "norm.weight is bfloat16 .* says float32")
+    match = r"norm.weight is bfloat16 .* float32 .*cast\(model, .float32.\)"
+    refused(narrow, tmp_path, match)
     other = eqx.tree_at(lambda model: model.layers.first, model, ())
     refused(other, tmp_path, "with all of its layers and blocks")
     refused({"embed.weight": 1}, tmp_path, "model=.*must be a DeepSeekV4")
