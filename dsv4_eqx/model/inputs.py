@@ -18,6 +18,7 @@ from dsv4_eqx.numerics.validation import (
     validate_counts,
     validate_integers,
 )
+from dsv4_eqx.numerics.varying import explicit_axes
 
 TokenIds = Int[Array | np.ndarray, "batch seq"]
 SegmentIds = Int[Array | np.ndarray, "batch seq"] | None
@@ -95,6 +96,21 @@ def token_places(
     validate_segment_ids(call, segment_ids, token_ids.shape)
     starts = document_starts(segment_ids)
     return index[None] - starts, starts
+
+
+def validate_axes(call: str, tree: Any) -> None:
+    """Refuses arrays that are split over mesh axes of type Explicit."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        axes = explicit_axes(x) if isinstance(x, jax.Array) else ()
+        if axes:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{call}: {name} is split over {', '.join(axes)}, of type Explicit, "
+                "and the model leaves it to the compiler how activations are split. "
+                "Call jax.sharding.auto_axes(function, out_sharding=...), with the "
+                "split of its results, as jax.P('data'); or give the mesh axes of the "
+                "type jax.sharding.AxisType.Auto."
+            )
 
 
 def validate_targets(

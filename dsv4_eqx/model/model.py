@@ -28,6 +28,7 @@ from dsv4_eqx.model.inputs import (
     TokenIds,
     is_concrete,
     token_places,
+    validate_axes,
     validate_new_tokens,
     validate_prediction_block,
     validate_streams,
@@ -123,6 +124,7 @@ class DeepSeekV4(AbstractModel):
         self, token_ids: Int[Array, "batch seq"]
     ) -> Float[Array, "batch seq streams dim"]:
         """The streams before the first layer: copies of the embedding."""
+        validate_axes("DeepSeekV4", {"tokens": token_ids, "model": self})
         embedded = self.embedding[token_ids]
         return jnp.repeat(embedded[:, :, None], self.head.base.shape[0], axis=2)
 

@@ -1,4 +1,6 @@
-"""Values inside `shard_map`, which vary over some mesh axes and are equal over others.
+"""What the types of arrays say of a mesh: over which axes values vary or are split.
+
+Inside `shard_map`, values vary over some mesh axes and are equal over others.
 
 JAX reconciles the operands of its own operations. A custom derivative rule and the
 carry of a loop have to do it themselves; outside `shard_map` this does nothing.
@@ -36,3 +38,10 @@ def varying(x: Array, axes: Iterable[str]) -> Array:
     """The same array, of which each device of these mesh axes has one of its own."""
     missing = frozenset(axes) - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def explicit_axes(x: Array) -> tuple[str, ...]:
+    """The mesh axes of type Explicit that split an array."""
+    entries = [entry or () for entry in jax.typeof(x).sharding.spec]
+    axes = ((entry,) if isinstance(entry, str) else entry for entry in entries)
+    return tuple(axis for entry in axes for axis in entry)
