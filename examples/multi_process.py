@@ -149,7 +149,7 @@ def work(asked):
 
 
 def free_port():
-    """A port that is free; so is the next one, as a rule."""
+    """A port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -58,7 +58,8 @@ class Attention(eqx.Module):
     Each method is one step, so that a wrapper can put its own work between them. Those
     that take `x` take normalised activations.
 
-    Gradients are reverse-mode only: the derivatives are custom.
+    The derivatives are custom and reverse-mode only, except inside of
+    `use_kernels("reference")`.
     """
 
     # With some of the heads or groups, the output is a partial sum.

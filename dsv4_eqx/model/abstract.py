@@ -249,8 +249,8 @@ class AbstractModel(eqx.Module):
 
         One function for a prompt, a part of a prompt, a single new token, or several
         tokens to verify. Rows may have different numbers of old and new tokens. The
-        given cache is not changed: to go back, continue from it. Under `jit` this
-        function has no reverse-mode derivative, since entries are written in a loop of
+        given cache is not changed: to go back, continue from it. With the kernels for
+        CPUs there is no reverse-mode derivative, since entries are written in a loop of
         unknown length: train by calling the model.
 
         **Arguments:**

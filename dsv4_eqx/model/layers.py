@@ -155,7 +155,13 @@ class Layers(eqx.Module):
     def init_cache(
         self, batch: int, capacity: int, dtype: DTypeLike
     ) -> tuple[AttentionCache, ...]:
-        """The state of all layers, in their order; see `Attention.init_cache`."""
+        """The state of each block of `first`, then of `repeated`, then of `last`.
+
+        Arrays of a repeated block's state have a dimension for the repetitions, which
+        comes after that of the rows.
+
+        **Arguments, raises:** as for `Attention.init_cache`.
+        """
 
         def state(block: Block) -> AttentionCache:
             return block.attention.init_cache(batch, capacity, dtype)

@@ -1,8 +1,8 @@
 """The parts of a layer, made from a `Config`.
 
-The parts themselves take sizes. Only this file knows the configuration's names for the
-sizes, and which parts each kind of layer has. Kinds are those in `config.layer_types`
-and `config.mlp_layer_types`, and ratios those in `config.compress_ratios`.
+The parts themselves take sizes; this file alone reads them from a configuration, and
+decides which parts a layer has. `kind` is the layer's entry in `config.layer_types` or
+`config.mlp_layer_types`, `ratio` the one in `config.compress_ratios`.
 """
 
 from typing import Any
@@ -58,14 +58,15 @@ def make_attention(
     dtype: DTypeLike = jnp.float32,
 ) -> Attention:
     """A layer's attention; the ratio is that of a compressed entry."""
-    keys = jax.random.split(key, 7)
+    # `Attention` splits the same key into five, which are the first five of these.
+    *_, compressor_key, indexer_key = jax.random.split(key, 7)
     compressor, indexer = None, None
     if kind in (CSA, HCA):
         compressor = make_compressor(
-            config, config.head_dim, kind, ratio, key=keys[5], dtype=dtype
+            config, config.head_dim, kind, ratio, key=compressor_key, dtype=dtype
         )
     if kind == CSA:
-        indexer = make_indexer(config, ratio, key=keys[6], dtype=dtype)
+        indexer = make_indexer(config, ratio, key=indexer_key, dtype=dtype)
     return Attention(
         config.hidden_size,
         config.num_attention_heads,
@@ -115,6 +116,7 @@ def make_indexer(
     dtype: DTypeLike = jnp.float32,
 ) -> Indexer:
     """CSA's indexer, with a compressor of its own."""
+    # `Indexer` splits the same key into two, which are the first two of these.
     *_, compressor_key = jax.random.split(key, 3)
     return Indexer(
         config.hidden_size,

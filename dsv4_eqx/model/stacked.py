@@ -2,7 +2,8 @@
 
 A scan copies what it gives each repetition, and what it collects. A token needs only a
 few of the experts and compressed entries, and copying all of them would cost more than
-the layer itself. These two are read and written in place, through a `Slice`.
+the layer itself. A layer therefore gets them as a `Slice`: the stack of all layers, and
+where in it the layer's own are.
 """
 
 from collections.abc import Sequence

@@ -36,7 +36,8 @@ class Experts(eqx.Module):
     $u = \mathrm{clip}(W_u x, -c, c)$ and $c$ is the SwiGLU limit. Rows are sorted by
     expert and multiplied group by group: no token is dropped, whatever the routing.
 
-    Gradients are reverse-mode only: the derivatives are custom.
+    The derivatives are custom and reverse-mode only, except inside of
+    `use_kernels("reference")`.
     """
 
     # With some of the inner channels, the output is a partial sum.

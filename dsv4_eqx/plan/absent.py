@@ -7,7 +7,7 @@ can be run.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -51,16 +51,6 @@ def _devices(name: str, platform: str, extra: str, **options: str) -> list[Any]:
             f"the compiler for {platform} is not installed or does not start: pip "
             f"install 'dsv4-eqx[{extra}]' ({error})"
         ) from error
-
-
-def compile_for(device: Any, function: Callable[..., Any], *shapes: Any) -> Any:
-    """A function compiled for one absent device; its arguments are given as shapes."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-
-    def on_device(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.jit(function).lower(*jax.tree.map(on_device, shapes)).compile()
 
 
 # What a compiled program's text names that starts no kernel.

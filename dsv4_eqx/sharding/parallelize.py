@@ -61,10 +61,12 @@ def parallelize(
     Axes of size 1 add no wrapper. The arrays are the same; give `shard_map` their
     `partition_specs`.
 
-    A part of your own needs nothing as long as none of its arrays is split. Otherwise
-    its class must declare what its output is: `partial_over = ("my_heads",)` for a
-    partial sum over some dimensions, `partial_over = ()` for the whole output. In the
-    place of a block's attention or mixture, it is called with whole sequences.
+    A part of your own needs no declaration if none of its arrays is split, unless it is
+    inside of a part of the library that has only some heads or tokens on each device.
+    Otherwise its class must declare what its output is: `partial_over = ("my_heads",)`
+    for a partial sum over some dimensions, `partial_over = ()` for the whole output, or
+    for the output of the device's heads or tokens. In the place of a block's attention
+    or mixture, it is called with whole sequences.
 
     **Arguments:**
 
@@ -74,9 +76,9 @@ def parallelize(
         both, each of more than one device.
     - `dimensions`: of your own modules, as for `shard`.
 
-    **Raises:** ValueError if the module has such wrappers already, or a split part
-    without `partial_over`; if the mesh lacks an axis; or if `sequence` or `dimensions`
-    are not as described.
+    **Raises:** ValueError if the module has such wrappers already, or a part lacks the
+    `partial_over` that it needs; if the mesh lacks an axis; or if `sequence` or
+    `dimensions` are not as described.
     """
     validate_mesh("parallelize", mesh)
     possible = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] > 1)

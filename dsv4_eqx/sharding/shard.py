@@ -39,7 +39,9 @@ def shard(
         class MyAttention(eqx.Module):
             partial_over = ("my_heads",)  # each device's output is a partial sum
 
-    or `partial_over = ()` if each device has the whole output all the same.
+    or `partial_over = ()` if each device has the whole output all the same. A module
+    without split arrays must declare the latter if it is inside of a part of the
+    library that has only some heads or tokens on each device.
 
     **Arguments:**
 
@@ -52,9 +54,9 @@ def shard(
         optimizer's state; a layer's weights are gathered while it runs.
 
     **Raises:** ValueError if the mesh lacks an axis or its axes are not `Auto`, an axis
-    does not divide a dimension, a split module has no `partial_over`, `model` is
-    neither a `DeepSeekV4` nor a function that makes one, or has numbers although the
-    mesh is abstract, or another argument is not as described.
+    does not divide a dimension, a module lacks the `partial_over` that it needs,
+    `model` is neither a `DeepSeekV4` nor a function that makes one, or has numbers
+    although the mesh is abstract, or another argument is not as described.
     """
     validate_mesh("shard", mesh)
     validate_flag("shard", "split_vocab", split_vocab)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv4_eqx.sharding.rules import entry_of
 
-_BATCH, _CONTEXT, _HEADS = ("data", "expert"), "context", "tensor"
+_BATCH, _CONTEXT, _TENSOR = ("data", "expert"), "context", "tensor"
 # Calls in which tokens see other tokens.
 _WHOLE_SEQUENCES: Final = ("streams", "hidden_ahead")
 
@@ -47,7 +47,7 @@ def token_split(
     """
     sizes = mesh.shape
     batch = tuple(axis for axis in _BATCH if sizes[axis] > 1)
-    sequence = tuple(axis for axis in (_CONTEXT, _HEADS) if sizes[axis] > 1)
+    sequence = tuple(axis for axis in (_CONTEXT, _TENSOR) if sizes[axis] > 1)
     rows = math.prod(sizes[axis] for axis in batch)
     if not shape:  # one token: all devices do the same
         return TokenSplit((), ())
@@ -68,4 +68,4 @@ def token_split(
         sequence = ()
     split = TokenSplit(batch, sequence)
     parts = math.prod(sizes[axis] for axis in sequence)
-    return split if shape[1] % parts == 0 else split.without(_HEADS)
+    return split if shape[1] % parts == 0 else split.without(_TENSOR)
