@@ -1,4 +1,4 @@
-"""Eight CPU devices and strict promotion; pyproject.toml adds the other checks."""
+"""Eight CPU devices, nothing promoted in silence; pyproject.toml adds other checks."""
 
 import gc
 import importlib.util
@@ -15,6 +15,7 @@ from tests.compiling import CACHE, compile_once, compile_quickly
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Begun last, they would keep one worker busy while the others wait.
 LONG = {

@@ -46,7 +46,7 @@ def local_positions(
 ) -> Int32[Array, "batch seq"]:
     """Position of each token in its document."""
     starts = document_starts(segment_ids)
-    return jnp.arange(starts.shape[1], dtype=jnp.int32) - starts
+    return jnp.arange(starts.shape[1], dtype=jnp.int32)[None] - starts
 
 
 def last_tokens(

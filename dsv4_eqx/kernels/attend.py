@@ -42,7 +42,7 @@ def attend_reference(
     if entries is not None:
         sees = visible(entries, positions, segment_ids)
         if selection is not None and is_index(selection):
-            every = jnp.arange(entries.shape[1])
+            every = jnp.arange(entries.shape[1])[None, None, None]
             sees = jnp.any(selection[..., None] == every, axis=2)
         elif selection is not None:
             sees = sees & selection

@@ -208,7 +208,7 @@ def test_a_token_that_ends_a_row_is_not_in_its_text():
 
 def not_again(logits, tokens, lengths):
     """Forbids the tokens that a row has, until it has all."""
-    is_there = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    is_there = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     seen = jax.vmap(lambda row, here: jnp.zeros(VOCAB).at[row].max(here))(
         tokens, is_there.astype(jnp.float32)
     )

@@ -94,8 +94,8 @@ def dense(xp, given, mask, has_entries, stored=lambda x: x):
     positions, keys = given["positions"], given["keys"]
     seq = positions.shape[1]
     window = keys.shape[1] - seq + 1
-    own = xp.arange(seq)[:, None] + window - 1 - xp.arange(keys.shape[1])
-    seen = (own >= 0) & (own < window) & (own <= positions[..., None])
+    own = xp.arange(seq)[:, None] + window - 1 - xp.arange(keys.shape[1])[None]
+    seen = ((own >= 0) & (own < window))[None] & (own[None] <= positions[..., None])
     if has_entries:
         keys = xp.concatenate([keys, given["values"]], axis=1)
         seen = xp.concatenate([seen, sees_entries(given) & mask], axis=2)

@@ -29,7 +29,7 @@ KINDS = ("none", "all", "mask", "index")
 
 def plain(queries, window, rows, lists, num_keys, *, scale, splits=1):
     """Softmax over the listed keys, and the logarithm of its total."""
-    used = jnp.arange(lists.shape[1]) < num_keys[:, None]
+    used = jnp.arange(lists.shape[1])[None] < num_keys[:, None]
     is_key = (lists >= 0) & used
     keys = jnp.concatenate([window, rows])[jnp.maximum(lists, 0)]
     logits = scale * jnp.einsum("qhc,qkc->qhk", queries, keys)
@@ -45,7 +45,7 @@ def plain_backward(
     """Gradients of queries, window keys and entries, from what was kept."""
 
     def attention(queries, window, rows):
-        used = (jnp.arange(lists.shape[1]) < num_keys[:, None]) & (lists >= 0)
+        used = (jnp.arange(lists.shape[1])[None] < num_keys[:, None]) & (lists >= 0)
         keys = jnp.concatenate([window, rows])[jnp.maximum(lists, 0)]
         logits = scale * jnp.einsum("qhc,qkc->qhk", queries, keys)
         # The total, with the sink, is given; its own derivative is subtracted.

@@ -51,7 +51,7 @@ def ours(*given, first=0):
 def dense(rows, weights, gate_up, down, sizes):
     """Every row through every group's matrices, then the row's own."""
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-    own = group[:, None] == jnp.arange(len(sizes))
+    own = group[:, None] == jnp.arange(len(sizes))[None]
     hidden = clamped_swiglu(jnp.einsum("ri,ghi->rgh", rows, gate_up), LIMIT)
     hidden = (hidden * weights[:, None, None]).astype(rows.dtype)
     out = jnp.einsum("rgh,goh->rgo", hidden, down)

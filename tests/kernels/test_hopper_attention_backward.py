@@ -42,7 +42,7 @@ def operands(shape, dtype=jnp.float32):
 
 def attend(queries, window, entries, lists, used, sinks, scale):
     """By plain products; also the logarithm of the softmax's sum."""
-    valid = (lists >= 0) & (jnp.arange(lists.shape[1]) < used[:, None])
+    valid = (lists >= 0) & (jnp.arange(lists.shape[1])[None] < used[:, None])
     keys = jnp.concatenate([window, entries])[jnp.where(valid, lists, 0)]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("qhc,qkc->qhk", queries, keys) * scale

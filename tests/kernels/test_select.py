@@ -18,12 +18,12 @@ HEADS, DIM, TOPK = 8, 64, 5
 
 def plain_scores(queries, weights, keys, first_rows, num_entries, num_seen):
     """Every entry's score; garbage where nobody looks, as the kernel leaves it."""
-    rows = first_rows[:, None] + jnp.arange(num_entries)
+    rows = first_rows[:, None] + jnp.arange(num_entries)[None]
     products = jnp.einsum(
         "bqhc,bec->bqhe", queries, keys[rows], preferred_element_type=jnp.float32
     )
     scores = jnp.einsum("bqhe,bqh->bqe", jax.nn.relu(products), weights)
-    seen = jnp.arange(num_entries) < num_seen[..., None]
+    seen = jnp.arange(num_entries)[None, None] < num_seen[..., None]
     return jnp.where(seen, scores, jnp.nan)
 
 

@@ -216,13 +216,6 @@ def test_norms_refuse_scalars(norm):
         norm(jnp.ones(()))
 
 
-def test_norms_broadcast_where_rank_promotion_is_forbidden():
-    x = jnp.asarray(normal((2, 3, 5)))
-    with jax.numpy_rank_promotion("raise"):
-        for norm in (RMSNorm(5), UnweightedRMSNorm()):
-            jax.grad(lambda x, norm=norm: norm(x).sum())(x)
-
-
 @pytest.mark.parametrize(
     "dtype, wide",
     [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32")],
