@@ -16,6 +16,7 @@ from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
 from dsv4_eqx.checkpoint.tokenizer import ByteTokenizer as ByteTokenizer
 from dsv4_eqx.checkpoint.tokenizer import load_tokenizer as load_tokenizer
 from dsv4_eqx.config.config import Config as Config
+from dsv4_eqx.config.drafter import DSparkConfig as DSparkConfig
 from dsv4_eqx.dimensions import DIMENSIONS as DIMENSIONS
 from dsv4_eqx.generation.capacity import grow_cache as grow_cache
 from dsv4_eqx.generation.generate import generate as generate

@@ -253,10 +253,11 @@ class Config:
         """Reads a Hugging Face configuration, the release's or transformers' own form.
 
         Where the file does not say, the first three layers hash and text begins with
-        token 0 and ends with token 1, as in transformers. Keys that are not read are
-        named in one warning, which begins with "Config.from_hf". Among them are those
-        of DSpark's drafter, which stands where other releases have prediction blocks:
-        without it there are none.
+        token 0 and ends with token 1, as in transformers. Keys that are not read and
+        change no mathematics are named in one warning, which begins with
+        "Config.from_hf". Among them are those of DSpark's drafter, which stands where
+        other releases have prediction blocks: there are none. `DSparkConfig.from_hf`
+        reads them.
 
         **Arguments:**
 
@@ -265,8 +266,9 @@ class Config:
             all by default. The prediction blocks stay.
 
         **Raises:** ValueError that names the first kind of fault found: a value that
-        DeepSeek-V4 does not have, values that contradict each other, or all keys that
-        are missing; FileNotFoundError without a file.
+        DeepSeek-V4 does not have, an unknown key that begins like one of the model's
+        sizes, values that contradict each other, or all keys that are missing;
+        FileNotFoundError without a file.
         """
         fields = dataclasses.fields(cls)
         return cls(**fields_from_hf(source, fields, num_hidden_layers))

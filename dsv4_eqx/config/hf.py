@@ -6,11 +6,12 @@ Two forms are in use: the release's (`compress_ratios`, `num_hash_layers`,
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Final
 
+from dsv4_eqx.config.drafter import drafter_from_hf
+from dsv4_eqx.config.files import read_json, whole_numbers
 from dsv4_eqx.config.hf_keys import (
     CALL,
     FIXED,
@@ -22,15 +23,12 @@ from dsv4_eqx.config.hf_keys import (
 from dsv4_eqx.config.hf_rotary import mapping, rotary_from_hf, yarn_to_hf
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, KIND_OF_RATIO, SLIDING, TOPK_MOE
 from dsv4_eqx.numerics.validation import (
-    as_python,
     invalid_argument,
     is_int,
-    path_of,
     shown,
     validate_int,
 )
 
-_DEEPEST: Final = 3  # mappings in each other that are read
 _TOKEN_IDS: Final = {"bos_token_id": 0, "eos_token_id": 1}  # transformers' defaults
 _FRACTION: Final = "partial_rotary_factor"
 _LISTS: Final = ("layer_types", "compress_ratios", "mlp_layer_types")
@@ -42,18 +40,20 @@ def fields_from_hf(
     num_hidden_layers: int | None,
 ) -> dict[str, Any]:
     """The values of `Config`'s fields in `source`; it checks most ranges itself."""
-    raw = source if isinstance(source, Mapping) else _read_json(source)
+    raw = source if isinstance(source, Mapping) else read_json(CALL, source)
     raw = {
         key: value
-        for key, value in _whole(raw).items()
+        for key, value in whole_numbers(raw).items()
         if value is not None or key not in SCHEDULE
     }
-    validate_keys(raw)
-    rotary = rotary_from_hf(raw)
     names = {field.name for field in fields}
+    validate_keys(raw, names)
+    rotary = rotary_from_hf(raw)
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
     _refuse_missing(raw.keys() | rotary.keys(), required)
-    if num_hidden_layers is not None:
+    if num_hidden_layers is None:
+        drafter_from_hf(raw)  # to refuse one that fits no model
+    else:
         raw = _cut(raw, num_hidden_layers)
     values = _TOKEN_IDS | {name: raw[name] for name in (names - SCHEDULE) & raw.keys()}
     values |= _schedule_from_hf(raw) | rotary
@@ -86,30 +86,6 @@ def generation_to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: fields[name] for name in _TOKEN_IDS if fields[name] is not None}
     ids = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items()}
     return {"_from_model_config": True} | ids if ids else {}
-
-
-def _read_json(source: str | os.PathLike) -> dict[str, Any]:
-    path = path_of(CALL, "source", source)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{CALL}: {path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{CALL}: {path} holds {shown(raw)}, not a JSON object.")
-    return raw
-
-
-def _whole(value: Any, depth: int = _DEEPEST) -> Any:
-    """The same, 4096.0 as 4096 everywhere: JSON has one kind of number."""
-    value = as_python(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, Mapping) and depth > 0:
-        return {key: _whole(inner, depth - 1) for key, inner in value.items()}
-    if isinstance(value, list | tuple) and depth > 0:
-        return [_whole(inner, depth - 1) for inner in value]
-    return value
 
 
 def _refuse_missing(given: Set[str], required: Set[str]) -> None:

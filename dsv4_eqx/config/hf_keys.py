@@ -8,7 +8,12 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from dsv4_eqx.numerics.validation import invalid_argument, is_int, validate_int
+from dsv4_eqx.numerics.validation import (
+    invalid_argument,
+    is_int,
+    shown,
+    validate_int,
+)
 
 CALL: Final = "Config.from_hf"
 
@@ -58,6 +63,7 @@ _HARMLESS: Final = frozenset(
     "architectures attn_implementation auto_map aux_loss_alpha chat_template "
     "chunk_size_feed_forward dtype ep_size expert_dtype finetuning_task id2label "
     "is_decoder label2id license max_length min_length model_max_length name "
+    "num_beam_groups num_beams num_labels num_return_sequences "
     "output_attentions output_hidden_states output_router_logits pad_token_id prefix "
     "pretraining_tp problem_type quantization_config return_dict router_aux_loss_coef "
     "router_jitter_noise router_z_loss_coef sep_token_id seq_aux task_specific_params "
@@ -83,9 +89,16 @@ _OF_V41: Final = (
     "dspark_n_routed_experts",
     "dspark_num_experts_per_tok",
 )
+# What the model's sizes and switches begin with. Of these, one that is not known may be
+# another model's, and is refused unless it is off.
+_OF_PARTS: Final = tuple(
+    "attention_ attn_ compress_ expert_ ffn_ hc_ head_ hidden_ index_ k_ kv_ layer_ "
+    "layers_ logit_ logits_ mlp_ moe_ n_ norm_ num_ o_ q_ qk_ residual_ rms_ rope_ "
+    "rotary_ routed_ router_ scoring_ shared_ sliding_ swiglu_ topk_ v_ window_".split()
+)
 # Parts beside the model that this library does not have: what their keys begin with.
 _LEFT_OUT: Final = {
-    "dspark_": "of the drafter DSpark, without which the model is read",
+    "dspark_": "of the drafter DSpark, which DSparkConfig reads",
     "vision_": "of the image encoder, without which the model is read",
 }
 
@@ -97,12 +110,13 @@ def is_same(found: Any, wanted: Any) -> bool:
 
 def has_drafter(raw: Mapping[str, Any]) -> bool:
     """Whether a configuration has DSpark's drafter instead of the prediction block."""
-    tokens = raw.get("dspark_block_size")
-    return tokens is not None and validate_int(CALL, "dspark_block_size", tokens) > 0
+    name = "dspark_block_size"
+    tokens = raw.get(name)
+    return tokens is not None and validate_int(CALL, name, tokens, least=0) > 0
 
 
-def validate_keys(raw: Mapping[str, Any]) -> None:
-    """Refuses the configuration of another model."""
+def validate_keys(raw: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuses the configuration of another model; `Config`'s fields are `known`."""
     _refuse_v41(raw)
     for key, wanted in FIXED.items():
         if key in raw and not is_same(raw[key], wanted):
@@ -115,6 +129,19 @@ def validate_keys(raw: Mapping[str, Any]) -> None:
                 "DeepSeek-V4's"
             )
             raise invalid_argument(CALL, key, raw[key], allowed)
+    idle = _idle(known)
+    for key, value in raw.items():
+        is_off = value is None or value is False
+        if str(key).startswith(_OF_PARTS) and key not in idle and not is_off:
+            raise ValueError(
+                f"{CALL}: {key}={shown(value)} is not known, and by its name may mean "
+                "other mathematics than DeepSeek-V4's; if it means none, remove it."
+            )
+
+
+def _idle(known: Collection[str]) -> frozenset[Any]:
+    """Keys that are read, or have been validated, or mean nothing here."""
+    return frozenset({*known, *SCHEDULE, *FIXED, *_NEUTRAL, *_SAME_AS, *_HARMLESS})
 
 
 def _refuse_v41(raw: Mapping[str, Any]) -> None:
@@ -136,13 +163,13 @@ def _refuse_v41(raw: Mapping[str, Any]) -> None:
 
 def warn_of_unread(raw: Mapping[str, Any], known: Collection[str]) -> None:
     """Names in one warning all keys that are neither `known` nor without effect."""
-    idle = {*known, *SCHEDULE, *FIXED, *_NEUTRAL, *_SAME_AS, *_HARMLESS}
+    idle = _idle(known)
     given = {str(key) for key, value in raw.items() if value is not None}
     groups: dict[str, list[str]] = {}
     for key in sorted(given - idle):
         if key.startswith("_"):  # what libraries write for themselves alone
             continue
-        what = "unknown; what they would change is not computed"
+        what = "unknown"
         for start, part in _LEFT_OUT.items():
             what = part if key.startswith(start) else what
         groups.setdefault(what, []).append(key)

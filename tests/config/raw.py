@@ -1,4 +1,4 @@
-"""The nano-release's `config.json`, Flash's, and changes to them."""
+"""The nano-release's `config.json`, those of all releases, and changes to them."""
 
 import json
 import pathlib
@@ -36,6 +36,78 @@ def raw_flash(tail):
         "swiglu_limit": 10.0,
         "transformers_version": "4.57.1",
         "vocab_size": 129280,
+    }
+
+
+def raw_pro(tail):
+    """The same of Pro."""
+    return raw_flash(()) | {
+        "compress_ratios": [128, 128] + [4, 128] * 29 + [4, *tail],
+        "hidden_size": 7168,
+        "index_topk": 1024,
+        "moe_intermediate_size": 3072,
+        "n_routed_experts": 384,
+        "num_attention_heads": 128,
+        "num_hidden_layers": 61,
+        "o_groups": 16,
+        "q_lora_rank": 1536,
+        "routed_scaling_factor": 2.5,
+    }
+
+
+FLASH_DSPARK = {
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 256,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [40, 41, 42],
+}
+PRO_DSPARK = FLASH_DSPARK | {
+    "dspark_markov_rank": 512,
+    "dspark_target_layer_ids": [58, 59, 60],
+}
+# Every official release of V4, as far as their texts are public.
+RELEASES = {
+    "Flash": raw_flash([0]),
+    "Flash-Base": raw_flash([0]) | {"expert_dtype": "fp8"},
+    "Flash-DSpark": raw_flash([0, 0, 0]) | FLASH_DSPARK,
+    "Flash-0731": raw_flash([0, 0, 0]) | FLASH_DSPARK,
+    "Pro": raw_pro([0]),
+    "Pro-Base": raw_pro([0]) | {"expert_dtype": "fp8"},
+    "Pro-DSpark": raw_pro([0, 0, 0]) | PRO_DSPARK,
+    "Pro-0813": raw_pro([0, 0, 0]) | PRO_DSPARK,
+}
+
+
+def written_by_transformers(raw):
+    """What transformers 5.23 and 5.24 write for a release's mapping; both the same."""
+    ratios = raw["compress_ratios"][: raw["num_hidden_layers"]]
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention"}
+    heavy = "heavily_compressed_attention"
+    num_hashed, fraction = raw["num_hash_layers"], 0.125
+    bases = {"main": raw["rope_theta"], "compress": raw["compress_rope_theta"]}
+    rope = {
+        key: {"rope_theta": base, "partial_rotary_factor": fraction}
+        for key, base in bases.items()
+    }
+    rope["main"]["rope_type"] = "default"
+    rope["compress"] |= raw["rope_scaling"]
+    rope["compress"] |= {"rope_type": "yarn", "attention_factor": 1.0}
+    gone = "compress_ratios num_hash_layers rope_scaling torch_dtype".split()
+    numbers = "expert_dtype", raw["expert_dtype"]
+    return {key: value for key, value in raw.items() if key not in gone} | {
+        "compress_rates": {kinds[4]: 4, heavy: 128},
+        "dtype": raw["torch_dtype"],
+        "layer_types": [kinds.get(ratio, heavy) for ratio in ratios],
+        "mlp_bias": False,
+        "mlp_layer_types": ["hash_moe"] * num_hashed
+        + ["moe"] * (len(ratios) - num_hashed),
+        "output_router_logits": False,
+        "pad_token_id": None,
+        "partial_rotary_factor": fraction,
+        "quantization_config": raw["quantization_config"] | dict([numbers]),
+        "rope_parameters": rope,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsv4_eqx import Config
 from dsv4_eqx.config.hf_keys import other_keys
-from tests.config.raw import RAW, raw_flash, refused, yarn
+from tests.config.raw import FLASH_DSPARK, RAW, raw_flash, refused, yarn
 
 # The type checker of the test run would answer before ours does.
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -26,6 +26,9 @@ OTHER = {
     "pruned": ({"pruned_heads": {"0": [1]}}, ("pruned_heads", "{} or left out")),
     "other experts": ({"num_local_experts": 8}, ("num_local_experts=8", "6 or left")),
     "drafter": ({"dspark_block_size": "5"}, ("dspark_block_size='5'", "an integer")),
+    "other selection": ({"index_topk_freq": 4}, ("index_topk_freq=4", "remove it")),
+    "other heads": ({"attn_output_gate": True}, ("attn_output_gate=True", "remove it")),
+    "other experts too": ({"moe_scale": [1, 2]}, ("moe_scale=[1, 2] is not known",)),
     "one is no true": ({"norm_topk_prob": 1}, ("norm_topk_prob=1", "True")),
 }
 
@@ -58,16 +61,16 @@ def test_from_hf_refuses_a_v41_by_name(changes):
 
 
 DSPARK = {
-    "dspark_block_size": 5,
-    "dspark_noise_token_id": 128799,
-    "dspark_target_layer_ids": [40, 41, 42],
-    "dspark_markov_rank": 256,
+    "dspark_block_size": 3,
+    "dspark_noise_token_id": 127,
+    "dspark_target_layer_ids": [2, 4],
+    "dspark_markov_rank": 16,
 }
 
 
 def test_from_hf_reads_a_release_with_a_drafter_and_says_once_that_it_is_left_out():
-    with pytest.warns(UserWarning, match="dspark_block_size, .*the drafter") as said:
-        config = Config.from_hf(raw_flash((0, 0, 0)) | DSPARK)
+    with pytest.warns(UserWarning, match="dspark_block_size, .*DSparkConfig") as said:
+        config = Config.from_hf(raw_flash((0, 0, 0)) | FLASH_DSPARK)
     assert len(said) == 1
     # The drafter's tensors stand where the prediction block's would.
     assert config == dataclasses.replace(Config.flash(), num_nextn_predict_layers=0)
@@ -76,7 +79,8 @@ def test_from_hf_reads_a_release_with_a_drafter_and_says_once_that_it_is_left_ou
 
 def test_from_hf_names_the_keys_that_it_does_not_read_in_one_warning():
     unread = {"unsloth_version": "2026.9", "some_size": 3, "vision_dim": 1024}
-    match = r"from_hf: .* some_size, unsloth_version \(unknown.*vision_dim \(of the im"
+    unread |= {"attn_gate": False}
+    match = r"attn_gate, some_size, unsloth_version \(unknown.*vision_dim \(of the im"
     with pytest.warns(UserWarning, match=match) as said:
         assert Config.from_hf(RAW | unread | DSPARK) != Config.from_hf(RAW)
     assert len(said) == 1
