@@ -5,6 +5,7 @@ The names in it are the model's dimensions. `DIMENSIONS` lists them, each with a
 meaning; `partition_specs` turns them into shardings.
 """
 
+from dsv4_eqx import chat as chat
 from dsv4_eqx.attention.attention import Attention as Attention
 from dsv4_eqx.attention.compressor import Compressor as Compressor
 from dsv4_eqx.attention.indexer import Indexer as Indexer

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What the files of each part may import of ours, besides the files of their own part:
 # whatever lies on a lower floor. A part is a file or a folder.
 FLOORS = (
+    ("chat",),  # text alone
     ("dimensions", "numerics"),
     ("primitives", "kernels"),
     ("config",),
@@ -30,8 +31,8 @@ MAY_IMPORT = {
     for floor, parts in enumerate(FLOORS)
     for part in parts
 }
-# Everything else is written for one device.
-MAY_NAME_DEVICES = ("sharding", "checkpoint", "training", "plan")
+# Everything else is written for one device. A chat has a context of its own.
+MAY_NAME_DEVICES = ("sharding", "checkpoint", "training", "plan", "chat")
 OF_DEVICES = set(
     "sharding shard_map Mesh PartitionSpec NamedSharding psum pmean pmax pmin ppermute "
     "psum_scatter all_gather all_to_all ragged_all_to_all axis_index axis_size "

@@ -1,5 +1,6 @@
 """Text to token ids and back: a checkpoint's own tokenizer, or bytes."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Array, Int
 
+from dsv4_eqx.chat.special import ChatTokenizer
 from dsv4_eqx.checkpoint.directory import local_directory
 from dsv4_eqx.numerics.validation import invalid_argument
 
@@ -30,6 +32,14 @@ class ByteTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " seq"]:
         """Token ids, int32; ValueError if it is no text that UTF-8 holds."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def encode_text(self, text: str) -> Int[np.ndarray, " seq"]:
+        """The same: there are no special tokens."""
+        return self.encode(text)
+
+    def encode_special(self, token: str) -> Int[np.ndarray, " seq"]:
+        """The bytes of a special token's name."""
+        return self.encode(token)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes nothing: there is nothing to know of it."""
@@ -73,6 +83,22 @@ class FileTokenizer:
         _utf8(text)
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.int32)
+
+    def encode_text(self, text: str) -> Int[np.ndarray, " seq"]:
+        """Token ids of text that others wrote: a special token's name in it is text.
+
+        ValueError if it is no text that UTF-8 holds.
+        """
+        _utf8(text)
+        return np.asarray(self._of_text.encode_text(text), np.int32)
+
+    def encode_special(self, token: str) -> Int[np.ndarray, " seq"]:
+        """The id of a special token; ValueError without it."""
+        return np.asarray(self._of_text.encode_special(token), np.int32)
+
+    @functools.cached_property
+    def _of_text(self) -> ChatTokenizer:
+        return ChatTokenizer(self._tokenizer)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes its file, and copies those beside it that belong to it."""

@@ -94,7 +94,8 @@ def drafter_from_hf(raw: Mapping[str, Any]) -> DSparkConfig | None:
             f"{_CALL}: the configuration has {_PREFIX}{given[0]} and lacks {missing}; "
             "a drafter needs all four keys, and a model without one has none."
         )
-    ratios, layers = raw.get("compress_ratios"), raw.get("num_hidden_layers")
+    ratios: Any = raw.get("compress_ratios")
+    layers: Any = raw.get("num_hidden_layers")
     if isinstance(ratios, list) and is_int(layers) and len(ratios) > layers:
         values["num_stages"] = len(ratios) - layers
     found = DSparkConfig(**values)
