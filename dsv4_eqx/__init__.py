@@ -11,6 +11,7 @@ from dsv4_eqx.attention.compressor import Compressor as Compressor
 from dsv4_eqx.attention.indexer import Indexer as Indexer
 from dsv4_eqx.attention.values import AttentionValues as AttentionValues
 from dsv4_eqx.attention.values import IndexerValues as IndexerValues
+from dsv4_eqx.checkpoint.drafter_load import load_dspark as load_dspark
 from dsv4_eqx.checkpoint.load import from_pretrained as from_pretrained
 from dsv4_eqx.checkpoint.save import save_pretrained as save_pretrained
 from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
@@ -31,6 +32,9 @@ from dsv4_eqx.kernels.form import use_kernels as use_kernels
 from dsv4_eqx.model.abstract import AbstractModel as AbstractModel
 from dsv4_eqx.model.abstract import Cache as Cache
 from dsv4_eqx.model.block import Block as Block
+from dsv4_eqx.model.drafting import Drafts as Drafts
+from dsv4_eqx.model.drafting import DSparkContext as DSparkContext
+from dsv4_eqx.model.dspark import DSpark as DSpark
 from dsv4_eqx.model.layers import Layers as Layers
 from dsv4_eqx.model.model import DeepSeekV4 as DeepSeekV4
 from dsv4_eqx.model.mtp import MTP as MTP

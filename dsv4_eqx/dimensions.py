@@ -26,5 +26,8 @@ DIMENSIONS: Final[dict[str, str]] = {
     "shared_hidden": "inner channels of the shared expert",
     "routes": "experts that a router scores; on every device",
     "hashed_vocab": "token ids in a routing table; on every device",
+    "targets": "layers of the model that a drafter reads",
+    "markov_rank": "channels of a drafter's correction by the token before",
+    "confidence_in": "dim and markov_rank together",
     "slots": "experts that a token is sent to",
 }

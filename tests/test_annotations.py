@@ -25,6 +25,9 @@ import dsv4_eqx as dsv4
 from dsv4_eqx import (
     AttentionValues,
     BalanceParts,
+    Drafts,
+    DSparkConfig,
+    DSparkContext,
     IndexerValues,
     LayerValues,
     NextTokenParts,
@@ -65,6 +68,8 @@ OF_ACTIVATIONS = {
     LayerValues: {"batch", "seq"},
     BalanceParts: {"layers"},
     MTPCache: {"batch"},
+    DSparkContext: {"batch", "stages", "window"},
+    Drafts: {"batch", "places"},
 }
 # What it stands for decides.
 OF_THE_FIELD_THAT_HOLDS_IT = {QuantizedWeight: {"..."}, Slice: {"..."}}
@@ -135,6 +140,16 @@ def parts():
     return nats, NextTokenParts(one, count, None, None), BalanceParts(layers, layers)
 
 
+def drafter():
+    """A drafter, its state and its drafts."""
+    sizes = DSparkConfig(
+        block_size=3, noise_token_id=1, target_layer_ids=(0, 2, 4), markov_rank=5
+    )
+    found = dsv4.DSpark(T, sizes, key=jax.random.key(0))
+    ids, logits = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3, T.vocab_size))
+    return found, found.init_context(2), Drafts(ids, logits, logits[..., 0])
+
+
 def trees():
     """Everything that is walked."""
     cache = model().init_cache(3, 50)
@@ -161,6 +176,7 @@ def trees():
         packed(),
         (generated, state, chosen, rules, lookahead, caches, stacks, shown(), parts()),
         of_a_mesh(),
+        drafter(),
     ]
 
 
@@ -239,7 +255,7 @@ def test_the_models_have_an_instance_of_every_module_class():
     assert {cls.__name__ for cls in module_classes() - walked} == set()
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(8))
 def test_every_field_is_what_its_annotation_says(index):
     tree = trees()[index]
     for module in walk(tree):

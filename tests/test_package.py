@@ -47,7 +47,9 @@ for node in ast.parse(BLOCK).body:
 
 def test_readme_has_an_example_of_each_primitive():
     names = "RMSNorm UnweightedRMSNorm GroupedLinear RotaryEmbedding".split()
-    assert len(BLOCKS) == len(names) + 5  # checkpoints, generation, chat, kernels, checks
+    assert (
+        len(BLOCKS) == len(names) + 5
+    )  # checkpoints, generation, chat, kernels, checks
     for name, block in zip(names, BLOCKS):
         assert f"dsv4.{name}(" in block
 

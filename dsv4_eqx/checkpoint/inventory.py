@@ -29,7 +29,7 @@ from dsv4_eqx.checkpoint.quantized import (
 from dsv4_eqx.checkpoint.tensors import StoredTensor, read_region, whole
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.config.kinds import HASH_MOE
-from dsv4_eqx.model.model import DeepSeekV4, abstract_model
+from dsv4_eqx.model.model import abstract_model
 from dsv4_eqx.numerics.validation import (
     FLOATS,
     invalid_argument,
@@ -64,7 +64,7 @@ _LEAST_OF_BLOCK: Final = 20  # tensors of a block, at least, in any naming
 class NamedTensors(NamedTuple):
     """Tensors by name, and the model without numbers that they are for."""
 
-    model: DeepSeekV4
+    model: Any  # a DeepSeekV4 or a DSpark
     tensors: Mapping[str, Any]  # what there is, under the names that are wanted
     wanted: list[tuple[Source, Any]]  # each leaf's tensors, and the abstract leaf
     other: list[Source]  # the same under the other naming
@@ -76,7 +76,7 @@ class Checkpoint(NamedTuple):
     """A checkpoint whose headers have been read and fit its configuration."""
 
     directory: pathlib.Path
-    model: DeepSeekV4  # of shapes and dtypes
+    model: Any  # a DeepSeekV4 or a DSpark, of shapes and dtypes
     tensors: Mapping[str, StoredTensor]
     wanted: list[tuple[Source, Any]]
     weights: dict[str, StoredTensor | QuantizedTensor]  # that are wanted, by name
@@ -122,11 +122,18 @@ def inspect_checkpoint(
     """What is in a checkpoint, and what is wrong with it."""
     raw = read_config(directory)
     with naming(directory / CONFIG):
-        _check_quantization(raw)
+        check_quantization(raw)
         config = Config.from_hf(raw)
     stored = read_tensors(directory)
     with naming(directory):
         named = match_names(call, config, stored, dtype, lambda tensor: tensor.dtype)
+    return with_weights(directory, named)
+
+
+def with_weights(
+    directory: pathlib.Path, named: NamedTensors
+) -> tuple[Checkpoint, list[str]]:
+    """The tensors with their scales, and what is wrong with them."""
     weights, used, faults = {}, set(), []
     for source, leaf in named.wanted:
         for name in source.names.flat:
@@ -183,7 +190,7 @@ def _plain_faults(tensor: StoredTensor, source: Source, leaf: Any) -> Iterator[s
         yield f"has the dtype {tensor.dtype}, for {leaf.dtype}"
 
 
-def _check_quantization(raw: dict[str, Any]) -> None:
+def check_quantization(raw: dict[str, Any]) -> None:
     """Refuses other blocks and formats than those that are read here."""
     found = raw.get("quantization_config")
     if found is None:
@@ -243,7 +250,7 @@ def _without_drafter(
     if any(map(_OF_DSPARK.match, tensors)):
         note = (
             f"the drafter DSpark, {num_left} tensors mtp.*, is not loaded; the model "
-            "is without it, and has no prediction block"
+            "is without it, and has no prediction block; load_dspark loads the drafter"
         )
         return others, 0, [note]
     if num_blocks > 0 and num_left == 0:

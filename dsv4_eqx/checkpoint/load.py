@@ -101,7 +101,7 @@ def from_pretrained(
     with an index, and `config.json` beside them. Quantised weights become arrays,
     exactly; where their scales are float32, the product in float32. One warning says
     that the model is without prediction block where the configuration has one and the
-    files do not, or without the drafter DSpark.
+    files do not, or without the drafter DSpark, which `load_dspark` loads.
 
     **Arguments:**
 

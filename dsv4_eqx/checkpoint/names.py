@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
+from dsv4_eqx.model.dspark import DSpark
 from dsv4_eqx.numerics.quantized_weight import is_quantized
 
 
@@ -119,6 +120,16 @@ _MTP: Final = {
     **_under("head", _hyper("hc_head", "hc_head_")),
     **{f"block.{path}": row._replace(hf=row.official) for path, row in _BLOCK.items()},
 }
+# Of the drafter; the number before is that of the stage that has it, first or last.
+_DSPARK: Final = {
+    "main_in": _Row("0 main_proj.weight", "", (1, 3)),
+    "main_norm.weight": _Row("0 main_norm.weight", ""),
+    "norm.weight": _Row("-1 norm.weight", ""),
+    **_under("head", _hyper("-1 hc_head", "")),
+    "markov_in": _Row("-1 markov_head.markov_w1.weight", ""),
+    "markov_out": _Row("-1 markov_head.markov_w2.weight", ""),
+    "confidence": _Row("-1 confidence_head.proj.weight", ""),
+}
 
 
 _MIXED: Final = re.compile(r"^model\.layers\.\d+\.(?:ffn|mlp)\.experts\.\d+\.w[123]\.")
@@ -193,6 +204,26 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
         names = [np.asarray(prefix + grid, dtype=object) for prefix in prefixes]
         names = np.stack(names) if is_stacked else names[0]
         yield Source(name, names, part_shape, _merged(row, shape, part_shape)), leaf
+
+
+def drafter_sources(drafter: DSpark) -> Iterator[tuple[Source, Any]]:
+    """The tensors of every array of a drafter, which has official names alone."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(drafter, is_leaf=is_quantized)
+    last = len(drafter.stages) - 1
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.startswith("stages."):
+            _, stage, rest = name.split(".", 2)
+            row = _BLOCK[rest]
+            suffixes = row.official.split()
+        else:
+            row = _DSPARK[name]
+            place, *suffixes = row.official.split()
+            stage = 0 if place == "0" else last
+        grid, part_shape = _grid(suffixes, leaf.shape)
+        names = np.asarray(f"mtp.{stage}." + grid, dtype=object)
+        merged = _merged(row, leaf.shape, part_shape)
+        yield Source(name, names, part_shape, merged), leaf
 
 
 def _merged(

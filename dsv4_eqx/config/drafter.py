@@ -98,6 +98,8 @@ def drafter_from_hf(raw: Mapping[str, Any]) -> DSparkConfig | None:
     layers: Any = raw.get("num_hidden_layers")
     if isinstance(ratios, list) and is_int(layers) and len(ratios) > layers:
         values["num_stages"] = len(ratios) - layers
+    if isinstance(values["target_layer_ids"], list):
+        values["target_layer_ids"] = tuple(values["target_layer_ids"])
     found = DSparkConfig(**values)
     _validate_fit(found, raw)
     return found

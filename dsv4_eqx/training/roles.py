@@ -49,6 +49,9 @@ DIMENSION_ROLES: Final[Mapping[str, DimensionRole]] = types.MappingProxyType(
         "expert_hidden": DimensionRole.SIDE,
         "shared_hidden": DimensionRole.SIDE,
         "routes": DimensionRole.SIDE,
+        "targets": DimensionRole.SIDE,
+        "markov_rank": DimensionRole.SIDE,
+        "confidence_in": DimensionRole.SIDE,
         "vocab": DimensionRole.LOOKUP,
         "ratio": DimensionRole.BIAS,
     }
