@@ -90,10 +90,10 @@ BAD = {
     "no size": ({"dspark_block_size": None}, "lacks ['dspark_block_size']"),
     "negative size": ({"dspark_block_size": -1}, "dspark_block_size=-1"),
     "text": ({"dspark_markov_rank": "256"}, "markov_rank='256'"),
-    "no layers": ({"dspark_target_layer_ids": []}, "target_layer_ids=[]"),
+    "no layers": ({"dspark_target_layer_ids": []}, "target_layer_ids=()"),
     "one layer": ({"dspark_target_layer_ids": 40}, "target_layer_ids=40"),
-    "order": ({"dspark_target_layer_ids": [41, 40]}, "target_layer_ids=[41, 40]"),
-    "twice": ({"dspark_target_layer_ids": [41, 41]}, "target_layer_ids=[41, 41]"),
+    "order": ({"dspark_target_layer_ids": [41, 40]}, "target_layer_ids=(41, 40)"),
+    "twice": ({"dspark_target_layer_ids": [41, 41]}, "target_layer_ids=(41, 41)"),
     "beyond": ({"dspark_target_layer_ids": [42, 43]}, "below num_hidden_layers=43"),
     "noise": ({"dspark_noise_token_id": 129280}, "below vocab_size=129280"),
     "ratios": (

@@ -138,19 +138,18 @@ def test_drafts_walk_as_the_token_before_says(release):
 def test_drawn_drafts_have_the_distribution_of_their_logits(release):
     _, model, drafter, _ = release
     context = context_of(drafter, MEANS[:1], LENGTHS[-1:])
-    rows = 1500
+    rows = 500
     many = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), context)
     anchors = jnp.full(rows, 42, jnp.int32)
-    narrow = eqx.tree_at(lambda m: m.unembedding, model, model.unembedding * 0.2)
     drawn = jax.jit(
         lambda d, m, a, c: d.draft(m, a, c, temperature=0.7, key=jax.random.key(1)),
         compiler_options=QUICKLY,
-    )(drafter, narrow, anchors, many)
+    )(drafter, model, anchors, many)
     for place in (0, 1):
         p = jax.nn.softmax(drawn.logits[:, place] / 0.7, axis=-1)
         expected = np.asarray(p, np.float64).sum(axis=0)
         counts = np.bincount(drawn.tokens[:, place], minlength=CONFIG.vocab_size)
-        common = expected > 20
+        common = expected > 8
         z = (counts - expected)[common] / np.sqrt(expected[common])
         assert common.sum() >= 5 and np.abs(z).max() < 4.5
     # Each was drawn from its own logits: the second depends on the first.
