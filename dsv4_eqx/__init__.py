@@ -10,6 +10,7 @@ from dsv4_eqx.attention.attention import Attention as Attention
 from dsv4_eqx.attention.compressor import Compressor as Compressor
 from dsv4_eqx.attention.indexer import Indexer as Indexer
 from dsv4_eqx.attention.values import AttentionValues as AttentionValues
+from dsv4_eqx.attention.values import IndexerDivergence as IndexerDivergence
 from dsv4_eqx.attention.values import IndexerValues as IndexerValues
 from dsv4_eqx.checkpoint.drafter_load import load_dspark as load_dspark
 from dsv4_eqx.checkpoint.load import from_pretrained as from_pretrained
@@ -61,10 +62,14 @@ from dsv4_eqx.training.balance import BalanceParts as BalanceParts
 from dsv4_eqx.training.balance import balance_loss as balance_loss
 from dsv4_eqx.training.balance import scored_routings as scored_routings
 from dsv4_eqx.training.cast import cast as cast
+from dsv4_eqx.training.indexer_loss import IndexerParts as IndexerParts
+from dsv4_eqx.training.indexer_loss import attend_densely as attend_densely
+from dsv4_eqx.training.indexer_loss import indexer_loss as indexer_loss
 from dsv4_eqx.training.losses import NextTokenParts as NextTokenParts
 from dsv4_eqx.training.losses import next_token_loss as next_token_loss
 from dsv4_eqx.training.masks import apply_mask as apply_mask
 from dsv4_eqx.training.masks import decay_mask as decay_mask
+from dsv4_eqx.training.masks import indexer_mask as indexer_mask
 from dsv4_eqx.training.masks import layer_mask as layer_mask
 from dsv4_eqx.training.masks import trainable as trainable
 from dsv4_eqx.training.optimizer import optimizer as optimizer

@@ -28,6 +28,8 @@ from dsv4_eqx import (
     Drafts,
     DSparkConfig,
     DSparkContext,
+    IndexerDivergence,
+    IndexerParts,
     IndexerValues,
     LayerValues,
     NextTokenParts,
@@ -64,9 +66,11 @@ OF_ACTIVATIONS = {
     Lookahead: {"batch"},
     Routing: {"*tokens"},
     IndexerValues: {"batch", "seq", "selected"},
+    IndexerDivergence: {"batch", "seq"},
     AttentionValues: {"batch", "seq"},
     LayerValues: {"batch", "seq"},
     BalanceParts: {"layers"},
+    IndexerParts: {"layers"},
     MTPCache: {"batch"},
     DSparkContext: {"batch", "stages", "window"},
     Drafts: {"batch", "places"},
@@ -129,7 +133,9 @@ def entries():
 def shown():
     scores, ids = jnp.zeros((3, 5, 2)), jnp.zeros((3, 5, 2), jnp.int32)
     routing = Routing(ids, scores, jnp.zeros((3, 5, 7)))
-    attention = AttentionValues(scores, IndexerValues(ids, scores))
+    divergence = IndexerDivergence(scores[..., 0], scores[..., 0], ids[..., 0])
+    indexer = IndexerValues(ids, scores)
+    attention = AttentionValues(scores, indexer, divergence)
     return LayerValues(jnp.zeros((3, 5, 4, T.hidden_size)), attention, routing)
 
 
@@ -137,7 +143,9 @@ def parts():
     """What losses consist of."""
     one, count, layers = jnp.zeros(()), jnp.int32(3), jnp.zeros(4)
     nats = NextTokenParts(one, count, one, count)
-    return nats, NextTokenParts(one, count, None, None), BalanceParts(layers, layers)
+    without = NextTokenParts(one, count, None, None)
+    indexers = IndexerParts(layers, layers, layers)
+    return nats, without, BalanceParts(layers, layers), indexers
 
 
 def drafter():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
@@ -26,6 +27,7 @@ from dsv4_eqx.attention.checks import (
     validate_sequences,
 )
 from dsv4_eqx.attention.compressor import Compressor, validate_rotary
+from dsv4_eqx.attention.divergence import SumHeads, divergence_by_blocks, same
 from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.attention.values import AttentionValues, observed
@@ -171,17 +173,22 @@ class Attention(eqx.Module):
         token; and, except under `jit`, if positions do not start at 0 in each document.
         """
         validate_sequences(x, self.query_down, positions, segment_ids)
-        return self._run(x, positions, segment_ids, is_observed=False)[0]
+        return self._run(x, positions, segment_ids)[0]
 
     def observe(
         self,
         x: Float[Array, "batch seq dim"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
+        *,
+        sum_heads: SumHeads = same,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionValues]:
-        """Calls it, and returns what was computed on the way beside the output."""
+        """Calls it, and returns what was computed on the way beside the output.
+
+        Where each device has some of the heads, `sum_heads` adds up over devices.
+        """
         validate_sequences(x, self.query_down, positions, segment_ids)
-        return self._run(x, positions, segment_ids, is_observed=True)
+        return self._run(x, positions, segment_ids, sum_heads)
 
     @compiled_once
     @jax.named_scope("Attention")
@@ -190,9 +197,9 @@ class Attention(eqx.Module):
         x: Float[Array, "batch seq dim"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None,
-        *,
-        is_observed: bool,
+        sum_heads: SumHeads | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Any]:
+        """The output and, if `sum_heads` is given, what was computed on the way."""
         self = dequantize(self)
         positions = positions.astype(jnp.int32)  # like those of compressed entries
         # Starts are unique ids, even where a segment id comes back.
@@ -204,18 +211,24 @@ class Attention(eqx.Module):
         num_before = min(self.window, x.shape[1]) - 1
         before = jnp.zeros_like(keys, shape=(keys.shape[0], num_before, keys.shape[2]))
         keys = jnp.concatenate([before, keys], axis=1)
-        selection = shown = None
-        if self.indexer is not None:
-            operands = x, latent, positions, *documents
-            if is_observed:
-                selection, shown = observed(self.indexer, *operands)
-            else:
-                selection = self.indexer(*operands)
+        selection = shown = divergence = None
+        indexed = x, latent, positions, *documents
+        if self.indexer is not None and sum_heads is None:
+            selection = self.indexer(*indexed)
+        elif self.indexer is not None:
+            selection, shown = observed(self.indexer, *indexed)
         operands = latent, positions, keys, entries, selection, *documents
-        if not is_observed:
+        if sum_heads is None:
             return self.attend(*operands), None
         out, log_sum_exp = self.attend_observed(*operands)
-        return out, AttentionValues(log_sum_exp, shown)
+        if isinstance(self.indexer, Indexer):
+            detached = lax.stop_gradient((x, latent))
+            _, weights, _, *taught = self.indexer.operands(*detached, *indexed[2:])
+            per_query = latent, positions, log_sum_exp, weights, selection, *documents
+            divergence = divergence_by_blocks(
+                self, per_query, entries, taught[0], sum_heads
+            )
+        return out, AttentionValues(log_sum_exp, shown, divergence)
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> AttentionCache:
         """The state before any token, for `extend`.

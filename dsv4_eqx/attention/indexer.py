@@ -3,12 +3,13 @@
 Paper section 2.3.1, eq. 13 to 17. Small heads score every visible entry; the best
 `topk` are selected. Scores are computed for one block of queries at a time, and only
 for the entries that the block can see. The selection has no gradient, so that a loss
-over tokens does not train the indexer.
+over tokens does not train the indexer; `divergence.py` has what does.
 
 The released code multiplies queries and keys by an orthonormal Hadamard matrix before
 quantising them; without quantisation it cancels in the product and is left out.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,9 @@ from dsv4_eqx.attention.cache import (
 from dsv4_eqx.attention.compressor import Compressor
 from dsv4_eqx.attention.documents import document_starts
 from dsv4_eqx.attention.values import IndexerValues, no_selected
+from dsv4_eqx.kernels.chosen import over_heads
 from dsv4_eqx.kernels.entries import Entries, Selection, visible
-from dsv4_eqx.kernels.query_blocks import join_blocks, split_blocks
+from dsv4_eqx.kernels.query_blocks import map_blocks
 from dsv4_eqx.kernels.select import query_block, select, select_with_scores
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
@@ -94,6 +96,16 @@ class Indexer(eqx.Module):
         self.head_weights = normal(weight_key, weight_shape, dtype, std=std)
         self.compressor = compressor
 
+    def with_topk(self, topk: int) -> "Indexer":
+        """The same indexer, selecting so many entries.
+
+        **Raises:** ValueError if `topk` is not a positive integer.
+        """
+        (topk,) = validate_sizes("Indexer.with_topk", topk=topk)
+        indexer = copy.copy(self)
+        object.__setattr__(indexer, "topk", topk)
+        return indexer
+
     @compiled_once
     @jax.named_scope("Indexer")
     def __call__(
@@ -116,7 +128,7 @@ class Indexer(eqx.Module):
         """
         if x.shape[1] // self.compressor.ratio <= self.topk:
             return None  # all visible entries are selected: no score is needed
-        return self.select(*self._operands(x, latent, positions, segment_ids))
+        return self.select(*self.operands(x, latent, positions, segment_ids))
 
     @compiled_once
     @jax.named_scope("Indexer.observe")
@@ -131,17 +143,17 @@ class Indexer(eqx.Module):
         windows = x.shape[1] // self.compressor.ratio
         if windows == 0:
             return None, no_selected(*x.shape[:2])
-        operands = self._operands(x, latent, positions, segment_ids)
+        operands = self.operands(x, latent, positions, segment_ids)
         return self.select_observed(*operands, num_windows=windows)
 
-    def _operands(
+    def operands(
         self,
         x: Float[Array, "batch seq dim"],
         latent: Float[Array, "batch seq q_rank"],
         positions: Int[Array, "batch seq"],
-        segment_ids: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> tuple:
-        """The arguments of `select`, of whole sequences."""
+        """The arguments of `select`, of whole sequences; its own are as for calling."""
         # Starts of documents are the ids that the entries have.
         starts = () if segment_ids is None else (document_starts(segment_ids),)
         keys = self.compressor(x, *starts)
@@ -249,21 +261,45 @@ class Indexer(eqx.Module):
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> Any:
         """A function such as `select`, given one block of queries at a time."""
-        operands = lax.stop_gradient((latent, weights, keys, self.query_up))
-        latent, weights, keys, query_up = operands
-        seq = latent.shape[1]
+        latent, weights, keys = lax.stop_gradient((latent, weights, keys))
+        indexer = lax.stop_gradient(self)
 
         def run_block(operands: tuple) -> Any:
             latent, weights, positions, segment_ids = operands
-            queries = project(latent, query_up)  # eq. 14
-            queries = self.compressor.rope(queries, positions[..., None])
+            queries = indexer.project_queries(latent, positions)
             seen = visible(keys, positions, segment_ids)
             return function(queries, weights, seen, keys, self.topk)  # eq. 16, 17
 
         operands = (latent, weights, positions, segment_ids)
-        block = query_block(keys)
-        if seq <= block:
-            return run_block(operands)
-        blocks = jax.tree.map(lambda x: split_blocks(x, block), operands)
-        out = lax.map(run_block, blocks)
-        return jax.tree.map(lambda x: join_blocks(x, seq), out)
+        return map_blocks(run_block, operands, query_block(keys))
+
+    def project_queries(
+        self,
+        latent: Float[Array, "batch seq q_rank"],
+        positions: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq index_heads index_dim"]:
+        """Rotated queries of the index heads."""
+        queries = project(latent, self.query_up)  # eq. 14
+        return self.compressor.rope(queries, positions[..., None])
+
+    def score_chosen(
+        self,
+        latent: Float[Array, "batch seq q_rank"],
+        weights: Float[Array, "batch seq index_heads"],
+        positions: Int[Array, "batch seq"],
+        keys: Entries,
+        selection: Selection,
+    ) -> Float[Array, "batch seq chosen"]:
+        """Scores of the entries that a selection names, or of all; with a gradient.
+
+        The other arguments are those of `select`.
+        """
+        queries = self.project_queries(latent, positions)
+
+        def weighted(products: Array) -> Array:
+            rectified = jax.nn.relu(products)
+            return jnp.einsum(
+                "bqhe,bqh->bqe", rectified, weights, precision=lax.Precision.HIGHEST
+            )
+
+        return over_heads(weighted, queries, keys, selection)  # eq. 16

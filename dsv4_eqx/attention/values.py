@@ -26,12 +26,25 @@ def no_selected(batch: int, seq: int) -> IndexerValues:
     return IndexerValues(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
+class IndexerDivergence(eqx.Module):
+    """How far each query's index scores are from attention, for `indexer_loss`.
+
+    In nats, over the entries that it attends to; 0 where there is none. The gradient
+    of `kl` reaches the indexer's weights alone.
+    """
+
+    kl: Float[Array, "batch seq"]  # of attention from the softmax of the scores
+    kl_uniform: Float[Array, "batch seq"]  # of attention from equal scores
+    num_entries: Int[Array, "batch seq"]
+
+
 class AttentionValues(eqx.Module):
     """What attention computed beside its output."""
 
     # Logarithm of the sum of the exponentials of all logits of a query, the sink's too.
     log_sum_exp: Float[Array, "batch seq heads"]
     indexer: IndexerValues | None  # None without an indexer
+    divergence: IndexerDivergence | None = None  # None without an `Indexer`
 
 
 def observed(part: Any, *args: Any) -> tuple[Any, Any]:

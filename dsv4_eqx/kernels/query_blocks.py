@@ -40,6 +40,20 @@ def map_queries(
     return jax.tree.map(lambda x: join_blocks(x, seq), out)
 
 
+def map_blocks(
+    function: Callable[[PyTree[Array]], PyTree[Array]],
+    per_query: PyTree[Shaped[Array, "batch seq ..."]],
+    block: int,
+) -> PyTree[Array]:
+    """The same without window keys; it keeps what the function itself does."""
+    seq = jax.tree.leaves(per_query)[0].shape[1]
+    if seq <= block:
+        return function(per_query)
+    blocks = jax.tree.map(lambda x: split_blocks(x, block), per_query)
+    out = lax.map(function, blocks)
+    return jax.tree.map(lambda x: join_blocks(x, seq), out)
+
+
 def split_blocks(
     x: Shaped[Array, "batch seq *rest"], block: int
 ) -> Shaped[Array, "blocks batch block *rest"]:

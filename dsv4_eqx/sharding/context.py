@@ -10,20 +10,28 @@ a reduce-scatter adds up the heads' outputs and splits the tokens again.
 """
 
 import abc
+import functools
 import itertools
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv4_eqx.attention.attention import Attention
-from dsv4_eqx.attention.values import AttentionValues, IndexerValues, no_selected
+from dsv4_eqx.attention.divergence import divergence_by_blocks
+from dsv4_eqx.attention.values import (
+    AttentionValues,
+    IndexerDivergence,
+    IndexerValues,
+    no_selected,
+)
 from dsv4_eqx.kernels.entries import Entries, Selection
 from dsv4_eqx.numerics.quantized_weight import dequantize
-from dsv4_eqx.sharding.gather import gather, size_of, sum_and_split
+from dsv4_eqx.sharding.gather import gather, own_part, size_of, sum_and_split
 from dsv4_eqx.sharding.tensor import of_all_heads, with_zeros_for_other_heads
 from dsv4_eqx.sharding.tokens import with_tokens_before
 
@@ -86,7 +94,13 @@ class SplitSequence(AbstractSplitSequence):
         attended = entries[0] if entries else None  # not those of the indexer
         operands = latent, positions, keys, attended, selection, segment_ids
         out, log_sum_exp = _attend(attention, operands, is_observed)
-        values = AttentionValues(log_sum_exp, indexer) if is_observed else None
+        values = None
+        if is_observed:
+            weights = _taught_weights(attention, x)
+            divergence = _divergence(
+                attention, operands, log_sum_exp, weights, entries, self.heads_axis
+            )
+            values = AttentionValues(log_sum_exp, indexer, divergence)
         if self.heads_axis is None:
             return out, values
         return lax.psum(out, self.heads_axis), of_all_heads(values, self.heads_axis)
@@ -133,9 +147,19 @@ class SplitSequenceAndHeads(AbstractSplitSequence):
         out = sum_and_split(out, self.heads_axis, _SEQ)
         if not is_observed:
             return out, None
+        weights = _taught_weights(attention, x)
+        if weights is not None:
+            weights = gather(weights, self.heads_axis, _SEQ)
+        divergence = _divergence(
+            attention, operands, log_sum_exp, weights, entries, self.heads_axis
+        )
+        # All of these devices know it of each other's tokens; each teaches by its own.
+        divergence = jax.tree.map(
+            lambda x: own_part(x, self.heads_axis, _SEQ), divergence
+        )
         parts = with_zeros_for_other_heads(log_sum_exp, self.heads_axis)
         log_sum_exp = sum_and_split(parts, self.heads_axis, _SEQ)
-        return out, AttentionValues(log_sum_exp, indexer)
+        return out, AttentionValues(log_sum_exp, indexer, divergence)
 
     def _of_all_heads(
         self,
@@ -179,7 +203,10 @@ def _projected(
     compressors: list, x: Float[Array, "batch local_seq dim"]
 ) -> tuple[list, list[int]]:
     """Values and gates of each compressor, and how many earlier tokens each needs."""
-    tokens = [part for compressor in compressors for part in compressor.project(x)]
+    # The layer's compressor comes first. Nothing but its weights trains the indexer's.
+    inputs = [x, lax.stop_gradient(x)][: len(compressors)]
+    pairs = zip(compressors, inputs, strict=True)
+    tokens = [part for compressor, x in pairs for part in compressor.project(x)]
     counts = [compressor.num_pending for compressor in compressors for _ in range(2)]
     return tokens, counts
 
@@ -260,6 +287,36 @@ def _attend(
     if is_observed:
         return attention.attend_observed(*operands)
     return attention.attend(*operands), None
+
+
+def _taught_weights(
+    attention: Attention, x: Float[Array, "batch local_seq dim"]
+) -> Float[Array, "batch local_seq index_heads"] | None:
+    """The indexer's head weights as its loss trains them; None without an indexer."""
+    if attention.indexer is None:
+        return None
+    return attention.indexer.project_weights(lax.stop_gradient(x))
+
+
+def _divergence(
+    attention: Attention,
+    operands: tuple,
+    log_sum_exp: Float[Array, "batch joined_seq local_heads"],
+    weights: Float[Array, "batch joined_seq index_heads"] | None,
+    entries: list,
+    heads_axis: str | None,
+) -> IndexerDivergence | None:
+    """Of the tokens for which the device attends, with the `operands` of attention."""
+    if weights is None:
+        return None
+    latent, positions, _, attended, selection, segment_ids = operands
+    documents = () if segment_ids is None else (segment_ids,)
+    per_query = latent, positions, log_sum_exp, weights, selection, *documents
+    keys = entries[1] if len(entries) > 1 else None
+    if heads_axis is None:
+        return divergence_by_blocks(attention, per_query, attended, keys)
+    sum_heads = functools.partial(lax.psum, axis_name=heads_axis)
+    return divergence_by_blocks(attention, per_query, attended, keys, sum_heads)
 
 
 def _places_of_windows(devices: int, local: int, ratio: int) -> np.ndarray:

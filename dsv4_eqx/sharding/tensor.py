@@ -5,6 +5,7 @@ added up. The vocabulary is split too: each device looks up the embeddings that 
 and the loss never gathers the logits.
 """
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv4_eqx.attention.attention import Attention
 from dsv4_eqx.attention.values import AttentionValues, observed
 from dsv4_eqx.model.cross_entropy import cross_entropy_from_logits
 from dsv4_eqx.sharding.gather import gather, own_part, sum_and_split
@@ -35,7 +37,11 @@ class SummedOver(eqx.Module):
 
     def observe(self, *args: Any) -> tuple[Array, Any]:
         """The output added up, and what the module shows, of all heads."""
-        out, values = observed(self.module, *args)
+        if isinstance(self.module, Attention):
+            sum_heads = functools.partial(lax.psum, axis_name=self.axis)
+            out, values = self.module.observe(*args, sum_heads=sum_heads)
+        else:
+            out, values = observed(self.module, *args)
         return lax.psum(out, self.axis), of_all_heads(values, self.axis)
 
 
@@ -78,7 +84,8 @@ def of_all_heads(values: Any, axis: str) -> Any:
     if not isinstance(values, AttentionValues):
         return values
     parts = with_zeros_for_other_heads(values.log_sum_exp, axis)
-    return AttentionValues(lax.psum(parts, axis), values.indexer)
+    log_sum_exp = lax.psum(parts, axis)
+    return AttentionValues(log_sum_exp, values.indexer, values.divergence)
 
 
 def with_zeros_for_other_heads(

@@ -27,7 +27,11 @@ from dsv4_eqx.sharding.annotations import annotated_leaves
 
 
 def trainable(
-    model: Any, *, mtp: bool = False, layers: Iterable[Any] | None = None
+    model: Any,
+    *,
+    mtp: bool = False,
+    indexers: bool = False,
+    layers: Iterable[Any] | None = None,
 ) -> Any:
     """Marks what a loss over tokens reaches.
 
@@ -41,15 +45,17 @@ def trainable(
 
     - `model`: a model, or a part of one; its arrays may be abstract.
     - `mtp`: whether the prediction blocks' own loss is part of it.
+    - `indexers`: whether `indexer_loss` is part of it.
     - `layers`: if given, only these layers, counted from 0, and with `mtp` the
         prediction blocks. Where layers are stacked, an array is marked if it holds one
         of them; `apply_mask` then keeps the others still.
 
     **Raises:** ValueError if there is no such layer, the model has no `Layers` to
-    choose from, or `mtp` is not a boolean.
+    choose from, or `mtp` or `indexers` is not a boolean.
     """
     validate_flag("trainable", "mtp", mtp)
-    left_out = (Indexer,) if mtp else (Indexer, MTP)
+    validate_flag("trainable", "indexers", indexers)
+    left_out = (*(() if indexers else (Indexer,)), *(() if mtp else (MTP,)))
 
     def is_part(node: Any) -> bool:
         return isinstance(node, (*left_out, TopKRouter))
@@ -67,6 +73,23 @@ def trainable(
         return marks
     wanted = _mark_layers("trainable", model, layers, others=(MTP,) if mtp else ())
     return jax.tree.map(lambda x, y: x and bool(np.any(y)), marks, wanted)
+
+
+def indexer_mask(model: Any) -> Any:
+    """Marks the indexers' arrays, for the stage that trains nothing else.
+
+    `trained, rest = eqx.partition(model, indexer_mask(model))`
+
+    **Arguments:**
+
+    - `model`: a model, or a part of one; its arrays may be abstract.
+    """
+
+    def mark(node: Any) -> Any:
+        is_indexer = isinstance(node, Indexer)
+        return jax.tree.map(lambda x: is_indexer and _is_inexact(x), node)
+
+    return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, Indexer))
 
 
 def decay_mask(model: Any) -> Any:

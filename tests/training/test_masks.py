@@ -56,6 +56,17 @@ def test_a_loss_reaches_all_floats_but_indexers_biases_of_routers_and_drafts(mtp
     assert not any(".indexer" in path or ".router.bias" in path for path in found)
 
 
+def test_indexers_are_trained_beside_the_rest_or_alone():
+    indexers = marked(dsv4.indexer_mask(model()))
+    every = marked(jax.tree.map(lambda _: True, model()))
+    assert indexers == {path for path in every if ".indexer." in path}
+    assert len(indexers) == 6  # of two layers, stacked
+    without = marked(dsv4.trainable(model()))
+    assert marked(dsv4.trainable(model(), indexers=True)) == without | indexers
+    trained = dsv4.trainable(model(), indexers=True, layers=[1])
+    assert not any(".indexer." in path for path in marked(trained))
+
+
 def test_trainable_parts_the_model_in_two():
     trained, rest = eqx.partition(model(), dsv4.trainable(model()))
     assert eqx.tree_equal(eqx.combine(trained, rest), model())
