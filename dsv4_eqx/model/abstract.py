@@ -4,6 +4,7 @@ Methods that differ between the two are abstract; those that follow from them ar
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.attention.documents import validate_segment_ids
 from dsv4_eqx.config.config import Config
+from dsv4_eqx.model.given_experts import GivenExperts
 from dsv4_eqx.model.inputs import (
     Lengths,
     SegmentIds,
@@ -72,7 +74,12 @@ class AbstractModel(eqx.Module):
         """Number of prediction (MTP) blocks."""
 
     def __call__(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token at every position, float32.
 
@@ -91,24 +98,56 @@ class AbstractModel(eqx.Module):
         - `segment_ids`: document of each token, where rows hold several: any integers,
             the same throughout a document, and different for a row's documents.
         - `remat`: keep only each layer's input for the backward pass.
+        - `experts`: for each layer, each token's experts, in place of those that the
+            layer's router would choose: what `observe` shows as `routing.experts`.
+            Their weights are from this model's scores and have gradients. A layer with
+            None chooses; one that hashes does so in any case. The prediction block is
+            not given any.
+
+        Routing as by older parameters, while losses have spikes (paper section 4.2.3):
+
+            _, layers = older.observe(tokens)
+            logits = model(tokens, experts=[x.routing.experts for x in layers])
+
+        Routing as by the model that sampled the tokens, which another has trained
+        since, or that has another precision (replay, in reinforcement learning):
+
+            _, layers = sampler.observe(tokens)
+            experts = [np.asarray(x.routing.experts) for x in layers]  # to be kept
+            log_probs = token_log_probs(model, tokens, experts=experts)
 
         **Raises:** ValueError if `tokens` is not an array of integers of two
         dimensions, is empty, or is longer than `max_position_embeddings`; if
         `segment_ids` is not an array of integers of the same shape; and if a token is
         outside the vocabulary, or a segment id comes back after another one. The last
         two are not checked under `jit`, where an id that comes back begins a new
-        document.
+        document. Also if `experts` has not an entry for each layer, of integers of
+        shape (batch, seq, slots), or has entries for some only of the layers that run
+        in one loop; and, except under `jit`, if an expert does not exist or is twice in
+        a token.
         """
-        return self.unembed(self.hidden(tokens, segment_ids, remat=remat))
+        options = _options(remat, experts)
+        return self.unembed(self.hidden(tokens, segment_ids, **options))
 
     def hidden(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> Float[Array, "batch seq dim"]:
         """The final hidden activations, for `unembed`; arguments as for calling."""
-        return self.collapse(self.streams(tokens, segment_ids, remat=remat))
+        options = _options(remat, experts)
+        return self.collapse(self.streams(tokens, segment_ids, **options))
 
     def observe(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> tuple[Float[Array, "batch seq dim"], tuple[LayerValues, ...]]:
         """The final hidden activations, and what each layer computed on the way.
 
@@ -120,25 +159,37 @@ class AbstractModel(eqx.Module):
         **Arguments:** as for calling.
 
         **Returns:** the activations, and for each layer its output, the log-sum-exp of
-        its attention, what its indexer selected, and its routing's experts, weights and
-        scores. These arrays begin with the dimensions batch and seq, which over a mesh
-        are split like the tokens; `routing.counts` counts all tokens together.
+        its attention, what its indexer selected and how far its scores are from
+        attention, and its routing's experts, weights and scores. These arrays begin
+        with the dimensions batch and seq, which over a mesh are split like the tokens;
+        `routing.counts` counts all tokens together.
         """
-        streams, values = self.observe_streams(tokens, segment_ids, remat=remat)
+        options = _options(remat, experts)
+        streams, values = self.observe_streams(tokens, segment_ids, **options)
         return self.collapse(streams), values
 
     def observe_streams(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """Calls `streams`, and returns what each layer computed beside them.
 
         A model of your own shows nothing, unless it has its own method.
         """
-        return self.streams(tokens, segment_ids, remat=remat), ()
+        return self.streams(tokens, segment_ids, **_options(remat, experts)), ()
 
     @abc.abstractmethod
     def streams(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the last layer; arguments as for calling."""
 
@@ -318,3 +369,8 @@ class AbstractModel(eqx.Module):
         **Raises:** ValueError if there is no prediction block, or streams, ids, cache
         and lengths do not match, as for `extend`.
         """
+
+
+def _options(remat: bool, experts: GivenExperts) -> dict[str, Any]:
+    """Keywords of `streams`; a model of one's own need not take experts."""
+    return dict(remat=remat) if experts is None else dict(remat=remat, experts=experts)

@@ -67,6 +67,7 @@ class Block(eqx.Module):
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
+        experts: Int[Array, "batch seq slots"] | None = None,
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the layer.
 
@@ -75,13 +76,15 @@ class Block(eqx.Module):
         - `streams`: the residual streams before it.
         - `token_ids`: the tokens' ids, which hash routing reads.
         - `positions`, `segment_ids`: as for `Attention`.
+        - `experts`: as for `MoE`.
         """
+        given = () if experts is None else (experts,)
         documents = () if segment_ids is None else (segment_ids,)
         x, mixing = self.attention_connection.read(streams)
         x = self.attention(self.attention_norm(x), positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
         x, mixing = self.moe_connection.read(streams)
-        x = self.moe(self.moe_norm(x), token_ids)
+        x = self.moe(self.moe_norm(x), token_ids, *given)
         return self.moe_connection.write(streams, x, mixing)
 
     @compiled_once
@@ -92,15 +95,17 @@ class Block(eqx.Module):
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
+        experts: Int[Array, "batch seq slots"] | None = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], LayerValues]:
         """Calls it, and returns what was computed on the way beside the streams."""
+        given = () if experts is None else (experts,)
         documents = () if segment_ids is None else (segment_ids,)
         x, mixing = self.attention_connection.read(streams)
         x = self.attention_norm(x)
         x, attention = observed(self.attention, x, positions, *documents)
         streams = self.attention_connection.write(streams, x, mixing)
         x, mixing = self.moe_connection.read(streams)
-        x, routing = observed(self.moe, self.moe_norm(x), token_ids)
+        x, routing = observed(self.moe, self.moe_norm(x), token_ids, *given)
         streams = self.moe_connection.write(streams, x, mixing)
         return streams, LayerValues(streams, attention, routing)
 

@@ -22,6 +22,7 @@ from dsv4_eqx.attention.cache import AttentionCache, Extended
 from dsv4_eqx.attention.values import observed
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.block import Block
+from dsv4_eqx.model.given_experts import by_section
 from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.model.stacked import (
     experts_in_place,
@@ -81,6 +82,7 @@ class Layers(eqx.Module):
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
+        experts: tuple[Int[Array, "batch seq slots"] | None, ...] | None = None,
         *,
         remat: bool = False,
     ) -> Float[Array, "batch seq streams dim"]:
@@ -91,14 +93,18 @@ class Layers(eqx.Module):
         - `streams`: the residual streams before the first layer.
         - `token_ids`: the tokens' ids, which hash routing reads.
         - `positions`, `segment_ids`: as for `Attention`.
+        - `experts`: of each layer what `Block` takes, or None; where layers repeat, of
+            all repetitions or of none.
         - `remat`: keep only each layer's input for the backward pass.
         """
-        documents = () if segment_ids is None else (segment_ids,)
 
-        def run(block: Callable[..., Array], streams: Array) -> tuple[Array, None]:
-            return block(streams, token_ids, positions, *documents), None
+        def run(
+            block: Callable[..., Array], streams: Array, experts: Array | None
+        ) -> tuple[Array, None]:
+            others = _others(segment_ids, experts)
+            return block(streams, token_ids, positions, *others), None
 
-        streams, *_ = self._run(run, streams, remat)
+        streams, *_ = self._run(run, streams, experts, remat)
         return streams
 
     @compiled_once
@@ -108,17 +114,20 @@ class Layers(eqx.Module):
         token_ids: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
+        experts: tuple[Int[Array, "batch seq slots"] | None, ...] | None = None,
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """Calls the layers, and returns what each computed beside the streams."""
-        documents = () if segment_ids is None else (segment_ids,)
 
-        def run(block: Any, streams: Array) -> tuple[Array, LayerValues]:
-            out, values = observed(block, streams, token_ids, positions, *documents)
+        def run(
+            block: Any, streams: Array, experts: Array | None
+        ) -> tuple[Array, LayerValues]:
+            others = _others(segment_ids, experts)
+            out, values = observed(block, streams, token_ids, positions, *others)
             return out, LayerValues(out, None, None) if values is None else values
 
-        streams, first, repeated, last = self._run(run, streams, remat)
+        streams, first, repeated, last = self._run(run, streams, experts, remat)
         middle = (
             jax.tree.map(operator.itemgetter(repeat), values)
             for repeat in range(self.num_repeats)
@@ -127,29 +136,36 @@ class Layers(eqx.Module):
         return streams, (*first, *middle, *last)
 
     def _run(
-        self, run: Callable[..., tuple[Array, Any]], streams: Array, remat: bool
+        self,
+        run: Callable[..., tuple[Array, Any]],
+        streams: Array,
+        experts: tuple | None,
+        remat: bool,
     ) -> tuple[Array, tuple, tuple, tuple]:
         """The streams after all layers, and what `run` returns of each beside them."""
         run = eqx.filter_checkpoint(run) if remat else run
 
         def run_all(
-            streams: Array, blocks: tuple, name: str
+            streams: Array, blocks: tuple, given: tuple, name: str
         ) -> tuple[Array, tuple[Any, ...]]:
             values = []
-            for i, block in enumerate(blocks):
+            for i, (block, experts) in enumerate(zip(blocks, given, strict=True)):
                 with jax.named_scope(f"layers.{name}.{i}"):
-                    streams, value = run(block, streams)
+                    streams, value = run(block, streams, experts)
                 values.append(value)
             return streams, tuple(values)
 
         def run_unit(streams: Array, unit: tuple) -> tuple[Array, tuple]:
-            return run_all(streams, unit, "repeated")
+            blocks, given = unit
+            return run_all(streams, blocks, given, "repeated")
 
         repeated = ()
-        streams, first = run_all(streams, self.first, "first")
+        of_first, of_repeated, of_last = by_section(self, experts)
+        streams, first = run_all(streams, self.first, of_first, "first")
         if self.repeated:
-            streams, repeated = lax.scan(run_unit, streams, self.repeated)
-        streams, last = run_all(streams, self.last, "last")
+            units = self.repeated, of_repeated
+            streams, repeated = lax.scan(run_unit, streams, units)
+        streams, last = run_all(streams, self.last, of_last, "last")
         return streams, first, repeated, last
 
     def init_cache(
@@ -312,3 +328,10 @@ class Layers(eqx.Module):
         if repeat < self.num_repeats:
             return "repeated", index, repeat
         return "last", inner - self.num_repeats * len(self.repeated), None
+
+
+def _others(segment_ids: Array | None, experts: Array | None) -> tuple:
+    """The last arguments of a block; one of one's own need not take what is None."""
+    if experts is not None:
+        return segment_ids, experts
+    return () if segment_ids is None else (segment_ids,)

@@ -22,6 +22,7 @@ from dsv4_eqx.model.cross_entropy import (
     in_chunks,
     logits_from,
 )
+from dsv4_eqx.model.given_experts import GivenExperts, validate_given_experts
 from dsv4_eqx.model.inputs import (
     Lengths,
     SegmentIds,
@@ -98,21 +99,34 @@ class DeepSeekV4(AbstractModel):
         self.config = config
 
     def streams(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the last layer: see `AbstractModel.streams`."""
         token_ids = self.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
-        return self.layers(self.embed(token_ids), token_ids, *places, remat=remat)
+        given = self.validate_experts(experts, token_ids)
+        streams = self.embed(token_ids)
+        return self.layers(streams, token_ids, *places, given, remat=remat)
 
     def observe_streams(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """The residual streams as by `streams`, and what each layer computed."""
         token_ids = self.validate_tokens(tokens)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
+        given = self.validate_experts(experts, token_ids)
         streams = self.embed(token_ids)
-        return self.layers.observe(streams, token_ids, *places, remat=remat)
+        return self.layers.observe(streams, token_ids, *places, given, remat=remat)
 
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
@@ -256,6 +270,13 @@ class DeepSeekV4(AbstractModel):
                 f"{max_positions}: give fewer, or raise it in the configuration."
             )
         return token_ids
+
+    def validate_experts(
+        self, experts: GivenExperts, token_ids: Int[Array, "batch seq"]
+    ) -> tuple[Int[Array, "batch seq slots"] | None, ...] | None:
+        """Given experts of each layer, validated as for calling."""
+        shape = token_ids.shape
+        return validate_given_experts("DeepSeekV4", self.layers, experts, shape)
 
     def validate_ahead(
         self, streams: Float[Array, "batch seq streams dim"], tokens: TokenIds

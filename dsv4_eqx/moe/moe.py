@@ -9,7 +9,11 @@ from jaxtyping import Array, Float, Int
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.router import HashRouter, Routing, TopKRouter
 from dsv4_eqx.numerics.compile_once import compiled_once
-from dsv4_eqx.numerics.validation import validate_activations, validate_ids
+from dsv4_eqx.numerics.validation import (
+    validate_activations,
+    validate_ids,
+    validate_integers,
+)
 
 
 class MoE(eqx.Module):
@@ -31,40 +35,55 @@ class MoE(eqx.Module):
     @compiled_once
     @jax.named_scope("MoE")
     def __call__(
-        self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq dim"],
+        token_ids: Int[Array, "batch seq"],
+        experts: Int[Array, "batch seq slots"] | None = None,
     ) -> Float[Array, "batch seq dim"]:
         """**Arguments:**
 
         - `x`: normalised activations.
         - `token_ids`: the tokens' ids, which hash routing reads.
+        - `experts`: each token's experts, in place of those that a `TopKRouter`
+            chooses.
 
         **Raises:** ValueError if `x` has other channels or another dtype than the
-        weights, the token ids are not one integer for each token, or there are not as
-        many experts as the router scores.
+        weights, the token ids are not one integer for each token, there are not as many
+        experts as the router scores, or `experts` are not what the router takes.
         """
-        return self._run(x, token_ids)[0]
+        return self._run(x, token_ids, experts)[0]
 
     @compiled_once
     @jax.named_scope("MoE.observe")
     def observe(
-        self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq dim"],
+        token_ids: Int[Array, "batch seq"],
+        experts: Int[Array, "batch seq slots"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Routing]:
         """Calls it, and returns the routing of each token beside the output."""
-        out, routing = self._run(x, token_ids)
+        out, routing = self._run(x, token_ids, experts)
         # A router of one's own may give no scores.
         scores = getattr(routing, "scores", None)
         routing = Routing(routing.experts, routing.weights, scores)
         return out, jax.tree.map(lambda rows: rows.reshape(*x.shape[:2], -1), routing)
 
     def _run(
-        self, x: Float[Array, "batch seq dim"], token_ids: Int[Array, "batch seq"]
+        self,
+        x: Float[Array, "batch seq dim"],
+        token_ids: Int[Array, "batch seq"],
+        experts: Int[Array, "batch seq slots"] | None,
     ) -> tuple[Float[Array, "batch seq dim"], Any]:
         """The output, and the `Routing` of all tokens in one dimension."""
         validate_activations("MoE", x, self.router.weight, ("batch", "seq", "dim"))
         validate_ids("MoE", "token_ids", token_ids, x.shape[:2])
         self._validate_experts()
         rows = x.reshape(-1, x.shape[-1])
-        routing = self.router(rows, token_ids.reshape(-1))
+        given = ()  # a router of one's own need not take any
+        if experts is not None:
+            validate_integers("MoE", "experts", experts)
+            given = (experts.reshape(-1, experts.shape[-1]),)
+        routing = self.router(rows, token_ids.reshape(-1), *given)
         routed = self.experts(rows, routing.experts, routing.weights)
         out = (routed + self.shared(rows)).astype(x.dtype)
         return out.reshape(x.shape), routing

@@ -5,9 +5,12 @@ choose the experts with the highest scores plus a balancing bias. The first laye
 the experts up by the token's id; there the scores only give the weights.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
@@ -16,6 +19,8 @@ from dsv4_eqx.numerics.initial import normal
 from dsv4_eqx.numerics.product import project
 from dsv4_eqx.numerics.validation import (
     invalid_argument,
+    is_concrete,
+    validate_integers,
     validate_number,
     validate_sizes,
 )
@@ -92,17 +97,32 @@ class TopKRouter(eqx.Module):
 
     @jax.named_scope("TopKRouter")
     def __call__(
-        self, x: Float[Array, "tokens dim"], token_ids: Int[Array, " tokens"]
+        self,
+        x: Float[Array, "tokens dim"],
+        token_ids: Int[Array, " tokens"],
+        experts: Int[Array, "tokens slots"] | None = None,
     ) -> Routing:
         """**Arguments:**
 
         - `x`: the tokens' activations.
         - `token_ids`: not used; `HashRouter` has the same arguments and needs them.
+        - `experts`: each token's experts, if they are not to be chosen here. Their
+            weights are from these scores all the same, and have a gradient.
+
+        **Raises:** ValueError if `experts` are not integers of shape (tokens, slots)
+        and, except under `jit`, if one is outside `[0, num_experts)` or twice in a
+        token. Under `jit`, the weights of a token with one outside are NaN.
         """
         logits = project(x, self.weight, wide=True)
         scores = _scores(logits)
-        biased = scores + self.bias.astype(scores.dtype)[None]
-        _, experts = lax.top_k(biased, self.num_slots)
+        if experts is None:
+            biased = scores + self.bias.astype(scores.dtype)[None]
+            _, experts = lax.top_k(biased, self.num_slots)
+        else:
+            sizes = self.num_experts, self.num_slots
+            validate_experts("TopKRouter", experts, x.shape[:1], *sizes)
+            # A negative index would count from the end.
+            experts = jnp.where(experts < 0, self.num_experts, experts)
         return _weigh(logits, scores, experts, self.scaling_factor)
 
 
@@ -157,16 +177,54 @@ class HashRouter(eqx.Module):
 
     @jax.named_scope("HashRouter")
     def __call__(
-        self, x: Float[Array, "tokens dim"], token_ids: Int[Array, " tokens"]
+        self,
+        x: Float[Array, "tokens dim"],
+        token_ids: Int[Array, " tokens"],
+        experts: Int[Array, "tokens slots"] | None = None,
     ) -> Routing:
         """**Arguments:**
 
         - `x`: the tokens' activations.
         - `token_ids`: the tokens' ids, each in `[0, vocab_size)`.
+        - `experts`: not used; the table, which is not trained, has a token's experts.
         """
         logits = project(x, self.weight, wide=True)
         experts = self.table[token_ids]
         return _weigh(logits, _scores(logits), experts, self.scaling_factor)
+
+
+def validate_experts(
+    call: str, experts: Any, tokens: tuple[int, ...], num_experts: int, num_slots: int
+) -> None:
+    """Refuses what are not `num_slots` different experts for each of the tokens.
+
+    Values are looked at only where they are known.
+    """
+    validate_integers(call, "experts", experts)
+    shape = (*tokens, num_slots)
+    if experts.shape != shape:
+        raise ValueError(
+            f"{call}: experts of shape {experts.shape} are not {num_slots} for each "
+            f"token, {shape}."
+        )
+    if not is_concrete(experts):
+        return
+    values = np.asarray(experts)
+    outside = (values < 0) | (values >= num_experts)
+    if outside.any():
+        place = [int(i) for i in np.argwhere(outside)[0]]
+        raise ValueError(
+            f"{call}: expert {values[tuple(place)]} at {place} is outside "
+            f"[0, {num_experts})."
+        )
+    ordered = np.sort(values, axis=-1)
+    again = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    if again.any():
+        token = [int(i) for i in np.argwhere(again)[0]]
+        raise ValueError(
+            f"{call}: the experts {values[tuple(token)].tolist()} of the token at "
+            f"{token} are not different."
+        )
 
 
 def _validate_router(

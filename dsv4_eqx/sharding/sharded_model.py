@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv4_eqx.config.config import Config
 from dsv4_eqx.model.abstract import AbstractModel, Cache, Lookahead
 from dsv4_eqx.model.cross_entropy import in_chunks, logits_from
+from dsv4_eqx.model.given_experts import GivenExperts
 from dsv4_eqx.model.inputs import (
     Lengths,
     SegmentIds,
@@ -82,31 +83,50 @@ class ShardedModel(AbstractModel):
         return jax.tree.unflatten(structure, self.leaf_specs)
 
     def streams(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> Float[Array, "batch seq streams dim"]:
         """The residual streams after the last layer.
 
         **Arguments, raises:** as for `AbstractModel.streams`.
         """
-        return self._run_layers(Layers.__call__, tokens, segment_ids, remat)
+        inputs = tokens, segment_ids, experts
+        return self._run_layers(Layers.__call__, *inputs, remat)
 
     def observe_streams(
-        self, tokens: TokenIds, segment_ids: SegmentIds = None, *, remat: bool = False
+        self,
+        tokens: TokenIds,
+        segment_ids: SegmentIds = None,
+        *,
+        remat: bool = False,
+        experts: GivenExperts = None,
     ) -> tuple[Float[Array, "batch seq streams dim"], tuple[LayerValues, ...]]:
         """The residual streams after the last layer, and what each layer computed.
 
         **Arguments, raises:** as for `AbstractModel.streams`.
         """
-        return self._run_layers(Layers.observe, tokens, segment_ids, remat)
+        inputs = tokens, segment_ids, experts
+        return self._run_layers(Layers.observe, *inputs, remat)
 
     def _run_layers(
-        self, run_layers: Callable, tokens: Any, segment_ids: Any, remat: bool
+        self,
+        run_layers: Callable,
+        tokens: Any,
+        segment_ids: Any,
+        experts: Any,
+        remat: bool,
     ) -> Any:
         token_ids = self.model.validate_tokens(tokens)
+        given = self.model.validate_experts(experts, token_ids)
         places = token_places("DeepSeekV4", token_ids, segment_ids)
         split = token_split("streams", token_ids.shape, self.mesh)
         run = eqx.Partial(_layers, run_layers, remat)
-        return self._run(run, split, split.spec, token_ids, *places, remat=remat)
+        inputs = token_ids, *places, given
+        return self._run(run, split, split.spec, *inputs, remat=remat)
 
     def collapse(
         self, streams: Float[Array, "*batch streams dim"]
@@ -308,8 +328,8 @@ def _made(make: Callable, model: DeepSeekV4, sizes: Any, shardings: Any) -> Any:
     return jax.lax.with_sharding_constraint(make(model, *sizes), shardings)
 
 
-def _layers(run_layers: Callable, remat: bool, model: Any, ids: Array, *places: Any):
-    return run_layers(model.layers, model.embed(ids), ids, *places, remat=remat)
+def _layers(run_layers: Callable, remat: bool, model: Any, ids: Array, *others: Any):
+    return run_layers(model.layers, model.embed(ids), ids, *others, remat=remat)
 
 
 def _new_tokens(extend: Callable, model: Any, ids: Array, *state: Any) -> Any:

@@ -150,6 +150,25 @@ def test_bias_only_selects():
     np.testing.assert_array_equal(shifted(x, ids).weights, ours(x, ids).weights)
 
 
+def test_given_experts_replace_the_choice_alone(without_shape_checks):
+    ours, _ = top_k_routers()
+    x, ids = jnp.asarray(normal((TOKENS, 15), 3)), jnp.asarray(token_ids())
+    order = np.random.default_rng(5).random((TOKENS, 7)).argsort(axis=1)
+    experts = order[:, :3].astype(np.int32)
+    chosen, given = ours(x, ids), ours(x, ids, jnp.asarray(experts))
+    np.testing.assert_array_equal(given.experts, experts)
+    np.testing.assert_array_equal(given.scores, chosen.scores)
+    scores = np.take_along_axis(np.asarray(chosen.scores), experts, axis=1)
+    close(given.weights, 1.5 * scores / scores.sum(axis=1, keepdims=True), 1e-6)
+    np.testing.assert_array_equal(ours(x, ids, chosen.experts).weights, chosen.weights)
+    for wrong in (experts[1:], experts + 1, experts[:, [0, 1, 1]]):
+        with pytest.raises(ValueError, match="TopKRouter: "):
+            ours(x, ids, jnp.asarray(wrong))
+    hashed, _ = hash_routers()
+    wanted = hashed(x, ids).experts
+    np.testing.assert_array_equal(hashed(x, ids, jnp.asarray(experts)).experts, wanted)
+
+
 def test_ties_go_to_the_lower_index():
     ours, _ = top_k_routers()
     ours = eqx.tree_at(lambda m: m.bias, ours, jnp.zeros(7))
