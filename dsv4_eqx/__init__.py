@@ -65,6 +65,7 @@ from dsv4_eqx.training.cast import cast as cast
 from dsv4_eqx.training.indexer_loss import IndexerParts as IndexerParts
 from dsv4_eqx.training.indexer_loss import attend_densely as attend_densely
 from dsv4_eqx.training.indexer_loss import indexer_loss as indexer_loss
+from dsv4_eqx.training.log_probs import token_log_probs as token_log_probs
 from dsv4_eqx.training.losses import NextTokenParts as NextTokenParts
 from dsv4_eqx.training.losses import next_token_loss as next_token_loss
 from dsv4_eqx.training.masks import apply_mask as apply_mask
