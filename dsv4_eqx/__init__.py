@@ -66,6 +66,14 @@ from dsv4_eqx.training.indexer_loss import IndexerParts as IndexerParts
 from dsv4_eqx.training.indexer_loss import attend_densely as attend_densely
 from dsv4_eqx.training.indexer_loss import indexer_loss as indexer_loss
 from dsv4_eqx.training.log_probs import token_log_probs as token_log_probs
+from dsv4_eqx.training.data.batches import PackedBatch as PackedBatch
+from dsv4_eqx.training.data.batches import PackedBatches as PackedBatches
+from dsv4_eqx.training.data.pack import PackedRows as PackedRows
+from dsv4_eqx.training.data.pack import PackingStatistics as PackingStatistics
+from dsv4_eqx.training.data.pack import pack_documents as pack_documents
+from dsv4_eqx.training.data.read_documents import read_documents as read_documents
+from dsv4_eqx.training.data.row_part import row_part as row_part
+from dsv4_eqx.training.data.row_part import rows_over as rows_over
 from dsv4_eqx.training.losses import NextTokenParts as NextTokenParts
 from dsv4_eqx.training.losses import next_token_loss as next_token_loss
 from dsv4_eqx.training.masks import apply_mask as apply_mask
