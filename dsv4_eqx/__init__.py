@@ -85,3 +85,5 @@ from dsv4_eqx.training.optimizer import optimizer as optimizer
 from dsv4_eqx.training.roles import describe_optimizer as describe_optimizer
 from dsv4_eqx.training.router_bias import update_router_bias as update_router_bias
 from dsv4_eqx.training.schedule import schedule as schedule
+from dsv4_eqx.training.state import Restored as Restored
+from dsv4_eqx.training.state import TrainingCheckpoints as TrainingCheckpoints
