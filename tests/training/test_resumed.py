@@ -87,7 +87,7 @@ def test_a_run_goes_on_over_another_mesh(tmp_path):
     compiled = functools.partial(jax.jit, compiler_options=QUICKLY)
 
     def run(mesh, first, last):
-        """The losses; saves the state of step 1, and restores it to go on from there."""
+        """The losses; saves the state after one step, or goes on from there."""
         model = dsv4.shard(random_model(config), mesh)
         trained, rest = eqx.partition(model, dsv4.trainable(model))
         transformation = optax.adam(1e-2)
