@@ -30,6 +30,7 @@ def run_here(script, *args):
     out, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
+        patch.syspath_prepend(pathlib.Path(script).parent)  # as Python does
         patch.setattr(jax.config, "update", lambda name, value: None)
         jaxtyping.config.update("jaxtyping_disable", True)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):

@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Begun last, they would keep one worker busy while the others wait.
 LONG = {
     "test_examples_of_models.py",
+    "test_examples_of_training.py",
     "test_sharded_model.py",
     "test_package.py",
     "test_benchmarks.py",

@@ -199,22 +199,6 @@ def test_example_says_that_drafts_need_a_prediction_block(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperatures", tiers(["0", "0 1"], in_ci=["0"]))
-def test_example_trains_and_speculates(temperatures, tmp_path):
-    pytest.importorskip("optax")
-    text = tmp_path / "text"
-    text.write_text("to be or not to be, that is the question. " * 40)
-    temperatures = temperatures.split()
-    sizes = "--steps 3 --batch 2 --length 24 --new-tokens 9 --layers 2".split()
-    done = run("train.py", "--text", text, *sizes, "--temperatures", *temperatures)
-    assert_went_well(done)
-    losses = re.findall(r"next ([\d.]+), after next ([\d.]+)", done.stdout)
-    assert [len(losses), float(losses[-1][0]) < float(losses[0][0])] == [2, True]
-    stayed = r"(\d+)% of the drafts stayed; tokens a second: \d+ without drafts, \d+ "
-    assert len(re.findall(stayed, done.stdout)) == len(temperatures)
-
-
-@pytest.mark.slow
 def test_example_trains_a_model_of_ones_own_over_a_mesh():
     pytest.importorskip("optax")
     done = run("own_model.py")
