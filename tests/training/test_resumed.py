@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,31 @@ def test_a_killed_run_goes_on_bit_by_bit(kills, tmp_path):
                 assert line["loss"] == unbroken[line["step"]]["loss"]
         reached = lines[-1]["step"]
     assert warned > 0 or kills < 20
+
+
+@pytest.mark.slow
+def test_two_processes_save_their_parts_and_restore_them(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.training.members"]
+    both = [
+        subprocess.Popen(
+            [*command, str(index), str(port), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    found = []
+    for process in both:
+        out, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        found.append(json.loads(out.splitlines()[-1]))
+    assert [x["part"] for x in found] == [0, 1] and all(x["equal"] for x in found)
+    tokens = [token for x in found for token in x["tokens"]]
+    assert len(set(tokens)) == 4 and set(tokens) < set(range(1, 8))
 
 
 @pytest.mark.slow
