@@ -112,7 +112,8 @@ def main():
     schedule = dsv4.schedule(rate, 0.0, warmup, 0, asked.steps - warmup)
     transformation = dsv4.optimizer(trained, schedule)
     step = make_step(asked, model, transformation, marks, mtp_weight)
-    model = train(asked, documents, model, transformation.init(trained), step)
+    state = transformation.init(trained)
+    model = train(asked, documents, model, state, step, schedule)
     if model is not None:
         target = asked.out / "model"
         dsv4.save_pretrained(model, target, tokenizer=tokenizer, overwrite=True)

@@ -73,7 +73,7 @@ def losses(trained, rest, batch):
     return loss, (parts.num_targets, seen, counts)
 
 
-def make_step(transformation, schedule, marks):
+def make_step(transformation, marks):
     """The function that does one step of the optimizer."""
 
     def step(model, state, batch):
@@ -109,9 +109,9 @@ def main():
     rate, constant = asked.learning_rate, asked.steps - warmup - decay
     schedule = dsv4.schedule(rate, rate / 10, warmup, constant, decay)
     transformation = dsv4.optimizer(trained, schedule)
-    step = make_step(transformation, schedule, marks)
+    step = make_step(transformation, marks)
     state = transformation.init(trained)
-    model = train(asked, documents, model, state, step)
+    model = train(asked, documents, model, state, step, schedule)
     if model is not None:
         target = asked.out / "model"
         dsv4.save_pretrained(model, target, tokenizer=tokenizer, overwrite=True)

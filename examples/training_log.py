@@ -26,6 +26,7 @@ PANELS: Final = {
     "balance loss": ("balance",),
     "largest load / mean": ("largest_load",),
     "tokens a second": ("tokens_per_second",),
+    "learning rate": ("learning_rate",),
 }
 
 
@@ -87,6 +88,21 @@ class TrainingLog:
     def _write(self, step: int, entry: dict[str, Any]) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step} | entry) + "\n")
+
+
+def bigram_nats(seen: list[Any], unseen: list[Any], vocab_size: int) -> float | None:
+    """What a model of pairs of tokens makes of the unseen batches; for few tokens."""
+    if vocab_size > 4096:
+        return None
+    counts = np.ones((vocab_size, vocab_size))
+    for tokens, _ in seen:
+        np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    nats = np.log(counts.sum(1, keepdims=True)) - np.log(counts)
+    found = []
+    for tokens, ids, mask in unseen:
+        is_target = mask[:, 1:] & (ids[:, 1:] == ids[:, :-1])
+        found.append(nats[tokens[:, :-1], tokens[:, 1:]][is_target])
+    return float(np.concatenate(found).mean())
 
 
 def read_log(path: pathlib.Path) -> list[dict[str, Any]]:

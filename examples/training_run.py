@@ -16,8 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from training_log import TrainingLog, draw, peak_flops
+from training_log import TrainingLog, bigram_nats, draw, peak_flops
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.sharding.mesh import mesh_sizes
@@ -78,21 +77,6 @@ def split_documents(documents: list[Any]) -> tuple[list[Any], list[Any]]:
     return cut, [tuple(part[end:] for part in x) for x, end in zip(documents, ends)]
 
 
-def bigram_nats(seen: list[Any], unseen: list[Any], vocab_size: int) -> float | None:
-    """What a model of pairs of tokens makes of the unseen batches; for few tokens."""
-    if vocab_size > 4096:
-        return None
-    counts = np.ones((vocab_size, vocab_size))
-    for tokens, _ in seen:
-        np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
-    nats = np.log(counts.sum(1, keepdims=True)) - np.log(counts)
-    found = []
-    for tokens, ids, mask in unseen:
-        is_target = mask[:, 1:] & (ids[:, 1:] == ids[:, :-1])
-        found.append(nats[tokens[:, :-1], tokens[:, 1:]][is_target])
-    return float(np.concatenate(found).mean())
-
-
 def accumulated(losses: Any, trained: Any, rest: Any, batch: Any) -> Any:
     """Gradients and values of all microbatches, as means over all targets.
 
@@ -132,11 +116,19 @@ def mean_nats(model: Any, batches: list[Any]) -> float:
     return nats / max(targets, 1)
 
 
-def train(asked: Any, documents: list[Any], model: Any, optimizer: Any, step: Any):
+def train(
+    asked: Any,
+    documents: list[Any],
+    model: Any,
+    optimizer: Any,
+    step: Any,
+    schedule: Any,
+) -> Any:
     """Trains as asked; the model, or None if it was interrupted.
 
     `step(model, optimizer, batch)` gives both anew, and values for the log; the batch
-    has a leading dimension of microbatches. `optimizer` is its state.
+    has a leading dimension of microbatches. `optimizer` is its state, `schedule` its
+    learning rate.
     """
     seen, unseen = split_documents(documents)
     rows, unseen_rows = (dsv4.pack_documents(x, asked.length) for x in (seen, unseen))
@@ -146,7 +138,8 @@ def train(asked: Any, documents: list[Any], model: Any, optimizer: Any, step: An
     trial = [*itertools.islice(trial, max(1, asked.held_out_rows // asked.batch))]
     bigram = bigram_nats(seen, trial, model.config.vocab_size)
     state, first, stop = (model, optimizer), 0, StopSignal()
-    flops = 3 * dsv4.flops_per_token(model.config, asked.length)  # backward: twice
+    # The backward pass costs twice as much; as is usual, recomputing does not count.
+    flops = 3 * dsv4.flops_per_token(model.config, asked.length)
     with dsv4.TrainingCheckpoints(asked.out / "checkpoints") as checkpoints:
         if asked.resume:
             found = checkpoints.restore(state)
@@ -164,7 +157,8 @@ def train(asked: Any, documents: list[Any], model: Any, optimizer: Any, step: An
                 shape = asked.accumulate, asked.batch, asked.length
                 batch = jax.tree.map(lambda x: x.reshape(shape), batch)
                 *state, values = step(*state, batch)
-                log.step(number, values, num_tokens)
+                rate = {"learning_rate": schedule(number - 1)}
+                log.step(number, values | rate, num_tokens)
                 if is_last or number % asked.evaluate_every == 0:
                     log.held_out(number, mean_nats(state[0], trial))
                 if is_last or stop.came or number % asked.save_every == 0:

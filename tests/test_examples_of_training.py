@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import sys
 
 import jax
 import numpy as np
@@ -100,7 +99,14 @@ def test_a_training_run_that_is_interrupted_goes_on_bit_by_bit(
     assert found == expected
     steps = [entry for entry in entries if "next_token" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3]
-    assert {"ahead", "balance", "largest_load", "tokens", "mfu"} < steps[0].keys()
+    assert {
+        "ahead",
+        "balance",
+        "largest_load",
+        "learning_rate",
+        "tokens",
+        "mfu",
+    } < steps[0].keys()
     assert [entry["step"] for entry in entries if "held_out" in entry] == [2, 3]
     assert contents(broken / "model") == contents(whole / "model")
     assert (whole / "losses.png").read_bytes()[1:4] == b"PNG"
@@ -163,7 +169,7 @@ def test_what_does_not_fit_is_said_without_a_traceback(options, wrong, tmp_path)
 
 def test_a_bigram_model_is_the_one_to_beat(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from training_run import bigram_nats
+    from training_log import bigram_nats
 
     seen = [(np.array([0, 1, 0, 1, 2]), None)]
     batch = dsv4.PackedBatch(
@@ -175,4 +181,3 @@ def test_a_bigram_model_is_the_one_to_beat(monkeypatch):
     expected = -(np.log(3 / 5) + np.log(2 / 5)) / 2
     np.testing.assert_allclose(bigram_nats(seen, [batch], 3), expected)
     assert bigram_nats(seen, [batch], 5000) is None
-    assert "training_run" in sys.modules

@@ -11,7 +11,6 @@ import time
 import equinox as eqx
 import jax
 import numpy as np
-import optax
 import pytest
 
 import dsv4_eqx as dsv4
@@ -20,6 +19,7 @@ from tests.models import QUICKLY, random_model, random_tokens
 from tests.sharded import make_mesh
 from tests.tiers import tiers
 
+optax = pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("grain")
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run: equal bits on any mesh, and nothing torn or of others."""
 
+import errno
 import functools
 import os
 import sys
@@ -310,6 +311,24 @@ def test_an_unfinished_one_alone_is_said(tmp_path):
     with dsv4.TrainingCheckpoints(tmp_path) as checkpoints:
         with pytest.warns(UserWarning, match="step 5 was not finished; none is whole"):
             assert checkpoints.restore({"x": 1}) is None
+
+
+def test_what_could_not_be_written_is_said_and_is_no_checkpoint(
+    checkpoints, monkeypatch
+):
+    checkpoints.save(1, {"x": jnp.ones(3)})
+    checkpoints.wait()
+
+    def fail(*paths):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        checkpoints.save(2, {"x": jnp.zeros(3)})
+        with pytest.raises(OSError, match="full"):
+            checkpoints.wait()
+    assert checkpoints.steps == (1,)
+    assert checkpoints.restore({"x": jnp.zeros(3)}).step == 1
 
 
 @pytest.mark.usefixtures("without_shape_checks")

@@ -88,11 +88,9 @@ class PackedRows(Sequence):
         return len(self.row_ends)
 
     def __getitem__(self, index: Any) -> Any:
-        """The row of this number; ValueError for what is no number of a row."""
-        index = int(validate_int("PackedRows", "index", index, least=-len(self)))
-        if index >= len(self):
-            raise IndexError(f"there are {len(self)} rows")
-        index %= len(self)
+        """The row of this number, counted from the end below 0; IndexError beyond."""
+        index = validate_int("PackedRows", "index", index, least=-len(self))
+        index = range(len(self))[index]
         row = self.padding()
         first = 0 if index == 0 else self.row_ends[index - 1]
         place = 0
