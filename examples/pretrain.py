@@ -6,8 +6,9 @@
 
 Without texts the tiny model learns the sources of Python's standard library, byte by
 byte. Muon and AdamW train it on the next token, and the prediction block on the one
-after; the balance loss and the routers' biases keep the experts' loads equal. `run` has
-checkpoints, a log, a picture and, at the end, the model:
+after; the balance loss and the routers' biases keep the experts' loads equal, and the
+indexers learn from attention. `run` has checkpoints, a log, a picture and, at the end,
+the model:
 
     python examples/generate.py run/model --bytes --speculative
 """
@@ -68,7 +69,10 @@ def losses(trained, rest, batch):
         balance, loads = dsv4.balance_loss(routings, segment_ids, alpha=BALANCE)
         seen |= dict(balance=balance, largest_load=loads.largest_load.mean())
         loss = loss + balance
-    # A further loss of the same run, as an indexer's, is added here.
+    if any(layer.attention.divergence is not None for layer in layers):
+        indexer, captured = dsv4.indexer_loss(layers, segment_ids)
+        seen |= dict(indexer=indexer, captured=captured.captured.mean())
+        loss = loss + indexer
     counts = [layer.routing.counts for layer in layers]
     return loss, (parts.num_targets, seen, counts)
 
@@ -103,7 +107,7 @@ def main():
         return dsv4.DeepSeekV4(config, key=jax.random.key(asked.seed))
 
     model = make() if mesh is None else dsv4.shard(make, mesh, fsdp=asked.fsdp)
-    marks = dsv4.trainable(model, mtp=model.num_mtp > 0)
+    marks = dsv4.trainable(model, mtp=model.num_mtp > 0, indexers=True)
     trained = eqx.filter(model, marks)
     warmup, decay = (int(part * asked.steps) for part in (WARMUP, DECAY))
     rate, constant = asked.learning_rate, asked.steps - warmup - decay
