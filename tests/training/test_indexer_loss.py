@@ -220,6 +220,25 @@ def test_documents_have_the_divergence_that_they_have_alone(topk):
         np.testing.assert_allclose(found, wanted, 1e-5, 2e-6)
 
 
+def test_a_divergence_that_is_not_used_is_not_computed():
+    attention, x = jax.eval_shape(lambda: make_attention(2)), normal(1, 1, 93, 7)
+    positions = jnp.arange(93)[None]
+
+    def flops(output):
+        step = quick_jit(jax.grad(lambda attention: jnp.sum(output(attention))))
+        return step.lower(attention).compile().cost_analysis()["flops"]
+
+    plain = flops(lambda attention: attention(x, positions))
+    unused = flops(lambda attention: attention.observe(x, positions)[0])
+
+    def with_divergence(attention):
+        out, values = attention.observe(x, positions)
+        return jnp.sum(out) + jnp.sum(values.divergence.kl)
+
+    assert abs(unused - plain) < 0.01 * plain
+    assert flops(with_divergence) > 1.05 * plain
+
+
 # Heads split, or tokens, or both, or both over the same devices.
 SPLITS = {
     "heads": (dict(tensor=2), ()),
