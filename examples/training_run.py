@@ -116,6 +116,19 @@ def mean_nats(model: Any, batches: list[Any]) -> float:
     return nats / max(targets, 1)
 
 
+def resumed(asked: Any, checkpoints: Any, state: Any, batches: Any) -> Any:
+    """The state to go on from, and how many steps it has done."""
+    if asked.resume:
+        found = checkpoints.restore(state)
+        if found is None:
+            raise ValueError(f"--resume: there is no checkpoint in {asked.out}")
+        batches.set_state(found.data)
+        return found.state, found.step
+    if checkpoints.steps:
+        raise ValueError(f"{asked.out} has a run: give --resume or another --out")
+    return state, 0
+
+
 def train(
     asked: Any,
     documents: list[Any],
@@ -137,18 +150,11 @@ def train(
     trial = dsv4.PackedBatches(unseen_rows, asked.batch, num_epochs=1)
     trial = [*itertools.islice(trial, max(1, asked.held_out_rows // asked.batch))]
     bigram = bigram_nats(seen, trial, model.config.vocab_size)
-    state, first, stop = (model, optimizer), 0, StopSignal()
+    stop = StopSignal()
     # The backward pass costs twice as much; as is usual, recomputing does not count.
     flops = 3 * dsv4.flops_per_token(model.config, asked.length)
     with dsv4.TrainingCheckpoints(asked.out / "checkpoints") as checkpoints:
-        if asked.resume:
-            found = checkpoints.restore(state)
-            if found is None:
-                raise ValueError(f"--resume: there is no checkpoint in {asked.out}")
-            state, first = found.state, found.step
-            batches.set_state(found.data)
-        elif checkpoints.steps:
-            raise ValueError(f"{asked.out} has a run: give --resume or another --out")
+        state, first = resumed(asked, checkpoints, (model, optimizer), batches)
         peak = peak_flops(asked.peak_tflops)
         with TrainingLog(asked.out, first, asked.steps, flops, peak) as log, stop:
             for number in range(first + 1, asked.steps + 1):
