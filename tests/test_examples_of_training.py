@@ -92,6 +92,9 @@ def test_a_training_run_that_is_interrupted_goes_on_bit_by_bit(
         r"saved; go on with\n  python .*pretrain.py .*--resume$", done.stdout, re.M
     )
     assert not (broken / "model").exists()
+    done = run("pretrain.py", *options, "--out", broken)
+    assert re.match("pretrain.py: .* has a run: give --resume or ano", done.stderr)
+    assert done.returncode == 1
     done = run("pretrain.py", *options, "--out", broken, "--resume")
     assert_went_well(done)
 
