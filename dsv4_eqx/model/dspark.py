@@ -139,7 +139,7 @@ class DSpark(eqx.Module):
         num_new = np.full(batch, seq, np.int32)
         counts = num_new if lengths is None else lengths
         counts = jnp.asarray(validate_counts("DSpark.read", counts, num_new))
-        positions = context.lengths[:, None] + jnp.arange(seq)
+        positions = context.lengths[:, None] + jnp.arange(seq)[None]
         inputs = self.main_norm(project(means, dequantize(self.main_in), over=2))
         # Straight to the keys: neither a norm nor a hyper-connection of the block.
         new = [
@@ -149,7 +149,7 @@ class DSpark(eqx.Module):
         keys = jnp.concatenate([context.keys, jnp.stack(new, axis=1)], axis=2)
         # The last ones before the padding:  [ old window | new | padding ]
         #                                          ^-- window --^
-        kept = counts[:, None] + jnp.arange(context.keys.shape[2])
+        kept = counts[:, None] + jnp.arange(context.keys.shape[2])[None]
         keys = jnp.take_along_axis(keys, kept[:, None, :, None], axis=2)
         return DSparkContext(context.lengths + counts, keys)
 
@@ -243,12 +243,12 @@ def _attend(
     lengths: Int[Array, " batch"],
 ) -> Float[Array, "batch places dim"]:
     attention, window = dequantize(block.attention), context.shape[1]
-    positions = lengths[:, None] + jnp.arange(x.shape[1])
+    positions = lengths[:, None] + jnp.arange(x.shape[1])[None]
     latent = attention.project_latent(x)
     queries = attention.project_queries(latent, positions)
     own = attention.project_keys(x, positions)
     # The oldest slots are empty until there are as many tokens.
-    is_there = jnp.arange(window) >= window - lengths[:, None]
+    is_there = jnp.arange(window)[None] >= window - lengths[:, None]
     seen = jnp.concatenate([is_there, jnp.ones(own.shape[:2], bool)], axis=1)
     keys = jnp.concatenate([context, own], axis=1)
     out = attend_every(queries, keys, seen, attention.sinks)
