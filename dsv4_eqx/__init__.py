@@ -12,7 +12,11 @@ from dsv4_eqx.attention.indexer import Indexer as Indexer
 from dsv4_eqx.attention.values import AttentionValues as AttentionValues
 from dsv4_eqx.attention.values import IndexerDivergence as IndexerDivergence
 from dsv4_eqx.attention.values import IndexerValues as IndexerValues
+from dsv4_eqx.checkpoint.adapters import load_lora as load_lora
+from dsv4_eqx.checkpoint.adapters import save_lora as save_lora
 from dsv4_eqx.checkpoint.drafter_load import load_dspark as load_dspark
+from dsv4_eqx.checkpoint.exactness import FP8Exactness as FP8Exactness
+from dsv4_eqx.checkpoint.exactness import fp8_exactness as fp8_exactness
 from dsv4_eqx.checkpoint.load import from_pretrained as from_pretrained
 from dsv4_eqx.checkpoint.save import save_pretrained as save_pretrained
 from dsv4_eqx.checkpoint.state_dict import from_state_dict as from_state_dict
@@ -62,10 +66,6 @@ from dsv4_eqx.training.balance import BalanceParts as BalanceParts
 from dsv4_eqx.training.balance import balance_loss as balance_loss
 from dsv4_eqx.training.balance import scored_routings as scored_routings
 from dsv4_eqx.training.cast import cast as cast
-from dsv4_eqx.training.indexer_loss import IndexerParts as IndexerParts
-from dsv4_eqx.training.indexer_loss import attend_densely as attend_densely
-from dsv4_eqx.training.indexer_loss import indexer_loss as indexer_loss
-from dsv4_eqx.training.log_probs import token_log_probs as token_log_probs
 from dsv4_eqx.training.data.batches import PackedBatch as PackedBatch
 from dsv4_eqx.training.data.batches import PackedBatches as PackedBatches
 from dsv4_eqx.training.data.pack import PackedRows as PackedRows
@@ -74,6 +74,14 @@ from dsv4_eqx.training.data.pack import pack_documents as pack_documents
 from dsv4_eqx.training.data.read_documents import read_documents as read_documents
 from dsv4_eqx.training.data.row_part import row_part as row_part
 from dsv4_eqx.training.data.row_part import rows_over as rows_over
+from dsv4_eqx.training.indexer_loss import IndexerParts as IndexerParts
+from dsv4_eqx.training.indexer_loss import attend_densely as attend_densely
+from dsv4_eqx.training.indexer_loss import indexer_loss as indexer_loss
+from dsv4_eqx.training.log_probs import token_log_probs as token_log_probs
+from dsv4_eqx.training.lora import DEFAULT_TARGETS as DEFAULT_TARGETS
+from dsv4_eqx.training.lora import lora as lora
+from dsv4_eqx.training.lora import lora_mask as lora_mask
+from dsv4_eqx.training.lora import merge_lora as merge_lora
 from dsv4_eqx.training.losses import NextTokenParts as NextTokenParts
 from dsv4_eqx.training.losses import next_token_loss as next_token_loss
 from dsv4_eqx.training.masks import apply_mask as apply_mask
@@ -82,6 +90,8 @@ from dsv4_eqx.training.masks import indexer_mask as indexer_mask
 from dsv4_eqx.training.masks import layer_mask as layer_mask
 from dsv4_eqx.training.masks import trainable as trainable
 from dsv4_eqx.training.optimizer import optimizer as optimizer
+from dsv4_eqx.training.qat import pack_qat as pack_qat
+from dsv4_eqx.training.qat import qat as qat
 from dsv4_eqx.training.roles import describe_optimizer as describe_optimizer
 from dsv4_eqx.training.router_bias import update_router_bias as update_router_bias
 from dsv4_eqx.training.schedule import schedule as schedule

@@ -30,4 +30,5 @@ DIMENSIONS: Final[dict[str, str]] = {
     "markov_rank": "channels of a drafter's correction by the token before",
     "confidence_in": "dim and markov_rank together",
     "slots": "experts that a token is sent to",
+    "adapter_rank": "channels between the two factors of a low-rank adapter",
 }

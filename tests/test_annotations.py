@@ -43,6 +43,8 @@ from dsv4_eqx.generation.steps import Chosen, Draft, Rows, Rules, State
 from dsv4_eqx.kernels.entries import LAYERS, Entries
 from dsv4_eqx.model.abstract import Cache, Lookahead
 from dsv4_eqx.model.mtp import MTPCache
+from dsv4_eqx.numerics.lora_weight import LoRAWeight
+from dsv4_eqx.numerics.quantize import FakeQuantizedWeight
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
 from dsv4_eqx.numerics.slice import Slice
 from dsv4_eqx.sharding.context import SplitSequence, SplitSequenceAndHeads
@@ -50,6 +52,7 @@ from dsv4_eqx.sharding.expert import ExpertParallel
 from dsv4_eqx.sharding.fsdp import Gathered
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.tensor import SplitEmbedding, SummedOver, WithAllTokens
+from dsv4_eqx.training.qat import FP4Rotation, FP8Norm
 from tests.models import QUICKLY, T, random_tensors
 
 # Sizes that belong to activations; modules that hold weights do not have them.
@@ -76,7 +79,9 @@ OF_ACTIVATIONS = {
     Drafts: {"batch", "places"},
 }
 # What it stands for decides.
-OF_THE_FIELD_THAT_HOLDS_IT = {QuantizedWeight: {"..."}, Slice: {"..."}}
+OF_THE_FIELD_THAT_HOLDS_IT = {
+    cls: {"..."} for cls in (QuantizedWeight, FakeQuantizedWeight, LoRAWeight, Slice)
+}
 # What wrappers hold, by the name of the field.
 WRAPPED = {
     ExpertParallel: "experts",
@@ -121,6 +126,15 @@ def packed():
     return QuantizedWeight(
         jnp.array(codes), jnp.array(scales), FP8, np.dtype("float32")
     )
+
+
+def in_training():
+    """What stands for weights and parts of attention while a model is trained."""
+    attention = model().layers[2].attention
+    lora = LoRAWeight(packed(), jnp.ones((3, 2, 12)), jnp.ones((3, 5, 2)), 1.0, 1, 1)
+    fake = FakeQuantizedWeight(attention.query_down, FP8, (22, 60), 1, 1)
+    norm = FP8Norm(attention.key_value_norm, 8)
+    return lora, fake, norm, FP4Rotation(attention.rope)
 
 
 @functools.cache
@@ -181,7 +195,7 @@ def trees():
         model(jnp.bfloat16),
         parallel_model(),
         entries(),
-        packed(),
+        (packed(), *in_training()),
         (generated, state, chosen, rules, lookahead, caches, stacks, shown(), parts()),
         of_a_mesh(),
         drafter(),
@@ -305,6 +319,7 @@ def test_every_name_in_the_glossary_is_of_some_field():
         for _, strings in array_fields(cls)
         for dimension in strings[0].split()
     }
+    used |= set(in_training()[0].dims_of("a", ("experts", "dim", "dim")))
     assert dsv4.DIMENSIONS.keys() - used == set()
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from dsv4_eqx.model.dspark import DSpark
-from dsv4_eqx.numerics.quantized_weight import is_quantized
+from dsv4_eqx.numerics.lora_weight import stands_for_array
 
 
 class _Row(NamedTuple):
@@ -193,8 +193,8 @@ class Source(NamedTuple):
 
 
 def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
-    """The tensors of every array (a `QuantizedWeight` is one), in either naming."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)
+    """The tensors of every array, or what stands for one, in either naming."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=stands_for_array)
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         prefixes, row, is_stacked = _locate(name, model.layers, official)
@@ -208,7 +208,7 @@ def sources(model: Any, *, official: bool) -> Iterator[tuple[Source, Any]]:
 
 def drafter_sources(drafter: DSpark) -> Iterator[tuple[Source, Any]]:
     """The tensors of every array of a drafter, which has official names alone."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(drafter, is_leaf=is_quantized)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(drafter, is_leaf=stands_for_array)
     last = len(drafter.stages) - 1
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

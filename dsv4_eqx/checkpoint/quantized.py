@@ -37,18 +37,14 @@ from dsv4_eqx.checkpoint.tensors import (
     whole,
 )
 from dsv4_eqx.checkpoint.write import NewTensor
+from dsv4_eqx.numerics.quantize import BLOCKS, FP4, FP8, LARGEST_CODE
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, codes_per_byte
 
-FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
-FP4: Final = np.dtype(ml_dtypes.float4_e2m1fn)
-# Rows and columns of the file that share a scale.
-BLOCKS: Final = {FP8: (128, 128), FP4: (1, 32)}
 # What a release's configuration says of it, as far as it matters here.
 KNOWN_QUANTIZATION: Final = {"quant_method": "fp8", "fmt": "e4m3"}
 SCALE: Final = np.dtype(ml_dtypes.float8_e8m0fnu)
 _NAN_SCALE: Final = 255
 _SCALE_BIAS: Final = 127
-_LARGEST_CODE: Final = {FP8: 448.0, FP4: 6.0}
 _HOLDS_FP4: Final = (np.dtype(np.int8), np.dtype(np.uint8))
 
 
@@ -145,7 +141,7 @@ def _check_range(
         largest = float(scales.view(np.float32).max(initial=0))
         shown = str(largest)
     limit = float(ml_dtypes.finfo(values.dtype).max)
-    most = _LARGEST_CODE[weight.code_dtype] * largest
+    most = LARGEST_CODE[weight.code_dtype] * largest
     if most > limit and not np.isfinite(values).all():
         raise ValueError(
             f"{weight.codes.path}: {weight.codes.name} has numbers beyond "

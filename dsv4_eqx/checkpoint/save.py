@@ -210,7 +210,8 @@ def _checked_model(model: Any) -> DeepSeekV4:
     if structure != jax.tree.structure(wanted):
         raise ValueError(
             f"{_CALL}: the model's parts are not those of its configuration; give it "
-            "the model without wrappers, and with all of its layers and blocks."
+            "the model without wrappers, and with all of its layers and blocks; of "
+            "adapters, merge_lora(model), of quantisation in training, pack_qat(model)."
         )
     leaves = []
     for (path, leaf), expected in zip(found, jax.tree.leaves(wanted)):

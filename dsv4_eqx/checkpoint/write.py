@@ -14,7 +14,7 @@ import pathlib
 import secrets
 import shutil
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -66,21 +66,39 @@ class NewTensor(NamedTuple):
 
 
 def validate_target(
-    call: str, name: str, directory: Any, *, overwrite: Any
+    call: str,
+    name: str,
+    directory: Any,
+    *,
+    overwrite: Any,
+    own_files: Collection[str] = (),
 ) -> pathlib.Path:
-    """The path to write to; ValueError if what is there must stay."""
+    """The path to write to; ValueError if what is there must stay.
+
+    `own_files` are those of what is written, where that is no checkpoint.
+    """
     validate_flag(call, "overwrite", overwrite)
     path = pathlib.Path(os.path.abspath(path_of(call, name, directory)))
-    fault = _why_not_free(path, bool(overwrite))
-    if fault is not None:
-        raise ValueError(f"{call}: {path} {fault}.")
+    check_free(f"{call}: {path}", path, bool(overwrite), own_files)
     return path
 
 
-def _why_not_free(path: pathlib.Path, overwrite: bool) -> str | None:
+def check_free(
+    what: str, path: pathlib.Path, overwrite: bool, own_files: Collection[str] = ()
+) -> None:
+    """A ValueError about `what` if there is something at a path that must stay."""
+    fault = _why_not_free(path, overwrite, own_files)
+    if fault is not None:
+        raise ValueError(f"{what} {fault}.")
+
+
+def _why_not_free(
+    path: pathlib.Path, overwrite: bool, own_files: Collection[str]
+) -> str | None:
     if not os.path.lexists(path):
         return None
-    is_none = "is there and is no checkpoint's directory"
+    kind = "directory of adapters" if own_files else "checkpoint's directory"
+    is_none = f"is there and is no {kind}"
     if path.is_symlink():
         return f"{is_none} but a link to {os.readlink(path)}; give the path of that"
     if not path.is_dir():
@@ -91,14 +109,16 @@ def _why_not_free(path: pathlib.Path, overwrite: bool) -> str | None:
             "it; give another name"
         )
     names = set(os.listdir(path))
-    if names and not {SINGLE, INDEX} & names:
+    if names and not set(own_files or (SINGLE, INDEX)) & names:
         return f"{is_none}; give another name"
     if names and not overwrite:
+        if own_files:
+            return "has adapters; give another name, or overwrite=True to replace them"
         return (
             "has a checkpoint; give another name, or overwrite=True (--overwrite of "
             "the command) to replace it"
         )
-    foreign = names - _files_of_checkpoint(path)
+    foreign = names - (set(own_files) or _files_of_checkpoint(path))
     if foreign:
         listed = ", ".join(sorted(foreign)[:8])
         return f"has {listed}, which would be lost; move it elsewhere first"
@@ -129,11 +149,11 @@ def write_checkpoint(
     total = sum(tensor.num_bytes for file in files.values() for tensor in file)
     with (
         tqdm(desc="saving", total=total, **SHOWN_BYTES) as progress,
-        _new_directory(directory) as filling,
+        new_directory(directory) as filling,
     ):
         weight_map = {}
         for name, file in files.items():
-            _write_file(filling / name, file, progress)
+            write_file(filling / name, file, progress)
             weight_map |= {tensor.name: name for tensor in file}
         # The new files go over those that are beside a checkpoint that is replaced.
         replaced = other_files(directory) if directory.is_dir() else []
@@ -143,18 +163,16 @@ def write_checkpoint(
             tokenizer.save_pretrained(filling)
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(filling / INDEX, index)
-        _write_json(filling / CONFIG, config.to_hf() | dict(more_config))
+            write_json(filling / INDEX, index)
+        write_json(filling / CONFIG, config.to_hf() | dict(more_config))
         generation = generation_to_hf(vars(config))
         if generation and not (filling / GENERATION).exists():
-            _write_json(filling / GENERATION, generation)
-        fault = _why_not_free(directory, overwrite)  # again: it took a while
-        if fault is not None:
-            raise ValueError(f"{directory} {fault}.")
+            write_json(filling / GENERATION, generation)
+        check_free(str(directory), directory, overwrite)  # again: it took a while
 
 
 @contextlib.contextmanager
-def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a directory to fill, which becomes `final` when the block ends well."""
     made = [path for path in (final.parent, *final.parents) if not path.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +227,8 @@ def _split(tensors: Iterable[NewTensor], most_bytes: int) -> dict[str, list[NewT
     }
 
 
-def _write_file(path: pathlib.Path, tensors: Sequence[NewTensor], progress: Any):
+def write_file(path: pathlib.Path, tensors: Sequence[NewTensor], progress: Any):
+    """Writes tensors into a new safetensors file."""
     # The widest first: then each begins at a multiple of its own width.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -232,5 +251,6 @@ def _write_file(path: pathlib.Path, tensors: Sequence[NewTensor], progress: Any)
                 progress.update(part.nbytes)
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that people can read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

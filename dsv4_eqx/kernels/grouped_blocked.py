@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from dsv4_eqx.kernels.activation import activate
+from dsv4_eqx.numerics.lora_weight import as_arrays, pull_back
 from dsv4_eqx.numerics.precision import wide_dtype
-from dsv4_eqx.numerics.quantized_weight import dequantize, is_quantized
+from dsv4_eqx.numerics.quantized_weight import is_quantized
 
 # Rows in a block, as many large ones as fit first. Small blocks waste fewer rows at a
 # group's end, large ones multiply faster and add to the weights' gradient less often.
@@ -69,7 +70,10 @@ def _multiply(rows: Array, matrix: Array) -> Array:
 
 
 def blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, limit):
-    """Gradients of rows, weights and matrices; None for packed ones."""
+    """Gradients of rows, weights and matrices; None for packed ones.
+
+    Of a matrix with an adapter, the gradient is formed and reduced group by group.
+    """
     run_activate = functools.partial(activate, limit=limit)
 
     def run_block(block, matrices, outputs, sums):
@@ -90,15 +94,16 @@ def blocked_backward(rows, weights, gate_up, down, sizes, before, cotangent, lim
         outputs = tuple(map(block.put, outputs, (d_rows, d_weights)))
         return outputs, (d_gate_up, d_down)
 
-    def zeros(matrices):
-        return None if is_quantized(matrices) else jnp.zeros_like(matrices[0])
-
     outputs = jnp.zeros_like(rows), jnp.zeros_like(weights)
-    sums = zeros(gate_up), zeros(down)
 
     def run_group(outputs, group):
         own, start, end = group
-        return _over_blocks(run_block, own, start, end, outputs, sums, blocks)
+        arrays = as_arrays(own)
+        pairs = list(zip(own, arrays, strict=True))
+        sums = [None if is_quantized(w) else jnp.zeros_like(x) for w, x in pairs]
+        operands = arrays, start, end, outputs, tuple(sums), blocks
+        outputs, sums = _over_blocks(run_block, *operands)
+        return outputs, tuple(map(pull_back, own, sums))
 
     blocks = _block_sizes(len(rows), len(sizes))
     groups = (gate_up, down), *_bounds(sizes)
@@ -135,6 +140,7 @@ def _over_filled_groups(
             lambda x: lax.dynamic_index_in_dim(x, first + group, keepdims=False),
             matrices,
         )
+        own = as_arrays(own)
         start, end = starts[group], ends[group]
         return _over_blocks(run_block, own, start, end, outputs, (), blocks)[0]
 
@@ -163,7 +169,6 @@ def _over_blocks(
     and returns the last two. `blocks` are rows in each: as many large ones as fit, then
     smaller ones, of which the last may have rows that are not the group's.
     """
-    matrices = dequantize(matrices)
     state = outputs, sums
     num_rows = jax.tree.leaves(outputs)[0].shape[0]
     for size in blocks:

@@ -16,7 +16,13 @@ from dsv4_eqx.kernels.activation import activate
 from dsv4_eqx.kernels.form import Form, current_form, is_reference
 from dsv4_eqx.kernels.grouped_blocked import blocked_backward, blocked_forward
 from dsv4_eqx.kernels.grouped_products import outer_product, product
-from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize, is_quantized
+from dsv4_eqx.numerics.lora_weight import (
+    LoRAWeight,
+    as_arrays,
+    pull_back,
+    stands_for_array,
+)
+from dsv4_eqx.numerics.quantized_weight import AbstractWeight, is_quantized
 from dsv4_eqx.numerics.varying import match_varying
 
 _Index = Int[Array, ""] | int
@@ -25,8 +31,8 @@ _Index = Int[Array, ""] | int
 def grouped_swiglu_reference(
     rows: Array,
     weights: Array,
-    gate_up: Array | QuantizedWeight,
-    down: Array | QuantizedWeight,
+    gate_up: Array | AbstractWeight | LoRAWeight,
+    down: Array | AbstractWeight | LoRAWeight,
     group_sizes: Array,
     limit: float,
     first: _Index = 0,
@@ -37,7 +43,7 @@ def grouped_swiglu_reference(
     is_past = index[:, None] >= ends[None]
     group = jnp.sum(is_past, axis=1, dtype=jnp.int32)
     own = first + jnp.minimum(group, len(group_sizes) - 1)
-    matrices = dequantize((gate_up, down))
+    matrices = as_arrays((gate_up, down))
     gate_up, down = (x[own] for x in matrices)
     before = jnp.einsum("ri,roi->ro", rows, gate_up)
     hidden = activate(before, weights, limit).astype(rows.dtype)
@@ -47,8 +53,8 @@ def grouped_swiglu_reference(
 def grouped_swiglu(
     rows: Float[Array, "rows dim"],
     weights: Float[Array, " rows"],
-    gate_up: Float[Array, "matrices both_hidden dim"] | QuantizedWeight,
-    down: Float[Array, "matrices dim hidden"] | QuantizedWeight,
+    gate_up: Float[Array, "matrices both_hidden dim"] | AbstractWeight | LoRAWeight,
+    down: Float[Array, "matrices dim hidden"] | AbstractWeight | LoRAWeight,
     group_sizes: Int[Array, " groups"],
     limit: float,
     *,
@@ -58,8 +64,8 @@ def grouped_swiglu(
 
     Rows are sorted by group; what lies past the last group gives finite values. The
     first group's matrix is number `first`; others are not read. Quantised matrices get
-    no gradient. The weight is applied in float32, before `down`. Flatten rows instead
-    of `vmap`.
+    no gradient; of those with adapters, whose arrays are formed, only the adapters do.
+    The weight is applied in float32, before `down`. Flatten rows instead of `vmap`.
     """
     if rows.shape[0] == 0:
         return rows
@@ -98,11 +104,8 @@ def _backward(limit, form, residuals, cotangent):
         d_rows, d_weights, *d_own = blocked_backward(*operands, limit=limit)
     else:
         d_rows, d_weights, *d_own = _at_once_backward(*operands, limit, form)
-    d_matrices = [
-        None if d is None else _among_all(d, first, matrices)
-        for matrices, d in zip((gate_up, down), d_own)
-    ]
-    return d_rows, d_weights, *d_matrices, None, None
+    d_gate_up, d_down = _among_all(tuple(d_own), first, (gate_up, down))
+    return d_rows, d_weights, d_gate_up, d_down, None, None
 
 
 _grouped_swiglu.defvjp(_forward, _backward)
@@ -124,19 +127,23 @@ def _of_groups(matrices: PyTree, first: _Index, num_groups: int) -> PyTree:
     return jax.tree.map(take, matrices)
 
 
-def _among_all(d_own: Array, first: _Index, matrices: Array) -> Array:
+def _among_all(d_own: PyTree, first: _Index, matrices: PyTree) -> PyTree:
     """The gradient of all matrices, from that of those which are some group's."""
-    if d_own.shape == matrices.shape:
-        return d_own
-    zeros = jnp.zeros_like(matrices)
-    return lax.dynamic_update_slice_in_dim(zeros, d_own, first, 0)
+
+    def put(d_own: Array | None, matrices: PyTree) -> Array | None:
+        if d_own is None or d_own.shape == matrices.shape:
+            return d_own
+        zeros = jnp.zeros_like(matrices)
+        return lax.dynamic_update_slice_in_dim(zeros, d_own, first, 0)
+
+    return jax.tree.map(put, d_own, matrices, is_leaf=lambda d: d is None)
 
 
 def _at_once(rows, weights, gate_up, down, group_sizes, first, limit, form):
     """The output, and what the activation is given."""
-    if is_quantized(gate_up) or is_quantized(down):
+    if stands_for_array(gate_up) or stands_for_array(down):
         own = _of_groups((gate_up, down), first, len(group_sizes))
-        (gate_up, down), first = dequantize(own), 0
+        (gate_up, down), first = as_arrays(own), 0
     before = product(rows, gate_up, group_sizes, first, form=form)
     hidden = activate(before, weights, limit).astype(rows.dtype)
     return product(hidden, down, group_sizes, first, form=form), before
@@ -145,8 +152,8 @@ def _at_once(rows, weights, gate_up, down, group_sizes, first, limit, form):
 def _at_once_backward(
     rows, weights, gate_up, down, sizes, before, cotangent, limit, form
 ):
-    trained = not is_quantized(gate_up), not is_quantized(down)
-    gate_up, down = dequantize((gate_up, down))
+    own = gate_up, down
+    gate_up, down = as_arrays(own)
     past_end = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)
     cotangent = jnp.where(past_end[:, None], 0, cotangent)
     hidden, pullback = jax.vjp(
@@ -156,6 +163,10 @@ def _at_once_backward(
     d_before, d_weights = pullback(d_hidden.astype(hidden.dtype))
     d_rows = product(d_before, gate_up, sizes, transposed=True, form=form)
     hidden = hidden.astype(rows.dtype)
-    d_gate_up = outer_product(d_before, rows, sizes, form=form) if trained[0] else None
-    d_down = outer_product(cotangent, hidden, sizes, form=form) if trained[1] else None
-    return d_rows, d_weights, d_gate_up, d_down
+    d_own = [
+        None
+        if is_quantized(matrices)
+        else pull_back(matrices, outer_product(*pair, sizes, form=form))
+        for matrices, pair in zip(own, ((d_before, rows), (cotangent, hidden)))
+    ]
+    return d_rows, d_weights, *d_own

@@ -18,7 +18,7 @@ from dsv4_eqx.attention.cache import map_states
 from dsv4_eqx.kernels.entries import LAYERS
 from dsv4_eqx.model.block import Block
 from dsv4_eqx.moe.experts import Experts
-from dsv4_eqx.numerics.quantized_weight import is_quantized
+from dsv4_eqx.numerics.lora_weight import stands_for_array
 from dsv4_eqx.numerics.slice import Slice, is_slice
 
 
@@ -31,7 +31,7 @@ def experts_in_place(blocks: tuple, stacked: tuple, repeat: Int[Array, ""]) -> t
     def in_place(node: Any, stack: Any) -> Any:
         if not is_experts(node):
             return node
-        return jax.tree.map(lambda x: Slice(x, repeat), stack, is_leaf=is_quantized)
+        return jax.tree.map(lambda x: Slice(x, repeat), stack, is_leaf=stands_for_array)
 
     def block_in_place(block: Any, stack: Any) -> Any:
         # Wrappers, as around split weights, become blocks only while they run.

@@ -18,7 +18,10 @@ from dsv4_eqx.kernels.dispatch import combine, dispatch
 from dsv4_eqx.kernels.grouped_swiglu import grouped_swiglu
 from dsv4_eqx.numerics.compile_once import compiled_once
 from dsv4_eqx.numerics.initial import normal
+from dsv4_eqx.numerics.lora_weight import LoRAWeight
 from dsv4_eqx.numerics.precision import at_least_float32
+from dsv4_eqx.numerics.product import project
+from dsv4_eqx.numerics.quantize import FakeQuantizedWeight
 from dsv4_eqx.numerics.quantized_weight import dequantize
 from dsv4_eqx.numerics.slice import as_slice
 from dsv4_eqx.numerics.validation import (
@@ -133,6 +136,8 @@ class Experts(eqx.Module):
 def _all_matrices(weight: Any, size: int) -> Any:
     """The experts' matrices of `size` rows, of all layers where layers are stacked."""
     stack = as_slice(weight).stack
+    if isinstance(stack, LoRAWeight | FakeQuantizedWeight):
+        return stack.reshaped(size)
     return jax.tree.map(lambda x: x.reshape(-1, size, x.shape[-1]), stack)
 
 
@@ -197,7 +202,6 @@ class SharedExpert(eqx.Module):
         """
         validate_activations("SharedExpert", x, self.gate_up)
         gate_up, down = dequantize((self.gate_up, self.down))
-        _, hidden, dim = gate_up.shape
-        before = jnp.einsum("...d,hd->...h", x, gate_up.reshape(2 * hidden, dim))
+        before = project(x, gate_up).reshape(*x.shape[:-1], -1)
         activated = clamped_swiglu(before, self.limit).astype(x.dtype)
-        return at_least_float32(jnp.einsum("...h,dh->...d", activated, down))
+        return at_least_float32(project(activated, down))

@@ -6,6 +6,7 @@ module has an array; `dequantize` makes arrays of all of them, exactly, where a
 computation begins.
 """
 
+import abc
 import math
 from typing import Any, TypeGuard
 
@@ -20,7 +21,38 @@ _EXPONENT_BIAS = 127  # of float32 and of the scales, E8M0
 _MANTISSA_BITS = 23
 
 
-class QuantizedWeight(eqx.Module):
+class AbstractWeight(eqx.Module):
+    """What stands where a module has an array, and of which one is made when needed.
+
+    Its fields annotated `...` are split over a mesh like the array.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype:
+        """Dtype of the array that it stands for."""
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the array that it stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements of the array that it stands for."""
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def dequantize(self) -> Float[Array, "..."]:
+        """The array, in `dtype`."""
+
+
+class QuantizedWeight(AbstractWeight):
     r"""A weight in FP8 (E4M3) or FP4 (E2M1) with a scale for each block of columns.
 
     $W_{ij} = \mathrm{code}_{ij} \cdot 2^{s_{i, \lfloor j / b \rfloor} - 127}$. Of two
@@ -35,23 +67,18 @@ class QuantizedWeight(eqx.Module):
     codes: UInt8[Array, "..."]
     scales: UInt[Array, "..."]  # uint8: E8M0, or uint32: float32
     code_dtype: np.dtype = eqx.field(static=True)
-    dtype: np.dtype = eqx.field(static=True)
+    array_dtype: np.dtype = eqx.field(static=True)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the array that it stands for."""
+        return self.array_dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that it stands for."""
         *leading, num_bytes = self.codes.shape
         return (*leading, num_bytes * codes_per_byte(self.code_dtype))
-
-    @property
-    def ndim(self) -> int:
-        """Dimensions of the array that it stands for."""
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """Elements of the array that it stands for."""
-        return math.prod(self.shape)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         # numpy would make an array of one object of it.
@@ -77,7 +104,7 @@ class QuantizedWeight(eqx.Module):
         # In two steps, since the smallest scale is no normal float32.
         scales = self.scales[..., None].astype(jnp.int32) - _EXPONENT_BIAS
         half = scales >> 1
-        values = values * _power_of_two(half) * _power_of_two(scales - half)
+        values = values * power_of_two(half) * power_of_two(scales - half)
         return values.astype(self.dtype).reshape(self.shape)
 
 
@@ -92,12 +119,15 @@ def is_quantized(node: Any) -> TypeGuard[QuantizedWeight]:
 
 
 def dequantize(tree: Any) -> Any:
-    """The tree with an array in place of every packed weight."""
+    """The tree with an array in place of every `AbstractWeight`, as packed ones are."""
+
+    def is_weight(node: Any) -> bool:
+        return isinstance(node, AbstractWeight)
 
     def array_of(node: Any) -> Any:
-        return node.dequantize() if is_quantized(node) else node
+        return node.dequantize() if is_weight(node) else node
 
-    return jax.tree.map(array_of, tree, is_leaf=is_quantized)
+    return jax.tree.map(array_of, tree, is_leaf=is_weight)
 
 
 def _fp4_values(codes: Array) -> Array:
@@ -111,6 +141,7 @@ def _fp4_values(codes: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _power_of_two(exponent: Array) -> Array:
+def power_of_two(exponent: Array) -> Array:
+    """Float32 of two to a power, of at least -126."""
     bits = (exponent + _EXPONENT_BIAS) << _MANTISSA_BITS
     return lax.bitcast_convert_type(bits, jnp.float32)

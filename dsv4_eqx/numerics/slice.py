@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
-from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
+from dsv4_eqx.numerics.lora_weight import LoRAWeight
+from dsv4_eqx.numerics.quantized_weight import AbstractWeight
 
 
 class Slice(eqx.Module):
     """`stack[index]` along one dimension, without a copy; it has no gradient."""
 
-    stack: Shaped[Array, "..."] | QuantizedWeight
+    stack: Shaped[Array, "..."] | AbstractWeight | LoRAWeight
     index: Int[Array, ""] | int
     dim: int = eqx.field(static=True, default=0)  # that the index counts along
 

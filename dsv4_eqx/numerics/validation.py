@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
+from dsv4_eqx.numerics.lora_weight import LoRAWeight
+from dsv4_eqx.numerics.quantized_weight import AbstractWeight
 from dsv4_eqx.numerics.slice import Slice
 
 _LARGEST_FLOAT32: Final = (2.0 - 2.0**-23) * 2.0**127
@@ -155,7 +156,7 @@ def validate_floating(call: str, x: Array, name: str = "x") -> None:
 def validate_activations(
     call: str,
     x: Array,
-    weight: Array | QuantizedWeight | Slice,
+    weight: Array | AbstractWeight | LoRAWeight | Slice,
     dims: tuple[str, ...] | None = None,
 ) -> None:
     """Refuses activations of other `dims`, channels or dtype than the weight wants."""

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsv4_eqx.numerics.initial import normal
+from dsv4_eqx.numerics.product import project_groups
 from dsv4_eqx.numerics.validation import validate_dtype, validate_number, validate_sizes
 
 
@@ -83,5 +84,4 @@ class GroupedLinear(eqx.Module):
                 f"GroupedLinear was called with x of dtype {x.dtype}, its weight is "
                 f"{self.weight.dtype}: cast one of them."
             )
-        # The products have the groups first; these are moved afterwards.
-        return jnp.moveaxis(jnp.einsum("...gi,goi->g...o", x, self.weight), 0, -2)
+        return project_groups(x, self.weight)

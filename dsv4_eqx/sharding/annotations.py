@@ -3,7 +3,8 @@
 `weight: Float[Array, "groups out_per_group in_per_group"]` names the weight's
 dimensions. Arrays in a tuple, list or dict have the annotation of the field that holds
 the container. A field annotated `...` belongs to a module that stands for an array
-(`QuantizedWeight`); its dimensions are those of the field that holds this module.
+(`QuantizedWeight`); its dimensions are those of the field that holds this module, or
+what a `LoRAWeight` makes of them.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from dsv4_eqx.numerics.lora_weight import is_lora
 
 
 class AnnotatedLeaf(typing.NamedTuple):
@@ -28,7 +31,11 @@ def annotated_leaves(module: Any) -> list[AnnotatedLeaf]:
     annotated = []
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path) or "the array"
-        dims = _dims(name, _annotation(module, path))
+        annotation, of_lora = _annotation(module, path)
+        dims = _dims(name, annotation)
+        if of_lora is not None and dims is not None:
+            weight, field = of_lora
+            dims = weight.dims_of(field, dims)
         annotated.append(AnnotatedLeaf(name, leaf, dims))
     return annotated
 
@@ -44,24 +51,26 @@ def float32_leaves(
     found = []
     for path, _ in leaves:
         name = jax.tree_util.keystr(path) or "the array"
-        annotation = _annotation(module, path)
+        annotation, _ = _annotation(module, path)
         _refuse_text(call, name, annotation)
         found.append(_dtypes(annotation) == {"float32"})
     return found
 
 
-def _annotation(module: Any, path: tuple[Any, ...]) -> Any:
-    """The annotation of the last module field on the way to a leaf."""
-    node, annotation = module, None
+def _annotation(module: Any, path: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The annotation of the last module field on the way to a leaf; and the
+    `LoRAWeight` on this way, if there is one, with the field of it."""
+    node, annotation, of_lora = module, None, None
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
             inner = _field_types(node).get(key.name)
-            stands_for_outer = getattr(inner, "dim_str", None) == "..."
+            stands_for_outer = _shapes(inner) == {"..."}
             annotation = annotation if stands_for_outer else inner
+            of_lora = (node, key.name) if is_lora(node) else of_lora
             node = getattr(node, key.name)
         else:
             node = node[getattr(key, "idx", getattr(key, "key", None))]
-    return annotation
+    return annotation, of_lora
 
 
 def _field_types(node: Any) -> Mapping[str, Any]:

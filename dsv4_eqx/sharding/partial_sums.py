@@ -26,7 +26,8 @@ from dsv4_eqx.model.mtp import MTP
 from dsv4_eqx.moe.experts import Experts, SharedExpert
 from dsv4_eqx.moe.moe import MoE
 from dsv4_eqx.moe.router import HashRouter, TopKRouter
-from dsv4_eqx.numerics.quantized_weight import QuantizedWeight
+from dsv4_eqx.numerics.lora_weight import LoRAWeight
+from dsv4_eqx.numerics.quantized_weight import AbstractWeight
 from dsv4_eqx.primitives.linear import GroupedLinear
 from dsv4_eqx.primitives.norm import RMSNorm, UnweightedRMSNorm
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
@@ -35,7 +36,8 @@ from dsv4_eqx.sharding.fsdp import Gathered
 from dsv4_eqx.sharding.tensor import SplitEmbedding
 
 _OURS: Final = (
-    *(DeepSeekV4, Layers, Block, MTP, Gathered, SplitEmbedding, QuantizedWeight),
+    *(DeepSeekV4, Layers, Block, MTP, Gathered, SplitEmbedding),
+    *(AbstractWeight, LoRAWeight),
     *(Attention, Compressor, Indexer, MoE, Experts, SharedExpert),
     *(TopKRouter, HashRouter, HyperConnection, HyperHead),
     *(RMSNorm, UnweightedRMSNorm, GroupedLinear, RotaryEmbedding),

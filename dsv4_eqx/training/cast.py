@@ -44,7 +44,7 @@ def cast(model: Any, dtype: DTypeLike) -> Any:
 
 def _cast_leaf(x: Any, dtype: np.dtype) -> Any:
     if is_quantized(x):
-        return dataclasses.replace(x, dtype=dtype)
+        return dataclasses.replace(x, array_dtype=dtype)
     is_array = isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
     if not is_array or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
         return x

@@ -17,6 +17,7 @@ from dsv4_eqx.attention.indexer import Indexer
 from dsv4_eqx.model.layers import Layers
 from dsv4_eqx.model.mtp import MTP
 from dsv4_eqx.moe.router import TopKRouter
+from dsv4_eqx.numerics.lora_weight import LoRAWeight, is_lora
 from dsv4_eqx.numerics.validation import (
     as_python,
     invalid_argument,
@@ -37,7 +38,8 @@ def trainable(
 
     That is every floating-point array except those of indexers and of prediction (MTP)
     blocks, and routers' biases. The gradient of these is zero, but it takes memory, and
-    an optimizer with weight decay would shrink them all the same.
+    an optimizer with weight decay would shrink them all the same. A weight with an
+    adapter is frozen; for the adapters alone, there is `lora_mask`.
 
     `trained, rest = eqx.partition(model, trainable(model))`
 
@@ -58,12 +60,15 @@ def trainable(
     left_out = (*(() if indexers else (Indexer,)), *(() if mtp else (MTP,)))
 
     def is_part(node: Any) -> bool:
-        return isinstance(node, (*left_out, TopKRouter))
+        return isinstance(node, (*left_out, TopKRouter, LoRAWeight))
 
     def mark(node: Any) -> Any:
         if isinstance(node, left_out):
             return jax.tree.map(lambda _: False, node)
         marks = jax.tree.map(_is_inexact, node)
+        if is_lora(node):
+            base = jax.tree.map(lambda _: False, node.base)
+            marks = eqx.tree_at(lambda weight: weight.base, marks, base)
         if isinstance(node, TopKRouter) and node.bias is not None:
             marks = eqx.tree_at(lambda router: router.bias, marks, False)
         return marks

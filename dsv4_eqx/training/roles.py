@@ -28,6 +28,7 @@ class DimensionRole(enum.Enum):
     SIDE = enum.auto()  # rows or columns of a matrix
     LOOKUP = enum.auto()  # the array is a row for each token: AdamW
     BIAS = enum.auto()  # the array is added: AdamW, not decayed
+    FACTOR = enum.auto()  # the array is a factor of an adapter: AdamW
 
 
 # Names that are numbers, such as the 2 of gate and up projection, are SEPARATE.
@@ -54,6 +55,10 @@ DIMENSION_ROLES: Final[Mapping[str, DimensionRole]] = types.MappingProxyType(
         "confidence_in": DimensionRole.SIDE,
         "vocab": DimensionRole.LOOKUP,
         "ratio": DimensionRole.BIAS,
+        # AdamW, as all published recipes have it. Muon would give every singular value
+        # of a factor's update one size, and what counts is their product, whose other
+        # factor is still zero or small.
+        "adapter_rank": DimensionRole.FACTOR,
     }
 )
 
@@ -143,7 +148,7 @@ def validate_own(
         raise invalid_argument(call, "own", own, allowed)
     names = [leaf.name for leaf in annotated_leaves(trained)]
     for key in own:
-        if not any(_matches(key, name) for name in names):
+        if not any(path_contains(key, name) for name in names):
             raise ValueError(
                 f"{call}: own has the key {key!r}, and no array of the model has it in "
                 "its path; `print(describe_optimizer(trained))` shows the paths."
@@ -161,7 +166,7 @@ def _leaf_role(call: str, leaf: AnnotatedLeaf, own: tuple[str, ...]) -> LeafRole
         )
     dims, shape = leaf.dims or (), tuple(leaf.array.shape)
     num_stacked = len(shape) - len(dims)
-    keys = [key for key in own if _matches(key, leaf.name)]
+    keys = [key for key in own if path_contains(key, leaf.name)]
     if len(keys) > 1:
         raise ValueError(
             f"{call}: the keys {keys} of own are all for {leaf.name}; leave one."
@@ -172,7 +177,7 @@ def _leaf_role(call: str, leaf: AnnotatedLeaf, own: tuple[str, ...]) -> LeafRole
     roles = [_dimension_role(name) for name in dims]
     if len(dims) < 2 or DimensionRole.BIAS in roles:
         return LeafRole(leaf.name, shape, Kind.NOT_DECAYED, num_stacked, 0)
-    if DimensionRole.LOOKUP in roles:
+    if DimensionRole.LOOKUP in roles or DimensionRole.FACTOR in roles:
         return LeafRole(leaf.name, shape, Kind.DECAYED, num_stacked, 0)
     separate = 0
     while roles[separate] is DimensionRole.SEPARATE and len(dims) - separate > 2:
@@ -210,7 +215,7 @@ def _path(name: str) -> list[str]:
     return re.findall(r"\w+", name)
 
 
-def _matches(key: str, name: str) -> bool:
+def path_contains(key: str, name: str) -> bool:
     """Whether the names in the key follow one another in the path."""
     return f".{'.'.join(_path(key))}." in f".{'.'.join(_path(name))}."
 

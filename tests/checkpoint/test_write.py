@@ -27,7 +27,7 @@ def saved(tmp_path):
 @pytest.fixture
 def unwritten(monkeypatch):
     """Whatever is refused is refused before anything is written."""
-    monkeypatch.setattr(write, "_new_directory", None)
+    monkeypatch.setattr(write, "new_directory", None)
 
 
 def refused(match, target):
@@ -118,8 +118,8 @@ def test_the_working_directory_is_refused(saved, unwritten, monkeypatch):
 @pytest.mark.parametrize(
     "step, error",
     [
-        ("_write_file", KeyboardInterrupt()),
-        ("_write_json", OSError(errno.ENOSPC, "full")),
+        ("write_file", KeyboardInterrupt()),
+        ("write_json", OSError(errno.ENOSPC, "full")),
     ],
 )
 @pytest.mark.parametrize("is_there", [False, True])
@@ -188,14 +188,14 @@ def test_where_another_saver_comes_between_it_is_said_where_the_old_one_is(
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_directory_that_appears_meanwhile_stays(overwrite, tmp_path, monkeypatch):
     target = tmp_path / "model"
-    run = write._write_file
+    run = write.write_file
 
     def meanwhile(*arguments):
         run(*arguments)
         target.mkdir()
         (target / "notes.txt").write_text("mine")
 
-    monkeypatch.setattr(write, "_write_file", meanwhile)
+    monkeypatch.setattr(write, "write_file", meanwhile)
     with pytest.raises(ValueError, match="is there and is no checkpoint's"):
         dsv4.save_pretrained(small_model(), target, overwrite=overwrite)
     assert os.listdir(tmp_path) == ["model"]
@@ -203,13 +203,13 @@ def test_a_directory_that_appears_meanwhile_stays(overwrite, tmp_path, monkeypat
 
 
 def test_what_is_put_beside_it_while_it_is_written_stays(saved, monkeypatch):
-    run = write._write_file
+    run = write.write_file
 
     def meanwhile(*arguments):
         run(*arguments)
         (saved / "notes.txt").write_text("mine")
 
-    monkeypatch.setattr(write, "_write_file", meanwhile)
+    monkeypatch.setattr(write, "write_file", meanwhile)
     dsv4.save_pretrained(small_model(), saved, overwrite=True)
     assert (saved / "notes.txt").read_text() == "mine"
 
