@@ -59,6 +59,7 @@ def small():
 
 
 # Of transformers, in a call of PEFT's; and of PEFT, which looks for modules alone.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(

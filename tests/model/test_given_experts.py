@@ -55,6 +55,7 @@ def step():
     return quick_jit(jax.grad(loss, has_aux=True, allow_int=True))
 
 
+@pytest.mark.slow
 def test_replaying_the_own_routing_changes_no_bit():
     gradients, (logits, routings) = step()(model(), None)
     experts = [np.asarray(routing.experts) for routing in routings]

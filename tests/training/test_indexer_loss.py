@@ -140,6 +140,7 @@ def plain_scores(indexer, x, latent, positions):
 
 
 # An index list, a mask, all entries; of several blocks of queries and tiles.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seq, topk, tile",
     tiers(

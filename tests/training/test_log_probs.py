@@ -62,6 +62,7 @@ def expected():
     return plain_step(model(), IDS, is_target)
 
 
+@pytest.mark.slow
 def test_they_are_those_of_whole_logits():
     gradients, wanted = expected()
     found_gradients, found = step()(model(), IDS)
@@ -71,6 +72,7 @@ def test_they_are_those_of_whole_logits():
     assert_equal_gradients(found_gradients, gradients, 1e-5, floor=1e-2)
 
 
+@pytest.mark.slow
 def test_they_are_those_of_decoding():
     prompt = tokens()[:, :11]
     out = dsv4.generate(

@@ -114,6 +114,7 @@ def test_merged_equals_unmerged_and_has_plain_arrays():
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cpu", "tpu"])
 def test_gradients_are_those_through_the_merged_weights(form):
     adapters, rest = eqx.partition(trained(fresh()), dsv4.lora_mask(fresh()))
@@ -137,6 +138,7 @@ def test_frozen_weights_have_no_gradient():
     assert all((x.base, x.a, x.b) == (False, True, True) for x in marked)
 
 
+@pytest.mark.slow
 def test_decoding_runs_the_adapters_of_stacked_layers():
     model = trained(fresh())
     merged = dsv4.merge_lora(model)
@@ -171,6 +173,7 @@ def step(model, chosen, tokens, steps=2):
     return eqx.combine(adapters, rest)
 
 
+@pytest.mark.slow
 def test_only_adapters_of_chosen_layers_change_in_steps_of_the_optimizer():
     model = fresh()
     after = step(model, dsv4.layer_mask(model, [1]), TOKENS, steps=20)
@@ -258,6 +261,7 @@ def logits_and_gradients(model, tokens):
     return logits, quick_jit(jax.grad(loss))(*parts, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, fsdp",
     [

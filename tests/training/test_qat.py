@@ -44,6 +44,7 @@ def loss(trained, rest, tokens):
     return dsv4.next_token_loss(eqx.combine(trained, rest), tokens)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "experts", ["fp4", pytest.param("fp8", marks=pytest.mark.slow)]
 )
@@ -76,6 +77,7 @@ def test_a_release_computes_as_before():
     assert_same_bits(dequantize(again), dequantize(packed))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_at_the_quantised_weights():
     model = dsv4.qat(plain(), **WEIGHTS)
     mask = dsv4.trainable(model)
