@@ -1,13 +1,15 @@
 """Trains a released model further, on texts, completions or chats.
 
     python examples/finetune.py [--release DIR] [--texts PATH...] [--out tuned]
-        [--resume] [--train-layers 3 4] [--steps 20] [--mesh expert=2,tensor=2]
-        [--fsdp] [--batch 4] [--accumulate 1] [--length 64] [--learning-rate 3e-4] ...
+        [--resume] [--lora 8] [--train-layers 3 4] [--steps 20]
+        [--mesh expert=2,tensor=2] [--fsdp] [--batch 4] [--accumulate 1] [--length 64]
+        [--learning-rate 3e-4] ...
 
 A line of a `.jsonl` file with `prompt` and `completion` trains the completion alone.
 By default the tiny release that the tests use learns the text of this package's
 license. All weights are trained in float32, or those of some layers; `tuned/model` is
-then a checkpoint like the release.
+then a checkpoint like the release. With `--lora` the weights stay packed as they are,
+and low-rank adapters alone are trained; `tuned/adapter` has them in PEFT's files.
 """
 
 import pathlib
@@ -33,6 +35,9 @@ def options():
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--bytes", action="store_true", help="a token for each byte")
     parser.add_argument("--end-id", type=int, help="token that ends a document")
+    parser.add_argument("--lora", type=int, help="rank of adapters, trained alone")
+    targets = dict(nargs="+", default=dsv4.DEFAULT_TARGETS)
+    parser.add_argument("--targets", **targets, help="of the adapters: parts of paths")
     parser.add_argument("--train-layers", type=int, nargs="+", help="these alone")
     parser.add_argument("--mtp-weight", type=float, default=0.1, help="0: not trained")
     return parser.parse_args()
@@ -98,26 +103,34 @@ def main():
     model = dsv4.from_pretrained(
         asked.release,
         dtype="float32",
+        keep_quantized=asked.lora is not None,
         mesh=mesh,
         fsdp=asked.fsdp,
         revision=asked.revision,
     )
     documents, tokenizer = read(asked, model.config.vocab_size)
-    has_block = model.num_mtp > 0 and asked.train_layers is None
-    mtp_weight = asked.mtp_weight if has_block else 0.0
-    # Adapters instead of all weights are put in here, and their marks.
-    marks = dsv4.trainable(model, mtp=mtp_weight > 0, layers=asked.train_layers)
+    is_whole = asked.lora is None and asked.train_layers is None
+    mtp_weight = asked.mtp_weight if model.num_mtp > 0 and is_whole else 0.0
+    if asked.lora is None:
+        marks = dsv4.trainable(model, mtp=mtp_weight > 0, layers=asked.train_layers)
+    else:
+        key, targets = jax.random.key(asked.seed), asked.targets
+        model = dsv4.lora(model, targets=targets, rank=asked.lora, key=key)
+        marks = dsv4.lora_mask(model)
     trained = eqx.filter(model, marks)
     warmup, rate = int(WARMUP * asked.steps), asked.learning_rate
     schedule = dsv4.schedule(rate, 0.0, warmup, 0, asked.steps - warmup)
     transformation = dsv4.optimizer(trained, schedule)
     step = make_step(asked, model, transformation, marks, mtp_weight)
     state = transformation.init(trained)
-    model = train(asked, documents, model, state, step, schedule)
-    if model is not None:
+    model = train(asked, documents, model, state, step, schedule, marks)
+    if model is not None and asked.lora is None:
         target = asked.out / "model"
         dsv4.save_pretrained(model, target, tokenizer=tokenizer, overwrite=True)
         print(f"the model is in {target}")
+    elif model is not None:
+        dsv4.save_lora(model, asked.out / "adapter", overwrite=True)
+        print(f"the adapters are in {asked.out / 'adapter'}")
 
 
 if __name__ == "__main__":

@@ -116,14 +116,21 @@ def mean_nats(model: Any, batches: list[Any]) -> float:
     return nats / max(targets, 1)
 
 
-def resumed(asked: Any, checkpoints: Any, state: Any, batches: Any) -> Any:
+def changing(state: Any, marks: Any) -> Any:
+    """What the steps change of model and optimizer; the rest need not be saved."""
+    model, optimizer = state
+    return model if marks is None else eqx.filter(model, marks), optimizer
+
+
+def resumed(asked: Any, checkpoints: Any, state: Any, marks: Any, batches: Any) -> Any:
     """The state to go on from, and how many steps it has done."""
     if asked.resume:
-        found = checkpoints.restore(state)
+        found = checkpoints.restore(changing(state, marks))
         if found is None:
             raise ValueError(f"--resume: there is no checkpoint in {asked.out}")
         batches.set_state(found.data)
-        return found.state, found.step
+        changed, optimizer = found.state
+        return (eqx.combine(changed, state[0]), optimizer), found.step
     if checkpoints.steps:
         raise ValueError(f"{asked.out} has a run: give --resume or another --out")
     return state, 0
@@ -136,12 +143,13 @@ def train(
     optimizer: Any,
     step: Any,
     schedule: Any,
+    marks: Any = None,
 ) -> Any:
     """Trains as asked; the model, or None if it was interrupted.
 
     `step(model, optimizer, batch)` gives both anew, and values for the log; the batch
     has a leading dimension of microbatches. `optimizer` is its state, `schedule` its
-    learning rate.
+    learning rate. `marks` tell what the steps change of the model: None for all.
     """
     seen, unseen = split_documents(documents)
     rows, unseen_rows = (dsv4.pack_documents(x, asked.length) for x in (seen, unseen))
@@ -154,7 +162,8 @@ def train(
     # The backward pass costs twice as much; as is usual, recomputing does not count.
     flops = 3 * dsv4.flops_per_token(model.config, asked.length)
     with dsv4.TrainingCheckpoints(asked.out / "checkpoints") as checkpoints:
-        state, first = resumed(asked, checkpoints, (model, optimizer), batches)
+        state = model, optimizer
+        state, first = resumed(asked, checkpoints, state, marks, batches)
         peak = peak_flops(asked.peak_tflops)
         with TrainingLog(asked.out, first, asked.steps, flops, peak) as log, stop:
             for number in range(first + 1, asked.steps + 1):
@@ -168,7 +177,8 @@ def train(
                 if is_last or number % asked.evaluate_every == 0:
                     log.held_out(number, mean_nats(state[0], trial))
                 if is_last or stop.came or number % asked.save_every == 0:
-                    checkpoints.save(number, tuple(state), batches.get_state())
+                    kept = changing(state, marks)
+                    checkpoints.save(number, kept, batches.get_state())
                 if stop.came and not is_last:
                     break
     print(draw(asked.out, bigram))
@@ -176,9 +186,14 @@ def train(
         command = [*sys.argv, *["--resume"] * (not asked.resume)]
         print(f"saved; go on with\n  python {shlex.join(command)}")
         return None
-    compared = "" if bigram is None else f"; a bigram model: {bigram:.3f}"
-    print(f"held out: {mean_nats(state[0], trial):.3f} nats a token{compared}")
+    tell(mean_nats(state[0], trial), bigram)
     return state[0]
+
+
+def tell(held_out: float, bigram: float | None) -> None:
+    """What the trained model reaches on what it has not seen."""
+    compared = "" if bigram is None else f"; a bigram model: {bigram:.3f}"
+    print(f"held out: {held_out:.3f} nats a token{compared}")
 
 
 class StopSignal:

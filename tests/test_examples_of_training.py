@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import jax
@@ -120,8 +121,8 @@ def test_a_training_run_that_is_interrupted_goes_on_bit_by_bit(
     assert np.isclose(np.abs(bias).max(), [0.001, 0.003], atol=1e-6).any()
 
 
-@pytest.mark.slow
-def test_some_layers_of_a_release_are_trained_over_a_mesh(tmp_path):
+def sliding_release(directory):
+    """A release of two layers that take little to compile."""
     config = small_config(
         vocab_size=128,
         n_routed_experts=6,
@@ -131,7 +132,30 @@ def test_some_layers_of_a_release_are_trained_over_a_mesh(tmp_path):
         mlp_layer_types=(TOPK_MOE,) * 2,
         num_nextn_predict_layers=0,
     )
-    release = write_release(tmp_path / "release", config, random_tensors(config))
+    return write_release(directory, config, random_tensors(config))
+
+
+@pytest.mark.slow
+def test_adapters_of_a_release_are_trained_and_a_run_of_theirs_resumed(text, tmp_path):
+    release, out = sliding_release(tmp_path / "release"), tmp_path / "tuned"
+    options = ["--release", release, "--bytes", "--texts", text, *SIZES, "--lora", 3]
+    done = run("finetune.py", *options, "--save-every", 1, "--out", out)
+    assert_went_well(done)
+    packed = dsv4.from_pretrained(release, dtype=np.float32, keep_quantized=True)
+    tuned = dsv4.load_lora(packed, out / "adapter")
+    query = tuned.layers[1].attention.query_down
+    assert query.rank == 3 and np.abs(query.b).max() > 0
+    assert_same_bits(query.base, packed.layers[1].attention.query_down)
+    # A checkpoint has adapters alone, from which the last step is done again.
+    shutil.rmtree(out / "checkpoints" / "3")
+    done = run("finetune.py", *options, "--save-every", 1, "--out", out, "--resume")
+    assert_went_well(done)
+    assert_same_bits(dsv4.load_lora(packed, out / "adapter"), tuned)
+
+
+@pytest.mark.slow
+def test_some_layers_of_a_release_are_trained_over_a_mesh(tmp_path):
+    release = sliding_release(tmp_path / "release")
     lines = [{"prompt": "2 + 3 = ", "completion": x * 30} for x in "abcdefghijkl"]
     texts = tmp_path / "a.jsonl"
     texts.write_text("\n".join(map(json.dumps, lines)))
