@@ -64,7 +64,7 @@ def _forward(floats, others):
         splits=_num_splits(batch * seq, heads, lists.shape[1]),
     )
     # The sink takes its share of the softmax's total.
-    with_sink = jnp.logaddexp(log_total, sinks.astype(log_total.dtype))
+    with_sink = jnp.logaddexp(log_total, sinks.astype(log_total.dtype)[None])
     share = jnp.exp(log_total - with_sink)[..., None]
     out = out.astype(share.dtype) * share
     out = checkpoint_name(out.reshape(queries.shape).astype(queries.dtype), KEPT)
@@ -103,7 +103,7 @@ def _backward(residuals, cotangents):
     )
     mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     mean -= d_log_total
-    d_sinks = -jnp.sum(jnp.exp(sinks - log_total) * mean, axis=0)
+    d_sinks = -jnp.sum(jnp.exp(sinks[None] - log_total) * mean, axis=0)
     gradients = [d_queries, d_window, d_sinks]
     gradients += [] if entries is None else [d_rows]
     leaves, structure = jax.tree.flatten(floats)
@@ -132,10 +132,9 @@ def key_lists(
     batch, seq = positions.shape
     window = num_window_keys - seq + 1
     row = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    index = jnp.arange(seq, dtype=jnp.int32)[:, None] + jnp.arange(
-        window, dtype=jnp.int32
-    )
-    distance = window - 1 - jnp.arange(window, dtype=jnp.int32)
+    place = jnp.arange(window, dtype=jnp.int32)[None, None]
+    index = jnp.arange(seq, dtype=jnp.int32)[None, :, None] + place
+    distance = window - 1 - place
     sees = distance <= positions[..., None]
     parts = [jnp.where(sees, row * num_window_keys + index, -1)]
     used = jnp.full((batch, seq), window, jnp.int32)
@@ -143,7 +142,7 @@ def key_lists(
         chosen = _chosen_entries(positions, entries, selection, segment_ids)
         first = flat_entries(entries.values)[1][:, None, None] + batch * num_window_keys
         parts.append(jnp.where(chosen >= 0, first + chosen, -1))
-        place = jnp.arange(1, chosen.shape[2] + 1, dtype=jnp.int32)
+        place = jnp.arange(1, chosen.shape[2] + 1, dtype=jnp.int32)[None, None]
         last = jnp.max(jnp.where(chosen >= 0, place, 0), axis=2)
         used = jnp.where(last > 0, window + last, used)
     lists = jnp.concatenate(parts, axis=2)
@@ -164,7 +163,7 @@ def _chosen_entries(
         return listed(seen & selection, seen.shape[-1])
     if segment_ids is not None:  # the document's entries alone, wherever they begin
         return listed(seen, seen.shape[-1])
-    every = jnp.arange(seen.shape[-1], dtype=jnp.int32)
+    every = jnp.arange(seen.shape[-1], dtype=jnp.int32)[None, None]
     return jnp.where(seen, every, -1)
 
 

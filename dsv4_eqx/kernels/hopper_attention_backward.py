@@ -111,7 +111,7 @@ def _of_heads(out, log_sum_exp, d_out, d_log_sum_exp):
 def _whole_blocks(lists, num_keys):
     """The lists with -1 after their ends, and the number of their blocks with keys."""
     place = jnp.arange(lists.shape[1], dtype=jnp.int32)
-    lists = jnp.where(place < num_keys[:, None], lists.astype(jnp.int32), -1)
+    lists = jnp.where(place[None] < num_keys[:, None], lists.astype(jnp.int32), -1)
     lists = padded(lists, 1, BLOCK, -1)
     num_blocks = lax.div(num_keys.astype(jnp.int32) + (BLOCK - 1), BLOCK)
     return lists, jnp.clip(num_blocks, 0, lists.shape[1] // BLOCK)
@@ -150,7 +150,7 @@ def _run_interpreted(sizes, operands, interpret):
     ]
     d_queries, d_keys = _kernel(sizes, body, types, interpret)(*operands)
     # Blocks past a list's last were never written.
-    place = jnp.arange(sizes.num_keys) < num_blocks[:, None] * BLOCK
+    place = jnp.arange(sizes.num_keys)[None] < num_blocks[:, None] * BLOCK
     valid = place & (lists >= 0)
     d_keys = jnp.where(valid[..., None], jnp.sum(d_keys, axis=1), 0)
     sums = jnp.zeros((len(window) + len(entries), sizes.head_dim), jnp.float32)

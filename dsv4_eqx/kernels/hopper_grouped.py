@@ -139,7 +139,7 @@ def _schedule(
     past = num_rows - ends[-1]
     filled = min(num_rows, len(sizes) + 1)
     tile = jnp.arange((num_rows + filled * (block_m - 1)) // block_m, dtype=jnp.int32)
-    group = jnp.sum(tile[:, None] >= tile_ends, axis=1, dtype=jnp.int32)
+    group = jnp.sum(tile[:, None] >= tile_ends[None], axis=1, dtype=jnp.int32)
     is_past = group == len(sizes)
     group = jnp.minimum(group, len(sizes) - 1)
     end = jnp.where(is_past, num_rows, ends[group])

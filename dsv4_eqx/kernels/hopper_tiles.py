@@ -197,7 +197,7 @@ def padded(rows: Array, least: int, unit: int = 1) -> Array:
 def running_sums(x: Array) -> Array:
     """As `jnp.cumsum` of each row, in one launch; of few numbers."""
     index = jnp.arange(x.shape[-1])
-    x = jnp.where(index[:, None] >= index, x[..., None, :], 0)
+    x = jnp.where(index[:, None] >= index[None], x[..., None, :], 0)
     return jnp.sum(x, axis=-1, dtype=x.dtype)
 
 
