@@ -5,6 +5,7 @@ branch on both sides, before the activation; the routing weight is applied in fl
 before the down projection; the experts' outputs are added up in float32.
 """
 
+import math
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -202,6 +203,7 @@ class SharedExpert(eqx.Module):
         """
         validate_activations("SharedExpert", x, self.gate_up)
         gate_up, down = dequantize((self.gate_up, self.down))
-        before = project(x, gate_up).reshape(*x.shape[:-1], -1)
+        halves = project(x, gate_up)
+        before = halves.reshape(*x.shape[:-1], math.prod(halves.shape[-2:]))
         activated = clamped_swiglu(before, self.limit).astype(x.dtype)
         return at_least_float32(project(activated, down))
