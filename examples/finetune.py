@@ -36,8 +36,8 @@ def options():
     parser.add_argument("--bytes", action="store_true", help="a token for each byte")
     parser.add_argument("--end-id", type=int, help="token that ends a document")
     parser.add_argument("--lora", type=int, help="rank of adapters, trained alone")
-    targets = dict(nargs="+", default=dsv4.DEFAULT_TARGETS)
-    parser.add_argument("--targets", **targets, help="of the adapters: parts of paths")
+    targets, what = dsv4.DEFAULT_TARGETS, "what has adapters: parts of paths"
+    parser.add_argument("--targets", nargs="+", default=targets, help=what)
     parser.add_argument("--train-layers", type=int, nargs="+", help="these alone")
     parser.add_argument("--mtp-weight", type=float, default=0.1, help="0: not trained")
     return parser.parse_args()
