@@ -21,7 +21,7 @@ from typing import Any, Final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from gpu_cases import layer_flops, num_bytes
+from gpu_cases import layer_bytes, layer_flops, num_bytes
 from tqdm import tqdm
 
 import dsv4_eqx as dsv4
@@ -100,7 +100,7 @@ def least_ms(on: Machine, kind: str, what: str, tokens: int, shapes: tuple) -> s
         moved = num_bytes(arrays) - routed * (1 - min(1.0, chosen)) + num_bytes(rest)
         return f"{moved / on.bandwidth * 1e3:.2f}"
     index = PASSES.index(what)
-    moved = (1, 3)[index] * num_bytes(arrays) + (2, 4)[index] * num_bytes(streams)
+    moved = layer_bytes(num_bytes(arrays), num_bytes(streams))[index]
     products = layer_flops(config, kind, tokens)[index]
     return f"{max(moved / on.bandwidth, products / on.products) * 1e3:.2f}"
 

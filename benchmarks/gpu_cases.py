@@ -190,6 +190,14 @@ def layer_flops(config: Config, kind: str, tokens: int) -> tuple[float, float]:
     return forward, 3 * forward - 2 * indexer
 
 
+def layer_bytes(weights: int, streams: int) -> tuple[int, int]:
+    """Bytes that a layer over a sequence must move, forward, and forward + backward.
+
+    Weights are read in each pass, and their gradients written.
+    """
+    return weights + 2 * streams, 3 * weights + 4 * streams
+
+
 def indexer_flops(config: Config, tokens: int) -> float:
     """Operations of the indexer over a sequence; 0 where it has nothing to choose."""
     ratio = KINDS["CSA"][1]

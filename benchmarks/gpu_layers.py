@@ -19,6 +19,7 @@ from gpu_cases import (
     Sizes,
     built,
     keep,
+    layer_bytes,
     layer_flops,
     made,
     num_bytes,
@@ -137,8 +138,7 @@ def layer_case(layer: Layer, tokens: int, direction: str, form: str) -> Case:
         (layer.arrays, *sequence),
         group=layer.kind,
         flops=layer_flops(layer.config, layer.kind, tokens)[index],
-        # Weights are read in each pass, and their gradients written.
-        bytes=(1, 3)[index] * weights + (2, 4)[index] * streams,
+        bytes=layer_bytes(weights, streams)[index],
         compare=f"{layer.kind} {tokens} {direction}",
         form=form,
     )

@@ -13,11 +13,19 @@ and low-rank adapters alone are trained; `tuned/adapter` has them in PEFT's file
 """
 
 import pathlib
-import sys
 
 import equinox as eqx
 import jax
-from training_run import accumulated, open_mesh, parser_of, train, validate
+from training_run import (
+    accumulated,
+    open_mesh,
+    parser_of,
+    run,
+    save_model,
+    seen_of,
+    train,
+    validate,
+)
 
 import dsv4_eqx as dsv4
 
@@ -66,10 +74,7 @@ def make_losses(mtp_weight):
         loss, parts = dsv4.next_token_loss(
             model, *batch, mtp_weight=mtp_weight, remat=True
         )
-        seen = {"next_token": parts.next_token}
-        if parts.ahead is not None:
-            seen["ahead"] = parts.ahead
-        return loss, (parts.num_targets, seen, ())
+        return loss, (parts.num_targets, seen_of(parts), ())
 
     return losses
 
@@ -125,16 +130,11 @@ def main():
     state = transformation.init(trained)
     model = train(asked, documents, model, state, step, schedule, marks)
     if model is not None and asked.lora is None:
-        target = asked.out / "model"
-        dsv4.save_pretrained(model, target, tokenizer=tokenizer, overwrite=True)
-        print(f"the model is in {target}")
+        save_model(asked, model, tokenizer)
     elif model is not None:
         dsv4.save_lora(model, asked.out / "adapter", overwrite=True)
         print(f"the adapters are in {asked.out / 'adapter'}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError, OverflowError) as error:
-        sys.exit(f"finetune.py: {error}")
+    run(main)

@@ -14,12 +14,20 @@ the model:
 """
 
 import pathlib
-import sys
 import sysconfig
 
 import equinox as eqx
 import jax
-from training_run import accumulated, open_mesh, parser_of, train, validate
+from training_run import (
+    accumulated,
+    open_mesh,
+    parser_of,
+    run,
+    save_model,
+    seen_of,
+    train,
+    validate,
+)
 
 import dsv4_eqx as dsv4
 
@@ -61,9 +69,7 @@ def losses(trained, rest, batch):
     loss, parts = dsv4.next_token_loss(
         model, tokens, segment_ids, mask, streams=streams, mtp_weight=weight
     )
-    seen = {"next_token": parts.next_token}
-    if parts.ahead is not None:
-        seen["ahead"] = parts.ahead
+    seen = seen_of(parts)
     routings = dsv4.scored_routings(model, layers)
     if routings:
         balance, loads = dsv4.balance_loss(routings, segment_ids, alpha=BALANCE)
@@ -117,13 +123,8 @@ def main():
     state = transformation.init(trained)
     model = train(asked, documents, model, state, step, schedule)
     if model is not None:
-        target = asked.out / "model"
-        dsv4.save_pretrained(model, target, tokenizer=tokenizer, overwrite=True)
-        print(f"the model is in {target}")
+        save_model(asked, model, tokenizer)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError, OverflowError) as error:
-        sys.exit(f"pretrain.py: {error}")
+    run(main)

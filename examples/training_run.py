@@ -136,6 +136,27 @@ def resumed(asked: Any, checkpoints: Any, state: Any, marks: Any, batches: Any) 
     return state, 0
 
 
+def seen_of(parts: Any) -> dict[str, Any]:
+    """What the log shows of a `next_token_loss`."""
+    seen = {"next_token": parts.next_token}
+    return seen if parts.ahead is None else seen | {"ahead": parts.ahead}
+
+
+def save_model(asked: Any, model: Any, tokenizer: Any) -> None:
+    """Writes the whole model, in place of one of a former run."""
+    target = asked.out / "model"
+    dsv4.save_pretrained(model, target, tokenizer=tokenizer, overwrite=True)
+    print(f"the model is in {target}")
+
+
+def run(main: Any) -> None:
+    """Calls `main`; what is wrong with what was asked is said in a line."""
+    try:
+        main()
+    except (ValueError, ImportError, OSError, OverflowError) as error:
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+
+
 def train(
     asked: Any,
     documents: list[Any],

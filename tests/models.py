@@ -32,6 +32,10 @@ M = tiny_config(
     num_nextn_predict_layers=0,
 )
 
+# Sizes that a mesh of two devices along any axis divides.
+DIVISIBLE = dict(vocab_size=96, n_routed_experts=6, num_attention_heads=4, o_groups=2)
+
+quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 forward = jax.jit(lambda model, tokens: model(tokens), compiler_options=OPTIMIZED)
 forward_once = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICKLY)
 

@@ -15,7 +15,7 @@ from dsv4_eqx.hyper_connection import StreamMixing
 from dsv4_eqx.kernels.form import use_kernels
 from dsv4_eqx.kernels.mix import mix, sinkhorn
 from dsv4_eqx.model.parts import make_hyper_connection, make_hyper_head
-from tests.models import QUICKLY, relative
+from tests.models import quick_jit, relative
 from tests.reference import reference_config
 from tests.tiny import tiny_config
 
@@ -53,9 +53,6 @@ def heads(seed=0):
         theirs.hc_scale.copy_(torch.tensor(scale))
     arrays = tuple(jnp.asarray(x) for x in (weight, base, scale))
     return eqx.tree_at(lambda m: (m.weight, m.base, m.scale), ours, arrays), theirs
-
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 def read_and_write(connection, streams, output):

@@ -49,7 +49,7 @@ from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.numerics.lora_weight import LoRAWeight, is_lora
 from dsv4_eqx.numerics.precision import wide_dtype
 from dsv4_eqx.numerics.validation import FLOATS, path_of
-from dsv4_eqx.sharding.sharded_model import ShardedModel
+from dsv4_eqx.sharding.sharded_model import ShardedModel, model_on_device
 from dsv4_eqx.training.lora import (
     adaptable,
     factor_shapes,
@@ -57,7 +57,6 @@ from dsv4_eqx.training.lora import (
     validate_without_adapters,
     with_adapters,
 )
-from dsv4_eqx.training.routers import model_on_device
 
 _WEIGHTS: Final = "adapter_model.safetensors"
 _CONFIG: Final = "adapter_config.json"

@@ -13,7 +13,7 @@ import numpy as np
 from dsv4_eqx.checkpoint.names import sources
 from dsv4_eqx.numerics.quantize import BLOCKS, FP4, FP8
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, is_quantized
-from dsv4_eqx.training.routers import model_on_device
+from dsv4_eqx.sharding.sharded_model import model_on_device
 
 _MOST: Final = 14
 

@@ -31,16 +31,15 @@ class Form:
 
 
 _WHOLE: Final = 1 << 30
+_HOPPER: Final = Form("hopper", query_block=2048, entry_tile=1024, hopper=True)
 FORMS: Final = {
     form.name: form
     for form in (
         Form("reference", query_block=_WHOLE, entry_tile=_WHOLE),
         Form("cpu", query_block=64, entry_tile=256, stops_early=True),
         Form("gpu", query_block=512, entry_tile=2048),
-        Form("hopper", query_block=2048, entry_tile=1024, hopper=True),
-        Form(
-            "hopper-next", query_block=2048, entry_tile=1024, hopper=True, untried=True
-        ),
+        _HOPPER,
+        dataclasses.replace(_HOPPER, name="hopper-next", untried=True),
         Form("tpu", query_block=512, entry_tile=2048),
     )
 }

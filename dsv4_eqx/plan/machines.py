@@ -67,7 +67,7 @@ def machine(target: str) -> Machine:
         return Machine(form, products, bandwidth, text)
     if not os.path.isfile(target):
         raise ValueError(
-            f"absent_devices was called with {target!r}: it must be one of "
+            f"there is no device {target!r} to compile for: it must be one of "
             f"{', '.join(_GPUS)}, a file, or a TPU such as 'v5p:2x2x1'."
         )
     text = pathlib.Path(target).read_text()

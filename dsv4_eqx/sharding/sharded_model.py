@@ -34,7 +34,7 @@ from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.model.mtp import MTPCache
 from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.numerics.compile_once import compiled_once
-from dsv4_eqx.numerics.validation import validate_size
+from dsv4_eqx.numerics.validation import invalid_argument, validate_size
 from dsv4_eqx.numerics.varying import varying
 from dsv4_eqx.sharding.fsdp import gather_in_use
 from dsv4_eqx.sharding.gather import gather
@@ -362,3 +362,12 @@ def _nats(
 
 def _all_tokens(x: Array, axis: str | None) -> Array:
     return x if axis is None else gather(x, axis, _SEQ)
+
+
+def model_on_device(call: str, model: Any) -> DeepSeekV4:
+    """The `DeepSeekV4` itself, or the one inside of a `ShardedModel`."""
+    inner = model.model if isinstance(model, ShardedModel) else model
+    if not isinstance(inner, DeepSeekV4):
+        name = type(model).__name__
+        raise invalid_argument(call, "model", name, "a DeepSeekV4 or a ShardedModel")
+    return inner

@@ -23,7 +23,8 @@ from dsv4_eqx.model.observed import LayerValues
 from dsv4_eqx.moe.router import Routing
 from dsv4_eqx.numerics.precision import at_least_float32
 from dsv4_eqx.numerics.validation import invalid_argument, validate_number
-from dsv4_eqx.training.routers import model_on_device, scoring_routers
+from dsv4_eqx.sharding.sharded_model import model_on_device
+from dsv4_eqx.training.routers import scoring_routers
 
 
 class BalanceParts(eqx.Module):

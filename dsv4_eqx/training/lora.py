@@ -32,9 +32,8 @@ from dsv4_eqx.numerics.validation import (
     validate_size,
 )
 from dsv4_eqx.sharding.shard import shard
-from dsv4_eqx.sharding.sharded_model import ShardedModel
+from dsv4_eqx.sharding.sharded_model import ShardedModel, model_on_device
 from dsv4_eqx.training.roles import path_contains
-from dsv4_eqx.training.routers import model_on_device
 
 _Model = TypeVar("_Model", DeepSeekV4, ShardedModel)
 

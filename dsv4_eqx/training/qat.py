@@ -37,14 +37,13 @@ from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize
 from dsv4_eqx.numerics.validation import invalid_argument, is_concrete
 from dsv4_eqx.primitives.norm import RMSNorm
 from dsv4_eqx.primitives.rotary import RotaryEmbedding
-from dsv4_eqx.sharding.sharded_model import ShardedModel
+from dsv4_eqx.sharding.sharded_model import ShardedModel, model_on_device
 from dsv4_eqx.training.lora import (
     map_weights,
     name_of,
     sharded_like,
     validate_without_adapters,
 )
-from dsv4_eqx.training.routers import model_on_device
 
 _FORMATS: Final = {"fp8": FP8, "fp4": FP4}
 _ENTRY_BLOCK, _LEAST_OF_ENTRY = 64, 1e-4  # of the release's `act_quant`

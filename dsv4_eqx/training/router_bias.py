@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from dsv4_eqx.moe.router import TopKRouter
 from dsv4_eqx.numerics.validation import invalid_argument, validate_number
+from dsv4_eqx.sharding.sharded_model import model_on_device
 from dsv4_eqx.training.routers import (
     PlacedRouter,
-    model_on_device,
     scoring_routers,
 )
 

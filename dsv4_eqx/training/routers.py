@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 from dsv4_eqx.model.model import DeepSeekV4
 from dsv4_eqx.moe.router import TopKRouter
-from dsv4_eqx.numerics.validation import invalid_argument
-from dsv4_eqx.sharding.sharded_model import ShardedModel
 
 
 class PlacedRouter(NamedTuple):
@@ -15,15 +13,6 @@ class PlacedRouter(NamedTuple):
     router: TopKRouter
     layers: tuple[int, ...]  # in the order of the stack; MTP blocks come last
     is_stacked: bool
-
-
-def model_on_device(call: str, model: Any) -> DeepSeekV4:
-    """The `DeepSeekV4` itself, or the one inside of a `ShardedModel`."""
-    inner = model.model if isinstance(model, ShardedModel) else model
-    if not isinstance(inner, DeepSeekV4):
-        name = type(model).__name__
-        raise invalid_argument(call, "model", name, "a DeepSeekV4 or a ShardedModel")
-    return inner
 
 
 def scoring_routers(model: DeepSeekV4) -> list[PlacedRouter]:

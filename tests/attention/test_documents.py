@@ -18,9 +18,8 @@ from dsv4_eqx.config.kinds import CSA, HCA, SLIDING
 from dsv4_eqx.kernels.form import use_kernels
 from tests.attention.test_attention import activations, attend, small_attention
 from tests.attention.test_compressor import compressor, normal
-from tests.models import QUICKLY, relative
+from tests.models import quick_jit, relative
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 SEQ = 31
 
 

@@ -66,12 +66,8 @@ def small():
     "targets, config",
     [
         (ALL, CONFIG),
-        pytest.param(("experts.down",), SMALL, marks=pytest.mark.slow),
-        pytest.param(
-            ("attention.query_up", "layers.repeated.0.attention.output_down"),
-            CONFIG,
-            marks=pytest.mark.slow,
-        ),
+        (("experts.down",), SMALL),
+        (("attention.query_up", "layers.repeated.0.attention.output_down"), CONFIG),
     ],
 )
 def test_peft_gives_transformers_the_same_logits(targets, config, tmp_path):

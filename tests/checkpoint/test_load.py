@@ -25,7 +25,7 @@ from dsv4_eqx.sharding.rules import place
 from dsv4_eqx.sharding.shard import shard
 from tests.checkpoint.saving import load_inner, one_layer, small_model
 from tests.models import (
-    QUICKLY,
+    quick_jit,
     random_model,
     random_tensors,
     relative,
@@ -42,7 +42,6 @@ from tests.sharded import assert_same_bits, make_mesh
 
 NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
 LIMIT = 5e-5
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 quick_unpacked = quick_jit(dequantize)
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 

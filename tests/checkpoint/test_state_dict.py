@@ -18,9 +18,15 @@ from safetensors.torch import load_file
 from dsv4_eqx import Config, from_pretrained, from_state_dict
 from dsv4_eqx.checkpoint.faults import FaultyCheckpoint
 from dsv4_eqx.checkpoint.names import sources
-from tests.models import QUICKLY, T, pair, random_model, random_tensors, small_config
+from tests.models import (
+    T,
+    pair,
+    quick_jit,
+    random_model,
+    random_tensors,
+    small_config,
+)
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 NANO = pathlib.Path(__file__).parents[1] / "data" / "nano-release"
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FP4_VALUES = torch.cat([E2M1, -E2M1])

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from dsv4_eqx.model.cross_entropy import cross_entropy_from_hidden, in_chunks
-from tests.models import QUICKLY, random_model, relative, small_config
+from tests.models import quick_jit, random_model, relative, small_config
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 VOCAB, DIM = 37, 12
 
 

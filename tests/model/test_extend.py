@@ -12,10 +12,15 @@ import pytest
 from dsv4_eqx import DeepSeekV4
 from dsv4_eqx.attention.cache import CompressorState, Extended
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
+from tests.models import (
+    LENGTH,
+    quick_jit,
+    random_model,
+    random_tokens,
+    small_config,
+)
 from tests.tiers import tiers
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 CAPACITY = 53
 extend = quick_jit(lambda model, *args: model.extend(*args))
 # A layer of each kind, and a unit that repeats.

@@ -10,16 +10,19 @@ import pytest
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import HASH_MOE, SLIDING, TOPK_MOE
 from dsv4_eqx.model.model import abstract_model
-from tests.models import QUICKLY, random_model, random_tokens, relative, small_config
+from tests.models import (
+    DIVISIBLE,
+    quick_jit,
+    random_model,
+    random_tokens,
+    relative,
+    small_config,
+)
 from tests.sharded import assert_equal_gradients, assert_same_bits, make_mesh
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 # A layer that hashes, then one that scores, twice, in a loop.
 CONFIG = small_config(
-    vocab_size=96,
-    n_routed_experts=6,
-    num_attention_heads=4,
-    o_groups=2,
+    **DIVISIBLE,
     num_hidden_layers=3,
     layer_types=(SLIDING,) * 3,
     compress_ratios=(0,) * 3,

@@ -1,15 +1,10 @@
 """The prediction block on its own cache, against the whole sequence at once."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models import LENGTH, QUICKLY, random_model, random_tokens, small_config
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+from tests.models import LENGTH, quick_jit, random_model, random_tokens, small_config
 
 
 def test_any_parts_give_what_the_whole_gives():

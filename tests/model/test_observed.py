@@ -13,7 +13,7 @@ import pytest
 from dsv4_eqx import from_pretrained, layer_mask, use_kernels
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.numerics.quantized_weight import dequantize
-from tests.models import QUICKLY, random_model, random_tokens, relative
+from tests.models import QUICKLY, quick_jit, random_model, random_tokens, relative
 from tests.tiers import tiers
 from tests.tiny import tiny_config
 
@@ -28,7 +28,6 @@ CONFIG = tiny_config(
     num_nextn_predict_layers=0,
 )
 LENGTH = 41  # ten CSA entries for an index_topk of 5
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 observe = quick_jit(lambda model, *args: model.observe(*args))
 hidden = quick_jit(lambda model, *args: model.hidden(*args))
 

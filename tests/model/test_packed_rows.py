@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, TOPK_MOE
-from tests.models import QUICKLY, pair, random_model, small_config
+from tests.models import pair, quick_jit, random_model, small_config
 from tests.sharded import assert_equal_gradients
-
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 # Windows of 9, 16 and 4 tokens, an index_topk of 5; the prediction block slides.
 CONFIG = small_config(

@@ -9,13 +9,12 @@ import pytest
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from tests.models import QUICKLY, random_model, random_tokens, small_config
+from tests.models import quick_jit, random_model, random_tokens, small_config
 from tests.sharded import assert_equal_gradients, make_mesh, normal
 
 pytestmark = pytest.mark.slow
 REPEATING = (SLIDING, HCA, CSA, HCA, CSA)
 RATES = {SLIDING: 0, HCA: 16, CSA: 4}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 observe = quick_jit(lambda model, *args: model.observe(*args))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HCA, TOPK_MOE
-from tests.models import QUICKLY
+from tests.models import quick_jit
 from tests.sharded import (
     BATCH,
     assert_equal_gradients,
@@ -43,7 +43,6 @@ ROWS = (
     (1,) * 11 + (37,),
     (18, 30),
 )
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 def segment_ids():

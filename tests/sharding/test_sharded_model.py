@@ -17,7 +17,7 @@ import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.plan.collectives import collectives
 from dsv4_eqx.sharding.mesh import AXES
-from tests.models import QUICKLY, compilations
+from tests.models import compilations, quick_jit
 from tests.sharded import (
     BATCH,
     assert_equal_gradients,
@@ -58,7 +58,6 @@ LAYER = dataclasses.replace(
 # What takes least to compile.
 SLIDING_LAYER = dataclasses.replace(LAYER, layer_types=(SLIDING,), compress_ratios=(0,))
 SEQ = 48  # 12 entries for an index_topk of 8; over 8 devices, 6 tokens between windows
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 
 @functools.cache

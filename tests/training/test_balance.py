@@ -1,7 +1,5 @@
 """The balance loss against the formula, document by document."""
 
-import functools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,10 +9,9 @@ import pytest
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
 from dsv4_eqx.model.model import abstract_model
-from tests.models import QUICKLY, random_model, random_tokens, relative, small_config
+from tests.models import quick_jit, random_model, random_tokens, relative, small_config
 from tests.sharded import make_mesh
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 EXPERTS, SLOTS, BATCH, SEQ = 7, 3, 3, 13
 # Documents of one token and more, a whole row, and padding.
 IDS = np.stack(

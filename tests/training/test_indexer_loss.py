@@ -19,11 +19,16 @@ from dsv4_eqx.kernels.entries import Entries
 from dsv4_eqx.kernels.form import FORMS
 from dsv4_eqx.sharding.parallelize import parallelize
 from dsv4_eqx.sharding.rules import place
-from tests.models import QUICKLY, random_model, random_tokens, small_config
+from tests.models import (
+    DIVISIBLE,
+    quick_jit,
+    random_model,
+    random_tokens,
+    small_config,
+)
 from tests.sharded import assert_equal_gradients, make_mesh
 from tests.tiers import tiers
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 RATIO, WINDOW, HEADS = 4, 5, 3
 
 
@@ -290,10 +295,7 @@ def test_split_heads_and_tokens_give_the_same(split, topk):
 
 
 CONFIG = small_config(
-    vocab_size=96,
-    n_routed_experts=6,
-    num_attention_heads=4,
-    o_groups=2,
+    **DIVISIBLE,
     num_hidden_layers=2,
     layer_types=(CSA, CSA),
     compress_ratios=(4, 4),

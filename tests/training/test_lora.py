@@ -16,8 +16,8 @@ from dsv4_eqx.numerics.lora_weight import LoRAWeight, is_lora
 from dsv4_eqx.numerics.quantized_weight import is_quantized
 from tests.config.raw import NANO
 from tests.models import (
-    QUICKLY,
     forward_once,
+    quick_jit,
     random_model,
     random_tokens,
     relative,
@@ -35,7 +35,6 @@ CONFIG = small_config(
     hc_sinkhorn_iters=2,
 )
 KEY = jax.random.key(7)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 TOKENS = random_tokens(0, config=CONFIG)
 
 
@@ -213,6 +212,24 @@ def test_packed_weights_stay_packed_below_their_adapters():
     assert relative(out, forward_once(packed, tokens)) > 1e-3
 
 
+@pytest.mark.exhaustive  # layers of every kind, forward and backward, twice
+def test_packed_bases_give_adapters_the_gradients_of_arrays():
+    packed, arrays = (
+        trained(dsv4.lora(nano(keep_quantized=keep), targets=ALL, rank=2, key=KEY))
+        for keep in (True, False)
+    )
+    found, expected = (
+        quick_jit(jax.grad(loss))(
+            *eqx.partition(model, dsv4.lora_mask(model)), nano_tokens()
+        )
+        for model in (packed, arrays)
+    )
+    pairs = [*zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
+    assert len(pairs) > 20
+    for gradient, other in pairs:
+        assert relative(gradient, other) < 2e-5 and np.abs(other).max() > 0
+
+
 def bases(*models):
     """The models without adapters."""
     return (
@@ -266,7 +283,7 @@ def logits_and_gradients(model, tokens):
     "sizes, fsdp",
     [
         (dict(data=2, expert=2, tensor=2), True),
-        pytest.param(dict(context=2, tensor=4), False, marks=pytest.mark.slow),
+        (dict(context=2, tensor=4), False),
     ],
     ids=str,
 )

@@ -16,13 +16,18 @@ from dsv4_eqx.numerics.quantize import FP4, is_fake_quantized
 from dsv4_eqx.numerics.quantized_weight import QuantizedWeight, dequantize, is_quantized
 from dsv4_eqx.training.qat import _hadamard
 from tests.config.raw import NANO
-from tests.models import QUICKLY, forward_once, random_model, random_tokens, relative
+from tests.models import (
+    forward_once,
+    quick_jit,
+    random_model,
+    random_tokens,
+    relative,
+)
 from tests.numerics.test_quantize import by_block
 from tests.official import wide_config
 from tests.sharded import assert_same_bits, make_mesh, random_module
 
 WEIGHTS = dict(entries=None, indexer=None)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 # Blocks end at most edges; an indexer whose channels are a power of two.
 CONFIG = wide_config(
     index_head_dim=16,
@@ -45,9 +50,7 @@ def loss(trained, rest, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "experts", ["fp4", pytest.param("fp8", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
 def test_it_computes_as_the_quantised_checkpoint_does(experts, tmp_path):
     model = dsv4.qat(plain(), experts=experts, **WEIGHTS)
     out = forward_once(model, TOKENS)
@@ -270,7 +273,7 @@ def test_the_rule_is_that_of_the_formats():
     assert is_exact(14) and not is_exact(15)
 
 
-def test_the_release_is_exact_in_fp8_or_said_not_to_be():
+def test_every_matrix_in_fp4_has_a_verdict():
     model = dsv4.from_pretrained(NANO, dtype="float32", keep_quantized=True)
     found = dsv4.fp8_exactness(model)
     assert len(found) == 6 * 6 * 3 and "mtp.0.ffn.experts.5.w3.weight" in found

@@ -10,10 +10,9 @@ import pytest
 
 import dsv4_eqx as dsv4
 from dsv4_eqx.config.kinds import CSA, HASH_MOE, HCA, SLIDING, TOPK_MOE
-from tests.models import QUICKLY, random_model, small_config
+from tests.models import quick_jit, random_model, small_config
 from tests.sharded import assert_same_bits, make_mesh
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 # A layer that hashes, a pair of layers twice, one of which hashes, a last layer, and a
 # prediction block.
 CONFIG = small_config(
